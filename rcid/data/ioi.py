@@ -28,7 +28,7 @@ def ioi_rows(
     tokenizer,
     split: str = "test",     # which names: train | val | test
     seed: int = 0,
-    variant: str = "id"      # id | ood_templates (held-out sentences) | ood_long (a sentence before it) | ood_names (names as lower-case surnames' pool: the test split)
+    variant: str = "id"      # id | ood_names (always the test names) | ood_templates (held-out sentences) | ood_long (a sentence before)
 ) -> Iterator[Row]:
     "An endless stream of distinct IOI pairs with names of `split`."
     if variant not in VARIANTS: raise ValueError(f"unknown IOI variant {variant!r}: there are {VARIANTS}")
