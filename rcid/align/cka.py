@@ -6,12 +6,12 @@
 __all__ = ['naive_cka', 'hsic1', 'linear_cka', 'layer_cka']
 
 # %% ../../nbs/04_align/01_cka.ipynb #57abdfc8
-from contextlib import contextmanager
 from typing import Iterable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from ..models.adapters import get_adapter, hidden_of
+from ..models.adapters import get_adapter
+from ..causal.hooks import capture
 
 # %% ../../nbs/04_align/01_cka.ipynb #93974550
 def naive_cka(x: Float[Tensor, "n d_x"], y: Float[Tensor, "n d_y"], debiased: bool = True) -> float:
@@ -92,15 +92,6 @@ def linear_cka(x: Float[Tensor, "n d_x"], y: Float[Tensor, "n d_y"], debiased: b
     return _ratio(*_hsic(x[None], y[None], debiased)).squeeze().to(_dtype(x, y))
 
 # %% ../../nbs/04_align/01_cka.ipynb #72762a58
-@contextmanager
-def _residuals(model: nn.Module, keep: Tensor):
-    "Fills a list with the residual stream of the kept tokens after each layer, while the block runs."
-    a, out = get_adapter(model), []
-    hooks = [a.residual_site(l).register_forward_hook(lambda m, i, o: out.append(hidden_of(o)[keep.to(hidden_of(o).device)].float())) for l in range(a.n_layers)]
-    try: yield out
-    finally:
-        for h in hooks: h.remove()
-
 def _kept_tokens(batch: dict, models, skip_first: bool) -> tuple[Tensor, Tensor, Tensor]:
     ids = batch["input_ids"]
     mask = batch.get("attention_mask")
@@ -128,8 +119,8 @@ def layer_cka(
         sides = []
         for model in (model_a,) if model_b is model_a else (model_a, model_b):
             device = next(model.parameters()).device
-            with _residuals(model, keep) as out: get_adapter(model).trunk(ids.to(device), mask.to(device))
-            sides.append(torch.stack(out))
+            with capture(model) as hidden: get_adapter(model).trunk(ids.to(device), mask.to(device))
+            sides.append(torch.stack([hidden[l][keep.to(device)].float() for l in sorted(hidden)]))
         hsic = _hsic(sides[0], sides[-1].to(sides[0].device), debiased)
         if not all(h.isfinite().all() for h in hsic): raise ValueError(f"layer_cka: NaN or infinite residuals in batch {i}: load the models in float32 or bfloat16")
         totals = hsic if totals is None else [t + h for t, h in zip(totals, hsic)]
