@@ -11,12 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from ..models.adapters import get_adapter
+from ..causal.engine import evaluating
 from ..causal.hooks import capture
 
 # %% ../../nbs/04_align/01_cka.ipynb #93974550
 def naive_cka(x: Float[Tensor, "n d_x"], y: Float[Tensor, "n d_y"], debiased: bool = True) -> float:
     "Linear CKA from full Gram matrices in float64 (Kornblith et al., 1905.00414): slow, the oracle."
-    x, y, n = x.double(), y.double(), len(x)
+    x, y, n = x.double().cpu(), y.double().cpu(), len(x)
     def hsic0(k, l):
         h = torch.eye(n, dtype=k.dtype) - 1 / n
         return torch.trace(k @ h @ l @ h)
@@ -119,7 +120,7 @@ def layer_cka(
         sides = []
         for model in (model_a,) if model_b is model_a else (model_a, model_b):
             device = next(model.parameters()).device
-            with capture(model) as hidden: get_adapter(model).trunk(ids.to(device), mask.to(device))
+            with evaluating(model), capture(model) as hidden: get_adapter(model).trunk(ids.to(device), mask.to(device))
             sides.append(torch.stack([hidden[l][keep.to(device)].float() for l in sorted(hidden)]))
         hsic = _hsic(sides[0], sides[-1].to(sides[0].device), debiased)
         if not all(h.isfinite().all() for h in hsic): raise ValueError(f"layer_cka: NaN or infinite residuals in batch {i}: load the models in float32 or bfloat16")
