@@ -26,7 +26,8 @@ class Family(_Section):
 
 class Lm(_Section):
     "Pretraining and healing: next-token training on general text."
-    batch: int = Field(gt=0)                     # sequences a step
+    batch: int = Field(gt=0)                     # blocks of `seq` tokens a step, on general text
+    pretrain_batch: int = Field(64, gt=0)        # sentences a step, on templated text
     seq: int = Field(gt=8)                       # tokens a sequence
     lr: float = Field(gt=0)
     pretrain_lr: float = Field(gt=0)
@@ -43,6 +44,8 @@ class Sites(_Section):
     k: int = Field(6, gt=0)
     spacing: int = Field(1, ge=1)                # least distance in layers of two sites of one role
     layer_map: Literal["proportional", "cka", "effect"] = "proportional"
+    pairs: int = Field(64, ge=8)                 # training pairs that are scored
+    held_out_floor: float = Field(0.05, ge=0)    # held-out sites have at least this share of the largest score
 
 class Distill(_Section):
     steps: int = Field(ge=0)
@@ -60,7 +63,6 @@ class Distill(_Section):
 
 class Eval(_Section):
     bootstrap: int = Field(10_000, ge=100)
-    held_out_stride: int = Field(3, ge=1)        # every so many teacher layers a held-out site
     gate_accuracy: float = Field(0.95, ge=0, le=1)
     gate_names: int = Field(20, ge=1)
 
@@ -72,6 +74,7 @@ class Params(_Section):
     methods: list[str]
     seeds: list[int] = Field(min_length=1)
     models: dict[str, Family]
+    real_tokenizers: list[Literal["qwen3", "llama3"]] = [] # vocabularies that the pilot reports name pools for
     lm: Lm
     data: Data
     sites: Sites

@@ -19,14 +19,18 @@ def templated_sentences(
     n: int, seed: int = 0,
     splits: tuple[str, ...] = ("train", "val", "test") # names used
 ) -> list[str]:
-    "`n` short sentences about named people, places and things; half of them IOI sentences with their answer."
+    "`n` short sentences about named people, places and things: a third IOI with its answer, a third exchanges between two people."
     rng, table, ioi = random.Random(f"corpus-{seed}"), embedded("corpus"), embedded("ioi")
     names = [x for x in embedded("names")["first_names"] if split_of(x) in splits]
     out = []
     for _ in range(n):
         x, y = rng.sample(names, 2)
         (p, p2), (o, o2) = rng.sample(ioi["places"], 2), rng.sample(ioi["objects"], 2)
-        if rng.random() < 0.5:
+        kind = rng.randrange(3)
+        if kind == 0:                                                      # who acts is free, who is acted on is the other one: what IOI needs, many times a sentence
+            clauses = (rng.sample((x, y), 2) for _ in range(4))
+            text = f"{x} and {y} met. " + ", ".join(f"{a} {rng.choice(table['verbs']).format(object=rng.choice((o, o2)), place=p)} {b}" for a, b in clauses) + "."
+        elif kind == 1:
             s = rng.choice((x, y))
             text = rng.choice(ioi["templates"])["text"].format(A=x, B=y, S=s, place=p, object=o) + f" {y if s == x else x}."
         else: text = rng.choice(table["fillers"]).format(X=x, Y=y, place=p, place2=p2, object=o, object2=o2)

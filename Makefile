@@ -1,0 +1,61 @@
+# make setup | repro [SCALE=tiny|laptop|gpu|a100] | test | lab | docs | tokenizers | params | clean
+# Everything happens inside this folder (.venv, .workspaces, .dvc/cache); nothing global is changed.
+SHELL      := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON     ?= python3
+SCALE      ?= laptop
+BIN        := $(CURDIR)/.venv/bin
+export PATH := $(BIN):$(PATH)
+export TOKENIZERS_PARALLELISM := false
+export RCID_THREADS ?= 2
+export OMP_NUM_THREADS ?= $(RCID_THREADS)
+export PYTHONWARNINGS ?= ignore
+say = @echo "== $(1)"
+
+.PHONY: setup repro test lab docs tokenizers params clean
+
+.venv/.ready: settings.ini setup.py pyproject.toml
+	$(call say,installing into .venv (about 2 minutes: torch for CPU, transformers, DVC, nbdev, JupyterLab))
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' 2> >(grep -v 'is ignored: it is neither' >&2)
+	touch $@
+
+setup: .venv/.ready
+	$(call say,git hooks for notebooks; embedded data)
+	@if git rev-parse --git-dir >/dev/null 2>&1; then $(BIN)/nbdev_install_hooks >/dev/null; fi
+	@$(BIN)/dvc pull --quiet data.dvc
+
+repro: setup
+ifeq ($(SCALE),laptop)
+	$(call say,pilot first: the teacher's effect heatmap; then everything (about half an hour on two cores))
+	$(BIN)/dvc repro pilot
+	$(BIN)/dvc repro
+	$(call say,done: paper/main.pdf)
+else
+	$(call say,scale $(SCALE) runs in .workspaces/$(SCALE); the committed results stay as they are)
+	@$(BIN)/python -m rcid.core.workspace $(SCALE)
+	cd .workspaces/$(SCALE) && export RCID_ROOT=$$PWD PYTHONPATH=$$PWD && dvc pull --quiet data.dvc && dvc repro
+	$(call say,done: .workspaces/$(SCALE)/paper/main.pdf)
+endif
+
+test: setup
+	$(call say,library notebooks)
+	$(BIN)/nbdev_test --n_workers 2
+	$(call say,tests (every experiment at tiny scale; needs no network))
+	$(BIN)/python -m pytest
+
+lab: setup
+	$(BIN)/jupyter lab
+
+docs: setup
+	$(call say,HTML of the library notebooks and the executed experiments in _docs/)
+	$(BIN)/python -m rcid.report.docs
+
+tokenizers: setup
+	$(BIN)/dvc repro tokenizers
+
+params: setup
+	$(BIN)/python -m rcid.core.workspace params scale=laptop
+
+clean:
+	rm -rf .workspaces _docs _proc logs build .pytest_cache artifacts/checkpoints
