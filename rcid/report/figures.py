@@ -155,8 +155,6 @@ def method_intervals(rows: list[dict]) -> Figure:
             if "undistilled" in mine:
                 left.axvline(mine["undistilled"]["accuracy"], color="#7f7f7f", lw=0.7, ls=(0, (2, 2)), zorder=0)
                 if (before := mine["undistilled"]["consistency"].get("trained")) is not None: right.axvline(before, color="#7f7f7f", lw=0.7, ls=(0, (2, 2)), zorder=0)
-            ceilings = [c for r in mine.values() if (c := (r.get("ceiling") or {}).get("trained")) is not None]
-            if ceilings: right.axvline(np.mean(ceilings), color="black", lw=0.7, ls=(0, (6, 2)), zorder=0)
             right.axvline(0, color="#bbbbbb", lw=0.6, zorder=0)
             left.set_yticks(range(len(order)), [label(m) for m in order])
             left.set_ylim(-.6, len(order) - .4)
@@ -169,8 +167,8 @@ def method_intervals(rows: list[dict]) -> Figure:
         axes[-1][1].set_xlabel("causal consistency $r$")
         keys = [Line2D([], [], ls="-", lw=1.1, marker="o", mfc=f, mec="#333333", color="#333333", ms=4.6, label=n) for n, f in (("sites trained on", "#333333"), ("held-out sites", "white"))]
         keys += [Line2D([], [], ls="", marker="o", ms=1.8, color="#333333", label="one seed"), Patch(color="#d9d9d9", label="shuffled-pair null"),
-                 Line2D([], [], color="#7f7f7f", lw=0.7, ls=(0, (2, 2)), label="undistilled"), Line2D([], [], color="black", lw=0.7, ls=(0, (6, 2)), label="ceiling")]
-        fig.legend(handles=keys, loc="outside upper center", ncols=6, handletextpad=0.5, columnspacing=1.3, handlelength=1.8)
+                 Line2D([], [], color="#7f7f7f", lw=0.7, ls=(0, (2, 2)), label="undistilled, sites trained on")]
+        fig.legend(handles=keys, loc="outside upper center", ncols=5, handletextpad=0.5, columnspacing=1.3, handlelength=1.8)
     return fig
 
 def seeds_of(row: dict, part: str = "accuracy") -> list[float]:
