@@ -110,13 +110,13 @@ def layer_cka(
     model_a: nn.Module, model_b: nn.Module,
     batches: Iterable[dict],       # of `input_ids` and `attention_mask` (batch, seq); ids that both models read
     debiased: bool = True,
-    skip_first: bool = False,      # leave out each row's first token too: a sink in models whose tokenizer adds no BOS
+    skip_first: bool = True,       # leave out each row's first token, BOS or not: an attention sink
 ) -> Float[Tensor, "la lb"]:       # float32, on the CPU
-    "CKA between every layer of two models, minibatch form (Nguyen et al., 2010.15327): padding and BOS are left out."
+    "CKA between every layer of two models, minibatch form (Nguyen et al., 2010.15327): padding, BOS and first tokens are left out."
     totals = None
     for i, batch in enumerate(batches):
         ids, mask, keep = _kept_tokens(batch, (model_a, model_b), skip_first)
-        if keep.sum() < 4: raise ValueError(f"layer_cka: batch {i} has {int(keep.sum())} tokens besides padding and BOS, it needs at least 4: use larger batches")
+        if keep.sum() < 4: raise ValueError(f"layer_cka: batch {i} has {int(keep.sum())} tokens besides padding, BOS and first tokens, it needs at least 4: use larger batches")
         sides = []
         for model in (model_a,) if model_b is model_a else (model_a, model_b):
             device = next(model.parameters()).device

@@ -34,8 +34,8 @@ class ConsistencyReport:
     flip_share: float               # share of such (pair, site)
     iia_top_mean: float             # same most likely token of the whole vocabulary, if it was given
     null: dict                      # mean, low, high of the consistency with shuffled pairs
-    null_within: dict               # pairs shuffled inside their clusters only
-    ceiling: float                  # split-half: teacher with itself ...
+    null_within: dict               # pairs shuffled inside their groups (templates) only
+    ceiling: float                  # split-half over groups: teacher with itself ...
     split_half: float               # ... and teacher with student, computed the same way
     n_small: int                    # pairs left out of the concordance: hardly any LD difference to divide by
     mode: str                       # noising | denoising
@@ -53,13 +53,13 @@ class ConsistencyReport:
 
 # %% ../../nbs/07_eval/01_consistency.ipynb #a151f655
 def _shuffles(of: np.ndarray, n: int, rng, within: bool) -> np.ndarray:
-    order = (of * within + rng.random((n, len(of)))).argsort(1)              # random order, cluster by cluster if `within`
+    order = (of * within + rng.random((n, len(of)))).argsort(1)              # random order, group by group if `within`
     if not within: return order
     out = np.empty_like(order); out[:, of.argsort(kind="stable")] = order
     return out
 
 def shuffled_pearson(x: np.ndarray, y: np.ndarray, of: np.ndarray, n: int = 10_000, seed: int = 0, within: bool = False) -> np.ndarray:
-    "Pearson per site with the rows of `y` shuffled (inside clusters `of` if `within`): (pair, site) x 2 -> (n, site)."
+    "Pearson per site with the rows of `y` shuffled (inside groups `of` if `within`): (pair, site) x 2 -> (n, site)."
     zx, zy = ((v - v.mean(0)) / v.std(0) for v in (x, y))
     rng, out, step = np.random.default_rng(seed), [], max(1, 2**22 // max(1, x.size))
     for start in range(0, n, step):
@@ -69,13 +69,13 @@ def shuffled_pearson(x: np.ndarray, y: np.ndarray, of: np.ndarray, n: int = 10_0
 
 # %% ../../nbs/07_eval/01_consistency.ipynb #239e3294
 def split_half(x: np.ndarray, y: np.ndarray, of: np.ndarray, n: int = 200, seed: int = 0) -> np.ndarray:
-    "Mean over random splits of Pearson over clusters, x in one half and y in the other: (pair, site) x 2 -> (site,)."
+    "Mean over random splits of Pearson over groups, x in one half and y in the other: (pair, site) x 2 -> (site,)."
     counts = np.bincount(of)
     keep = counts[of] >= 2
     x, y, of = x[keep], y[keep], np.unique(of[keep], return_inverse=True)[1]
     if not len(of) or of.max() < 2: return np.full(x.shape[1], np.nan)
     rng, order, counts, total = np.random.default_rng(seed), of.argsort(kind="stable"), np.bincount(of), []
-    rank = np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)            # place inside the cluster, in cluster order
+    rank = np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)            # place inside the group, in group order
     member = np.arange(len(counts))[:, None] == of
     for _ in range(n):
         first = np.empty(len(of), bool)
@@ -108,7 +108,8 @@ def _answers(effects, ld, mode): # does the patched run still prefer the correct
 def consistency(
     effects_t: Float[Tensor, "pair site"], effects_s: Float[Tensor, "pair site"],    # of the mapped sites, logit units
     ld_t: tuple, ld_s: tuple,                     # (LD clean, LD corrupt) of each pair, both as correct minus wrong of the clean prompt
-    clusters: Int[Tensor, "pair"] | None = None,  # template or entity of each pair; None, or fewer than 2 different ones: every pair is its own
+    clusters: Int[Tensor, "pair"] | None = None,  # what the bootstrap resamples; None, or fewer than 2 different ones: every pair is its own
+    groups: Int[Tensor, "pair"] | None = None,    # template of each pair, for `null_within` and `ceiling`; None: the clusters
     sites: list | None = None, student_sites: list | None = None,
     mode: str = "noising",                        # how the effects were made
     top: tuple | None = None,                     # (teacher, student) most likely token of each patched run, "pair site"
@@ -120,8 +121,10 @@ def consistency(
     if t.ndim != 2 or len(t) < 3: raise ValueError(f"consistency: effects_t has shape {t.shape}, expected (pair, site) with at least 3 pairs")
     s, (n, n_sites) = _array(effects_s, "effects_s", t.shape), t.shape
     ld_t, ld_s = ([_array(v, what, (n,)) for v in ld] for ld, what in ((ld_t, "ld_t"), (ld_s, "ld_s")))
-    of = np.arange(n) if clusters is None else np.unique(_array(clusters, "clusters", (n,)), return_inverse=True)[1]
+    number = lambda v, what: np.unique(_array(v, what, (n,)), return_inverse=True)[1]
+    of = np.arange(n) if clusters is None else number(clusters, "clusters")
     if of.max() == 0: of = np.arange(n)
+    group = of if groups is None else number(groups, "groups")
     gap_t, gap_s = ld_t[0] - ld_t[1], ld_s[0] - ld_s[1]
     live = (t.std(0) > floor * abs(gap_t).mean()) & (s.std(0) > floor * abs(gap_s).mean())
     def per_site(values): out = np.full(n_sites, np.nan); out[live] = values; return out
@@ -131,8 +134,8 @@ def consistency(
     lin = lin_concordance(x[usable] / gap_t[usable, None], y[usable] / gap_s[usable, None]) if usable.sum() > 1 else np.full(x.shape[1], np.nan)
     p, bands, nothing = np.full(x.shape[1], np.nan), {}, dict(mean=np.nan, low=np.nan, high=np.nan)
     for within in (False, True):
-        possible = live.any() and (not within or np.bincount(of).max() > 1)
-        null = shuffled_pearson(x, y, of, n_shuffles, seed, within) if possible else None
+        possible = live.any() and (not within or np.bincount(group).max() > 1)
+        null = shuffled_pearson(x, y, group, n_shuffles, seed, within) if possible else None
         bands[within] = _band(null) if possible else nothing
         if possible and not within: p = (1 + (abs(null) >= abs(pearson) - 1e-12).sum(0)) / (1 + n_shuffles)
     boot = cluster_bootstrap(lambda w: _site_means(w, x, y), of, n_boot, seed) if live.any() else None
@@ -149,7 +152,7 @@ def consistency(
         iia_mean=float(agree.mean()), iia_flipped=float(agree[flipped].mean()) if flipped.any() else np.nan, flip_share=float(flipped.mean()),
         iia_top_mean=float((tops[0] == tops[1]).mean()) if tops else np.nan,
         null=bands[False], null_within=bands[True],
-        ceiling=fisher_mean(split_half(x, x, of, seed=seed))[0], split_half=fisher_mean(split_half(x, y, of, seed=seed))[0],
+        ceiling=fisher_mean(split_half(x, x, group, seed=seed))[0], split_half=fisher_mean(split_half(x, y, group, seed=seed))[0],
         n_small=int((~usable).sum()), mode=mode,
         sites=[tuple(c) for c in sites] if sites is not None else list(range(n_sites)),
         student_sites=[tuple(c) for c in student_sites] if student_sites is not None else list(range(n_sites)),
@@ -157,7 +160,7 @@ def consistency(
         iia=plain(agree.mean(0)), p=plain(per_site(p)), p_bh=plain(per_site(benjamini_hochberg(p))))
 
 # %% ../../nbs/07_eval/01_consistency.ipynb #0a112f83
-def clusters_of(pairs, by: str = "template") -> np.ndarray:
+def clusters_of(pairs, by: str = "entity") -> np.ndarray:
     "Cluster number of each pair: the same template, the same entities, or every pair its own (`pair`)."
     if by == "template": return pairs.template_id.cpu().numpy()
     if by == "entity": return np.unique(np.sort(pairs.entity_ids.cpu().numpy().reshape(len(pairs), -1), 1), axis=0, return_inverse=True)[1].ravel()
@@ -169,7 +172,8 @@ def causal_consistency(
     student: nn.Module, pairs,                # a ContrastiveDataset
     sites: list,                              # (layer, role) in the teacher
     layer_map: list[int] | dict[int, int],    # teacher layer -> student layer, from `map_layers`
-    mode: str = "noising", clusters: str = "template", batch_size: int | None = None,
+    mode: str = "noising", batch_size: int | None = None,
+    clusters: str = "entity",                 # what the bootstrap resamples: entity | template (from about ten templates on) | pair
     teacher_effects: tuple | None = None,     # (effects "pair site", (LD clean, LD corrupt)) from an earlier call
     **options,                                # of `consistency`: n_boot, n_shuffles, seed, floor
 ) -> ConsistencyReport:
@@ -187,7 +191,7 @@ def causal_consistency(
     measure = lambda model, at: (causal_effects(model, pairs, sites=at, mode=mode, batch_size=batch_size), answer_logit_diff(model, pairs))
     effects_t, ld_t = teacher_effects or measure(teacher, sites)
     effects_s, ld_s = measure(student, mapped)
-    return consistency(effects_t, effects_s, ld_t, ld_s, clusters_of(pairs, clusters), sites, mapped, mode, **options)
+    return consistency(effects_t, effects_s, ld_t, ld_s, clusters_of(pairs, clusters), clusters_of(pairs, "template"), sites, mapped, mode, **options)
 
 # %% ../../nbs/07_eval/01_consistency.ipynb #35bc5cce
 def consistency_profile(
