@@ -11,7 +11,7 @@ __all__ = ['PARTS', 'NAMES', 'EXP1', 'EXP2', 'WORDS', 'read_matrix', 'fisher_mea
 from pathlib import Path
 import numpy as np
 from ..core.paths import read_json
-from .claims import METRICS, ceiling_claim, compare_claim, competence_claim, dissociation_claim, holm, null_claim, outcome, verdict_claim
+from .claims import METRICS, ceiling_claim, compare_claim, competence_claim, dissociation_claim, holm, null_claim, outcome, prose, verdict_claim
 from .figures import in_order, label
 from .tables import COMPANION_COLUMNS, MAIN_COLUMNS, count, escape, interval, listing, method_table, number, p_value, tabular
 
@@ -91,12 +91,11 @@ def run_tests(rows: list[dict], comparisons: list[tuple[str, str]], statistic, m
 def against_claim(tests: list[dict], b: str = "undistilled", metric: str = "held_out") -> str:
     "How many methods lie above, below, or not detectably apart from `b`."
     mine = [t for t in tests if t["b"] == b and t["metric"] == metric]
-    if not mine: return f"This run holds no comparison with the {label(b).lower()} student."
+    if not mine: return f"This run holds no comparison with {prose(b)}."
     several = len({t["family"] for t in mine}) > 1
-    groups = {kind: [label(t["a"]) + (f" ({label(t['family'])})" if several else "") for t in mine if outcome(t) == kind] for kind in ("higher", "same", "lower", "untested")}
-    words = {"higher": "is higher than the {}'s for", "same": "is not detectably different from the {}'s for", "lower": "is lower than the {}'s for", "untested": "could not be tested against the {}'s for"}
-    who = "undistilled student" if b == "undistilled" else label(b)
-    parts = [words[k].format(who) + f" {listing(names)}" for k, names in groups.items() if names]
+    groups = {kind: [prose(t["a"]) + (f" ({label(t['family'])})" if several else "") for t in mine if outcome(t) == kind] for kind in ("higher", "same", "lower", "untested")}
+    words = {"higher": "is higher than for {} with", "same": "does not differ detectably from {} with", "lower": "is lower than for {} with", "untested": "could not be tested against {} with"}
+    parts = [words[k].format(prose(b)) + f" {listing(names)}" for k, names in groups.items() if names]
     return f"{METRICS[metric][0].upper()}{METRICS[metric][1:]} {'; it '.join(parts)}."
 
 def exp1_claims(rows: list[dict], tests: list[dict], bar: float = .9) -> dict[str, str]:
@@ -152,8 +151,8 @@ def pilot_table(pilots: dict[str, dict]) -> str:
     body = []
     for family, pilot in pilots.items():
         body.append(label(family))
-        body += [[rf"\quad {escape(g['gate'])}", escape(g["value"]) if isinstance(g["value"], (str, int)) else number(g["value"], 3), f"${g['bound']}$" if g.get("bound") else "--", "passed" if g["passed"] else r"\textbf{failed}"] for g in pilot["gates"]]
-    return tabular(["gate", "value", "bound", ""], body, "lrrl")
+        body += [[rf"\quad {escape(g['gate'])}", escape(g["value"]) if isinstance(g["value"], (str, int)) else f"{g['value']:.3g}", f"${g['bound']}$" if g.get("bound") else "--", "passed" if g["passed"] else r"\textbf{failed}"] for g in pilot["gates"]]
+    return tabular(["gate", "value", "bound", "outcome"], body, "lrrl")
 
 def pilot_claim(pilots: dict[str, dict]) -> str:
     "Which families passed."
@@ -171,7 +170,7 @@ def sites_table(sites: dict[str, dict], used: str) -> str:
             for layer, role in s.get(kind, []):
                 to = [s["maps"].get(m, {}).get(str(layer)) for m in maps]
                 body.append([rf"\quad layer {layer}, {label(role)}", name, number(s["score"][layer][s["roles"].index(role)]), *("--" if v is None else rf"\textbf{{{v}}}" if m == used else str(v) for m, v in zip(maps, to))])
-    return tabular(["site", "", r"mean $|\Delta|$ (logits)", *(m.upper() if m == "cka" else m for m in maps)], body, "llr" + "r" * len(maps))
+    return tabular(["site", "", r"mean $\lvert\Delta\rvert$ (logits)", *(m.upper() if m == "cka" else m for m in maps)], body, "llr" + "r" * len(maps))
 
 # %% ../../nbs/08_report/04_results.ipynb #897751ea
 WORDS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
