@@ -28,6 +28,7 @@ class Lm(_Section):
     "Pretraining and healing: next-token training on general text."
     batch: int = Field(gt=0)                     # blocks of `seq` tokens a step, on general text
     pretrain_batch: int = Field(64, gt=0)        # sentences a step, on templated text
+    names: int | None = Field(None, ge=20)       # names in the world of the teachers that are trained here
     seq: int = Field(gt=8)                       # tokens a sequence
     lr: float = Field(gt=0)
     pretrain_lr: float = Field(gt=0)

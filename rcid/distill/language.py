@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .losses import divergence
 from .trainer import DistillConfig, batch_rows, lr_at
 from ..models.adapters import common_vocab, get_adapter

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from ..causal.hooks import Site, capture
 from ..core.paths import whole_file
 from ..data.pairs import ContrastiveDataset

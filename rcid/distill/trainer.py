@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Callable
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
+from ..align.procrustes import map_angle
 from ..causal.hooks import Site
 from ..core.paths import read_json, whole_folder, write_json
 from ..data.pairs import ContrastiveDataset
@@ -56,7 +57,7 @@ class DistillResult:
     wall: float                          # seconds, of this process
     tokens: int                          # tokens the student saw
     flops: float                         # multiply-adds x 2 of student and teacher, counted from sizes
-    staleness: float | None = None       # mean principal angle (degrees) between W at the start and W refitted at the end
+    staleness: float | None = None       # angle between W at the start and W refitted at the end, see `map_angle`
 
 # %% ../../nbs/05_distill/03_trainer.ipynb #8206ac65
 def batch_rows(step: int, n: int, batch: int, seed: int) -> Tensor:
@@ -213,8 +214,7 @@ def distill(
     student.eval().requires_grad_(True)
     staleness = None
     if isinstance(method, RCID) and method.w.startswith("procrustes") and c.steps:
-        from rcid.align.procrustes import principal_angles
-        staleness = float(torch.rad2deg(principal_angles(state.w, fit().w)).mean())
+        staleness = map_angle(state.w, fit().w)
     if folder: shutil.rmtree(folder, ignore_errors=True)
     sides, seen = 2 if method.pairs else 1, int(pairs.attention_mask.sum()) / len(pairs)
     tokens = round(seen * c.batch * c.steps * sides)
