@@ -53,6 +53,7 @@ def all_positions(model: nn.Module, pairs: ContrastiveDataset) -> list[Site]:
 
 def site_positions(model: nn.Module, pairs: ContrastiveDataset, sites: list[Site]) -> Int[Tensor, "pair site"]:
     "The position of each site in each pair; errors for an unknown role, layer or position."
+    if not sites: raise ValueError("no sites given: pass a list of Site(layer, role), or None for all of them")
     for s in sites: get_adapter(model).residual_site(s[0])
     place = {s[1]: rows_of(s, *pairs.clean_ids.shape, pairs.key_positions, pairs.clean_ids.device) for s in sites}
     if None in place: raise ValueError("a site without a place is a whole layer: an effect needs a role or a position")
@@ -102,7 +103,7 @@ def _why_not(model, pairs) -> str | None: # None if the engine can restart this 
             few = pairs[:2]
             try: error = restart_error(model, few.clean_ids, few.attention_mask, few.answer_pos)
             except Exception as e: seen[kind] = f"a restart fails with {type(e).__name__}: {e}".splitlines()[0]
-            else: seen[kind] = None if error < (1e-3 if model.dtype == torch.float32 else 0.1) else f"an unpatched restart is off by {error:.1g}"
+            else: seen[kind] = None if error < (0.01 if model.dtype == torch.float32 else 0.1) else f"an unpatched restart is off by {error:.1g}"
     return seen[kind]
 
 @torch.no_grad()
@@ -118,7 +119,7 @@ def causal_effects(model: nn.Module, pairs: ContrastiveDataset,
     sites, p, a = list(all_sites(model, pairs) if sites is None else sites), checked(model, pairs), get_adapter(model)
     position, layer = site_positions(model, p, sites).cpu(), torch.tensor([s[0] for s in sites])
     with evaluating(model):
-        _direction(mode, p), run_logit_diff(model, p.clean_ids[:1], p[:1])           # a wrong mode or broken weights are reported as such
+        _direction(mode, p), run_logit_diff(model, p.clean_ids[:1], p[:1]) # a wrong mode or broken weights are reported as such
         if why := _why_not(model, p):
             warnings.warn(f"causal_effects takes the slow path for this {a.family} model: {why}", stacklevel=2)
             return naive_effects(model, pairs, sites, mode, batch_size)
