@@ -72,6 +72,7 @@ def signature(module: str, name: str, level: int) -> str:
     from nbdev.showdoc import show_doc
     text = show_doc(getattr(importlib.import_module(module), name))._repr_markdown_()
     text = re.sub(r"\A\s*(---\s*)?(\[source\]\([^\n]*\n\s*)?#+ [^\n]*\n", "", text)
+    text = re.sub(r"\[([^\]]*)\]\((?!https?:)[^)\s]*\)", r"\1", text)      # links of other projects' docstrings lead nowhere here
     return f"({module}.{name})=\n{'#' * level} {name}\n\n{text.strip()}"
 
 def public_names(code: str) -> list[str]:
@@ -119,6 +120,8 @@ html_theme_options = {{"light_css_variables": {{"color-brand-primary": "#0b5394"
 exclude_patterns = []
 '''
 CSS = '''div.cell div.cell_output img { background: white; padding: 4px; }
+div.cell details.hide, div.cell details.hide > summary { background: transparent; border: 0; padding-left: 0; margin-left: 0; }
+div.cell details.hide > summary > span { opacity: .6; }
 div.cell details.hide summary { font-size: var(--font-size--small); color: var(--color-foreground-secondary); }
 div.cell_output pre { font-size: var(--code-font-size); max-height: 30em; }
 article table { font-size: var(--font-size--small); }
