@@ -11,5 +11,5 @@ from .figures import (METHODS, effect_heatmap, effect_scatter, label, layer_prof
 from .tables import interval, merge_values, method_table, number, p_value, percent, read_values, tabular, write_text, write_values
 from .claims import compare_claim, holm, no_test_claim, site_claim, unit_claim, verdict_claim
 from .differences import accuracy_difference, consistency_difference, read_effects, statistic_of
-from .results import (EXP1, EXP2, budget_table, companions_table, curves, exp1_claims, exp2_claims, limits_sentence, method_rows, methods_table, models_sentence,
+from .results import (EXP1, EXP2, budget_table, companions_table, curves, exp1_claims, exp2_claims, limits_sentence, method_rows, methods_table, model_name, models_sentence,
                                  models_table, pilot_claim, pilot_table, profiles, read_families, read_matrix, run_tests, setup_values, sites_table, summary, tests_table)

@@ -9,7 +9,7 @@ __all__ = ['METRICS', 'UNITS', 'PROSE', 'WORDS', 'holm', 'outcome', 'prose', 'co
 # %% ../../nbs/08_report/02_claims.ipynb #784cf19a
 import numpy as np
 from .figures import in_order, label
-from .tables import interval, listing, number, p_value, percent
+from .tables import in_words, interval, listing, number, p_value, percent
 
 # %% ../../nbs/08_report/02_claims.ipynb #55213aec
 def holm(tests: list[dict]) -> list[dict]:
@@ -68,9 +68,9 @@ def no_test_claim(a: str, b: str, metric: str, why: str) -> str:
 def unit_claim(n_seeds: int, unit: str, n_boot: int) -> str:
     "Says over what the tests were made and what that leaves out."
     boot = f"Differences between methods are tested by a paired bootstrap over {UNITS['pairs']} ({n_boot:,} resamples), the seeds' estimates averaged within a resample"
-    if unit == "seeds": return f"Differences between methods are tested by paired tests over {n_seeds} seeds; the intervals are bootstrap intervals over {UNITS['pairs']}."
-    if n_seeds < 3: return boot + f". With {n_seeds} seed{'s' * (n_seeds > 1)} a paired test across seeds has next to no power, so none is reported: the intervals describe the sampling of test pairs, not of training runs."
-    return boot + f"; a paired test across the {n_seeds} seeds is reported beside it."
+    if unit == "seeds": return f"Differences between methods are tested by paired tests over {in_words(n_seeds)} seeds; the intervals are bootstrap intervals over {UNITS['pairs']}."
+    if n_seeds < 3: return boot + f". With {in_words(n_seeds)} seed{'s' * (n_seeds > 1)} a paired test across seeds has next to no power, so none is reported: the intervals describe the sampling of test pairs, not of training runs."
+    return boot + f"; a paired test across the {in_words(n_seeds)} seeds is reported beside it."
 
 # %% ../../nbs/08_report/02_claims.ipynb #365ee970
 def _names(rows, all_rows) -> str:
@@ -84,9 +84,9 @@ def competence_claim(rows: list[dict], bar: float = .9) -> str:
     rows = _distilled(rows)
     low = [r for r in rows if r["accuracy"] < bar]
     worst = min(rows, key=lambda r: r["accuracy"])
-    if not low: return f"All {len(rows)} distilled students reach {percent(bar, 0)} accuracy on held-out names (lowest: {_names([worst], rows)}, {percent(worst['accuracy'])})."
+    if not low: return f"All {in_words(len(rows))} distilled students reach {percent(bar, 0)} accuracy on held-out names (lowest: {_names([worst], rows)}, {percent(worst['accuracy'])})."
     if len(low) == len(rows): return f"No distilled student reaches {percent(bar, 0)} accuracy on held-out names (highest: {percent(max(r['accuracy'] for r in rows))}); what follows is about incompetent students."
-    return f"{len(rows) - len(low)} of {len(rows)} distilled students reach {percent(bar, 0)} accuracy on held-out names; {_names(low, rows)} {'does' if len(low) == 1 else 'do'} not (lowest {percent(worst['accuracy'])})."
+    return f"{in_words(len(rows) - len(low)).capitalize()} of {in_words(len(rows))} distilled students reach {percent(bar, 0)} accuracy on held-out names; {_names(low, rows)} {'does' if len(low) == 1 else 'do'} not (lowest {percent(worst['accuracy'])})."
 
 def null_claim(rows: list[dict], part: str = "held_out") -> str:
     "Which distilled students' consistency lies above the shuffled-pair null: lower end of the interval above the band."
@@ -96,7 +96,7 @@ def null_claim(rows: list[dict], part: str = "held_out") -> str:
     if not rows: return f"No {what} is defined in this run."
     if not inside: return f"Every distilled student's {what} lies above its shuffled-pair null."
     if len(inside) == len(rows): return f"No distilled student's {what} is distinguishable from its shuffled-pair null."
-    return f"The {what} lies above the shuffled-pair null for {len(rows) - len(inside)} of {len(rows)} distilled students, and not for {_names(inside, rows)}."
+    return f"The {what} lies above the shuffled-pair null for {in_words(len(rows) - len(inside))} of {in_words(len(rows))} distilled students, and not for {_names(inside, rows)}."
 
 def ceiling_claim(rows: list[dict], part: str = "held_out") -> str:
     "Where the most consistent student of each family stands against the split-half ceiling; both are correlations of cluster means over disjoint halves."
@@ -118,8 +118,8 @@ def dissociation_claim(tests: list[dict], metric: str = "held_out", alpha: float
     several = len({t["family"] for t in tests}) > 1
     names = listing([f"{prose(a)} against {prose(b)}" + (f" ({label(family)})" if several else "") for family, _, a, b in apart])
     if not both: return "No two methods of this run had accuracies without a detectable difference, so answers and mechanism cannot be told apart here."
-    if not apart: return f"Of the {len(both)} comparisons in which accuracy did not differ detectably, {METRICS[metric]} differed detectably in none: this run shows no dissociation of answers and mechanism."
-    return f"Of the {len(both)} comparisons in which accuracy did not differ detectably, {METRICS[metric]} did differ in {len(apart)}: {names}. There the students answer alike as far as this test can tell, and compute differently."
+    if not apart: return f"Of the {in_words(len(both))} comparison{'s' * (len(both) > 1)} in which accuracy did not differ detectably, {METRICS[metric]} differed detectably in none: this run shows no dissociation of answers and mechanism."
+    return f"Of the {in_words(len(both))} comparison{'s' * (len(both) > 1)} in which accuracy did not differ detectably, {METRICS[metric]} did differ in {in_words(len(apart))}: {names}. There the students answer alike as far as this test can tell, and compute differently."
 
 # %% ../../nbs/08_report/02_claims.ipynb #86827bcb
 def verdict_claim(tests: list[dict], a: str = "rcid", b: str = "standard_kd_pairs", metric: str = "held_out", alpha: float = .05) -> str:

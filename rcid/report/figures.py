@@ -219,6 +219,7 @@ def layer_profile(profiles: dict[str, dict[str, dict]], most: int = 4) -> Figure
                 ax.set_title(f"{label(family)} {layer} {label(role)}", fontsize=7.2)
                 ax.grid(axis="y")
                 ax.xaxis.get_major_locator().set_params(integer=True)
+                ax.set_xlim(-.04 * len(y), len(y) - 1 + .04 * len(y))
             row[0].set_ylabel("consistency $r$")
         low = axes[0, 0].get_ylim()[0]
         axes[0, 0].set_ylim(min(low, -.05), 1.05)
