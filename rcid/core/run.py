@@ -30,6 +30,9 @@ def strip_notebook(nb: dict, workspace: str) -> dict:
 def run_notebook(name: str, **coordinates) -> Path:
     "Executes `nbs/experiments/<name>.ipynb` with the given coordinates; returns the path of the record."
     import papermill
+    from jupyter_client.manager import AsyncKernelManager
+    class LocalKernel(AsyncKernelManager):                                 # local sockets: no TCP port that others on the node could reach
+        def __init__(self, *args, **kw): super().__init__(*args, **{**kw, "transport": "ipc"})
     source = root()/"nbs"/"experiments"/f"{name}.ipynb"
     if not source.exists(): raise FileNotFoundError(f"no experiment notebook {name!r} in nbs/experiments")
     label = "-".join(str(v) for v in coordinates.values()) or name
@@ -40,7 +43,8 @@ def run_notebook(name: str, **coordinates) -> Path:
     start = time.time()
     try:
         papermill.execute_notebook(str(source), str(draft), parameters=coordinates, cwd=str(root()), kernel_name="python3",
-                                   progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
+                                   progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
+                                   kernel_manager_class=LocalKernel)
     except papermill.PapermillExecutionError as e:
         raise RuntimeError(f"{name} {label}: {e.ename}: {e.evalue} (see {draft.relative_to(root())})") from None
     with whole_file(record) as f:

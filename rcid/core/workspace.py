@@ -26,10 +26,11 @@ COMMITTED = ("metrics", "paper/figures", "paper/tables", "paper/main.pdf", "pape
 
 def make_workspace(
     scale: str,
-    *overrides: str             # further Hydra overrides
+    *overrides: str,            # further Hydra overrides
+    name: str | None = None     # of the folder below .workspaces; the scale when None
 ) -> Path:
     "A folder that runs the pipeline at `scale`; updates the sources of an existing one and keeps its results."
-    target = root()/".workspaces"/scale
+    target = root()/".workspaces"/(name or scale)
     tracked = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=root(), capture_output=True, check=True).stdout.decode().split("\0")
     for name in filter(None, tracked):
         source = root()/name

@@ -20,7 +20,7 @@ def templated_sentences(
     splits: tuple[str, ...] = ("train", "val", "test"), # names used
     n_names: int | None = None                         # a smaller world: only this many of all names
 ) -> list[str]:
-    "`n` short sentences about named people, places and things: IOI with its answer, exchanges between two people, things said twice."
+    "`n` short sentences about named people, places and things: six in ten are IOI sentences with their answer."
     rng, table, ioi = random.Random(f"corpus-{seed}"), embedded("corpus"), embedded("ioi")
     names = sorted(embedded("names")["first_names"], key=lambda x: hashlib.sha256(x.encode()).hexdigest())[:n_names]   # a random, fixed order
     names = [x for x in names if split_of(x) in splits]
@@ -28,14 +28,7 @@ def templated_sentences(
     for _ in range(n):
         x, y = rng.sample(names, 2)
         (p, p2), (o, o2) = rng.sample(ioi["places"], 2), rng.sample(ioi["objects"], 2)
-        kind = rng.randrange(4)
-        if kind == 0:                                                      # who acts is free, who is acted on is the other one: what IOI needs, many times a sentence
-            clauses = (rng.sample((x, y), 2) for _ in range(4))
-            text = f"{x} and {y} met. " + ", ".join(f"{a} {rng.choice(table['verbs']).format(object=rng.choice((o, o2)), place=p)} {b}" for a, b in clauses) + "."
-        elif kind == 1:                                                    # said twice: what grows induction heads
-            once = ", ".join(rng.choice(table["fillers"]).format(X=a, Y=b, place=rng.choice((p, p2)), place2=p2, object=rng.choice((o, o2)), object2=o2).rstrip(".") for a, b in ((x, y), (y, x))[: rng.choice((1, 2))])
-            text = f"{once}. {once}."
-        elif kind == 2:
+        if rng.random() < 0.6:
             s = rng.choice((x, y))
             text = rng.choice(ioi["templates"])["text"].format(A=x, B=y, S=s, place=p, object=o) + f" {y if s == x else x}."
         else: text = rng.choice(table["fillers"]).format(X=x, Y=y, place=p, place2=p2, object=o, object2=o2)

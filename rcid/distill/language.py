@@ -25,6 +25,7 @@ def train_language(
     lr: float,
     teacher: nn.Module | None = None,          # None: cross-entropy on the text; else KL to this model
     bf16: bool = False,                        # autocast the matrix products (about twice as fast on CPUs with AVX512-BF16)
+    focus: Int[Tensor, "block"] | None = None, # pretraining: a position a row whose token counts as much as all others together
     train_embeddings: bool = True,
     seed: int = 0,
     desc: str = "train"
@@ -47,7 +48,11 @@ def train_language(
         keep = m.bool()[:, 1:] if teacher is None else m.bool()
         with cast():
             hidden = a.trunk(x, m)
-            if teacher is None: loss = F.cross_entropy(a.lm_head(hidden[:, :-1][keep]).float(), x[:, 1:][keep])
+            if teacher is None:
+                loss = F.cross_entropy(a.lm_head(hidden[:, :-1][keep]).float(), x[:, 1:][keep])
+                if focus is not None:
+                    row, at = torch.arange(len(x), device=device), focus[rows].to(device)
+                    loss = loss + F.cross_entropy(a.lm_head(hidden[row, at - 1]).float(), x[row, at])
             else:
                 with torch.no_grad(): target = get_adapter(teacher).lm_head(get_adapter(teacher).trunk(x, m)[keep])
                 loss = divergence(a.lm_head(hidden[keep])[..., :vocab], target[..., :vocab]).mean()

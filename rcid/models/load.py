@@ -62,7 +62,7 @@ def from_arch(spec: dict) -> tuple[nn.Module, object]:
     tokenizer = AutoTokenizer.from_pretrained(inside(s["tokenizer"])) if s["tokenizer"] else byte_tokenizer()
     sizes = dict(vocab_size=s["vocab"] or len(tokenizer), hidden_size=s["d_model"], intermediate_size=s["d_mlp"], num_hidden_layers=s["layers"],
         num_attention_heads=s["heads"], num_key_value_heads=s["kv_heads"], rope_parameters={"rope_type": "default", "rope_theta": s["rope_theta"]},
-        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        max_position_embeddings=512, initializer_range=0.5 * s["d_model"]**-0.5, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     if s["arch"] != "qwen2": sizes["head_dim"] = s["head_dim"]             # Qwen2 has no such field
     with torch.random.fork_rng():
         torch.manual_seed(s["seed"])
