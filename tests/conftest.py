@@ -1,0 +1,102 @@
+"""What the tests share: the repository, tiny random models, IOI pairs, and one finished tiny workspace."""
+import os, shutil, subprocess, sys
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHS = ("llama", "qwen3", "qwen2")
+os.environ.pop("RCID_ROOT", None)                # a workspace of the caller's shell is not what is tested
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def environment(folder: Path, **more: str) -> dict:
+    "What a command needs to work in `folder` as its workspace, as in the Makefile."
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {**os.environ, "PATH": path, "RCID_ROOT": str(folder), "PYTHONPATH": str(folder), "PYTHONWARNINGS": "ignore", **more}
+
+
+def run(folder: Path, *command: str, timeout: int = 1500, **more: str) -> subprocess.CompletedProcess:
+    "The finished command, its output as text."
+    return subprocess.run(command, cwd=folder, env=environment(folder, **more), capture_output=True, text=True, timeout=timeout)
+
+
+def output_of(done: subprocess.CompletedProcess) -> str: return f"exit {done.returncode}\n{done.stdout[-8000:]}\n{done.stderr[-8000:]}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def in_repository():
+    "Every test starts in the repository, whose embedded data are checked out."
+    os.chdir(ROOT)
+    if not (ROOT/"data"/"ioi.json").exists():
+        done = run(ROOT, sys.executable, "-m", "dvc", "pull", "data.dvc")
+        assert done.returncode == 0, output_of(done)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path: return ROOT
+
+
+@pytest.fixture(scope="session")
+def tracked() -> list[str]:
+    "The files of the repository that are, or are about to be, in git."
+    names = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    return [n for n in names.split("\0") if n and (ROOT/n).is_file()]
+
+
+@pytest.fixture
+def copy(tracked, tmp_path) -> Path:
+    "A copy of the sources, to be changed at will; `data` is in it, metrics and results are not."
+    target = tmp_path/"copy"
+    for name in [*tracked, *(f"data/{f.name}" for f in (ROOT/"data").glob("*.json"))]:
+        if name.startswith(("metrics/", "paper/figures/", "tests/")) or name.startswith(".dvc/store"): continue
+        (target/name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT/name, target/name)
+    return target
+
+
+@pytest.fixture(scope="session")
+def tokenizers() -> dict:
+    "A small BPE tokenizer by architecture in which every first name is one token; LLaMA's adds a BOS."
+    from rcid.core import embedded
+    from rcid.models import train_tokenizer
+    texts = [f" {n}" for n in embedded("names")["first_names"]] * 3 + [t["text"] for t in embedded("ioi")["templates"]]
+    return {arch: train_tokenizer(texts, vocab=1500, bos=arch == "llama") for arch in ARCHS}
+
+
+@pytest.fixture(scope="session")
+def make_model(tokenizers):
+    "A function: architecture and sizes -> random float32 model for its tokenizer."
+    from rcid.models import load_model
+    return lambda arch, **sizes: load_model({"arch": arch, "vocab": len(tokenizers[arch]), **sizes}, dtype="float32", device="cpu")[0]
+
+
+@pytest.fixture(scope="session")
+def models(make_model) -> dict: return {arch: make_model(arch) for arch in ARCHS}
+
+
+@pytest.fixture(scope="session")
+def pairs(tokenizers) -> dict:
+    "`{arch: {equal: pairs of one length, unequal: of several}}`, five pairs each."
+    from rcid.data import load_pairs
+    out = {}
+    for arch, tokenizer in tokenizers.items():
+        many = load_pairs("ioi", tokenizer, split="train", n=40)
+        length = many.attention_mask.sum(1)
+        out[arch] = {"equal": many[(length == length.mode().values).nonzero()[:5, 0]].trimmed(), "unequal": many[:5].trimmed()}
+    return out
+
+
+TINY = ("methods=[standard_kd_pairs,fitnets,informed_fitnets,rcid]", "seeds=[42]", "models.llama.heal_steps=30", "models.qwen3.heal_steps=30",
+        "distill.steps=12", "distill.log_every=4", "distill.checkpoint_every=4", "eval.bootstrap=1000")
+
+
+@pytest.fixture(scope="session")
+def workspace() -> Path:
+    "A fresh workspace `.workspaces/test` in which the whole pipeline has run at tiny scale, without network."
+    from rcid.core.workspace import make_workspace
+    shutil.rmtree(ROOT/".workspaces"/"test", ignore_errors=True)
+    folder = make_workspace("tiny", *TINY, name="test")
+    for command in (("pull", "data.dvc"), ("repro",)):
+        done = run(folder, sys.executable, "-m", "dvc", *command, PIP_NO_INDEX="1", HF_HUB_OFFLINE="1")
+        assert done.returncode == 0, f"dvc {' '.join(command)}: {output_of(done)}"
+    return folder

@@ -1,0 +1,120 @@
+"""Golden numbers of METHOD.md sections 5 and 6, and Procrustes against scipy."""
+import numpy as np, pytest, torch
+from scipy.linalg import orthogonal_procrustes
+from rcid.align import hsic1, linear_cka, map_layers, procrustes, random_orthogonal
+from rcid.distill import divergence, rcid_floor, rcid_loss
+
+S, T = torch.tensor([1., 2, 4]), torch.tensor([3., 2, 1])
+
+
+@pytest.fixture(scope="module")
+def xy():
+    rng = np.random.RandomState(1337)
+    x = rng.randn(100, 10)
+    return torch.from_numpy(x), torch.from_numpy(rng.randn(100, 10) + x)
+
+
+def test_cka_goldens(xy):
+    x, y = xy
+    assert float(linear_cka(x, y, debiased=False)) == pytest.approx(.55761, abs=1e-5)
+    assert float(linear_cka(x, y)) == pytest.approx(.51346, abs=1e-5)
+    assert float(hsic1(x, y)) == pytest.approx(9.895956, abs=1e-6)
+
+
+@pytest.mark.parametrize("debiased", (True, False))
+def test_cka_identities(xy, debiased):
+    x, y = xy
+    turn = random_orthogonal(10, 10, seed=3).double()
+    assert float(linear_cka(x, x, debiased)) == pytest.approx(1)
+    assert float(linear_cka(5 * x @ turn + 2, y, debiased)) == pytest.approx(float(linear_cka(x, y, debiased)), abs=1e-6)
+    assert float(linear_cka(torch.ones(20, 3), x[:20].float(), debiased)) == 0           # no variance: guarded, not NaN
+
+
+def test_hsic_is_the_formula(xy):
+    x, y = (v[:30, :6] for v in xy)
+    k, l = (v @ v.T for v in (x, y))
+    k, l, n = k - k.diag().diag(), l - l.diag().diag(), 30
+    want = ((k @ l).trace() + k.sum() * l.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k @ l).sum()) / (n * (n - 3))
+    assert float(hsic1(x, y)) == pytest.approx(float(want), rel=1e-9)
+
+
+def test_cka_refuses_too_few_rows():
+    with pytest.raises(ValueError, match="at least 4"): linear_cka(torch.randn(3, 2), torch.randn(3, 2))
+
+
+@pytest.mark.parametrize("kind, golden", [(dict(kind="jsd", beta=0), 1.822630), (dict(kind="jsd", beta=.1), .145486), (dict(kind="jsd", beta=.5), .353154),
+    (dict(kind="jsd", beta=.9), .139909), (dict(kind="jsd", beta=1), 1.685124), (dict(kind="skew", skew=.1), 1.199411), (dict(kind="forward"), 1.822630), (dict(kind="reverse"), 1.685124)])
+def test_divergence_goldens(kind, golden):
+    assert float(divergence(S, T, **kind)) == pytest.approx(golden, abs=1e-5)
+    assert float(divergence(T, T, **kind)) == pytest.approx(0, abs=1e-6)
+
+
+def test_reversed_skew_golden(): assert float(divergence(T, S, "skew", skew=.1)) == pytest.approx(1.182269, abs=1e-5)
+
+
+def test_temperature_scales_by_its_square():
+    p, q = (T / 3).softmax(-1), (S / 3).softmax(-1)
+    assert float(divergence(S, T, temperature=3.)) == pytest.approx(float(9 * (p * (p / q).log()).sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("n, d_s, d_t", [(60, 8, 8), (60, 5, 8), (40, 3, 12)])
+def test_procrustes_is_scipys_on_zero_padded_source(n, d_s, d_t):
+    g = torch.Generator().manual_seed(n + d_s)
+    s, t = torch.randn(n, d_s, generator=g, dtype=torch.float64), torch.randn(n, d_t, generator=g, dtype=torch.float64)
+    w = procrustes(s, t, normalize=False)
+    padded = np.hstack([s.numpy(), np.zeros((n, d_t - d_s))])
+    r, _ = orthogonal_procrustes(padded, t.numpy())
+    assert np.allclose(padded @ r, (s @ w.T).numpy(), atol=1e-9)
+    assert torch.allclose(w.T @ w, torch.eye(d_s, dtype=torch.float64), atol=1e-9)
+    best = float((t - s @ w.T).norm())
+    for seed in range(5): assert float((t - s @ random_orthogonal(d_t, d_s, seed).double().T).norm()) > best
+
+
+@pytest.mark.parametrize("normalize", (True, False))
+@pytest.mark.parametrize("d_s, d_t", [(6, 6), (6, 10)])
+def test_procrustes_finds_a_planted_rotation(d_s, d_t, normalize):
+    w, s = random_orthogonal(d_t, d_s, seed=1).double(), torch.randn(50, d_s, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    assert torch.allclose(procrustes(s, s @ w.T, normalize=normalize), w, atol=1e-6)
+    shifted = procrustes(s + 3, s @ w.T - 7, center=True, normalize=False)
+    assert torch.allclose(shifted, w, atol=1e-6)
+
+
+def test_normalised_fit_has_the_best_mean_cosine():
+    g = torch.Generator().manual_seed(0)
+    s, t = torch.randn(80, 6, generator=g, dtype=torch.float64), torch.randn(80, 9, generator=g, dtype=torch.float64)
+    cosine = lambda w: float(torch.cosine_similarity(s @ w.T, t).mean())
+    best = cosine(procrustes(s, t))
+    assert best > cosine(procrustes(s, t, normalize=False)) and all(best > cosine(random_orthogonal(9, 6, i).double()) for i in range(20))
+
+
+@pytest.mark.parametrize("n, d_s, d_t, words", [(50, 8, 5, "narrower"), (4, 8, 8, "4 rows cannot determine 8")])
+def test_procrustes_refuses(n, d_s, d_t, words):
+    s, t = torch.randn(n, d_s), torch.randn(n, d_t)
+    with pytest.raises(ValueError, match=words): procrustes(s, t)
+    assert torch.linalg.matrix_rank(procrustes(s, t, rank=3), atol=1e-4) == 3          # unless a rank is asked for
+
+
+def test_rcid_loss_is_two_minus_two_cosine_and_has_its_floor():
+    g = torch.Generator().manual_seed(5)
+    w, d_s, d_t = random_orthogonal(8, 5), torch.randn(30, 5, generator=g), torch.randn(30, 8, generator=g)
+    assert float(rcid_loss(d_s, d_t, w)) == pytest.approx(float(2 * (1 - torch.cosine_similarity(d_s @ w.T, d_t)).mean()), abs=1e-6)
+    assert float(rcid_loss(d_t @ w, d_t, w)) == pytest.approx(float(rcid_floor(d_t, w)), abs=1e-6)
+    assert rcid_loss(d_s, d_t, w) > rcid_floor(d_t, w) > 0
+
+
+@pytest.mark.parametrize("n_t, n_s", [(6, 6), (30, 10), (36, 28), (32, 16), (4, 2), (5, 1)])
+def test_proportional_map(n_t, n_s):
+    m = map_layers(n_t, n_s)
+    assert len(m) == n_t and m[-1] == n_s - 1 and sorted(m) == m and set(m) <= set(range(n_s))
+    assert m == list(range(n_t)) or n_t != n_s
+    assert all(abs((l + 1) / n_t - (x + 1) / n_s) <= .5 / n_s + 1e-9 or x == 0 for l, x in enumerate(m))
+
+
+def test_maps_find_themselves():
+    g = torch.Generator().manual_seed(0)
+    profile = torch.rand(6, 4, generator=g)
+    order = [4, 0, 5, 2, 1, 3]
+    assert map_layers(6, 6, "effect", effects=(profile, profile[order])) == [order.index(l) for l in range(6)]
+    assert map_layers(6, 6, "cka", cka=torch.eye(6)[:, order]) == [order.index(l) for l in range(6)]
+    top = map_layers(4, 3, "cka", cka=torch.rand(4, 3, generator=g), top_k=2)
+    assert all(abs(sum(w for _, w in row) - 1) < 1e-9 and row[0][1] >= row[1][1] for row in top)
