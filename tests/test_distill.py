@@ -1,0 +1,143 @@
+"""One trainer for every method: it learns, it resumes bit for bit, and it touches nothing but the student."""
+import ast
+from dataclasses import dataclass, replace
+import pytest, torch
+from rcid.causal import Site
+from rcid.core import read_json
+from rcid.data import load_pairs
+from rcid.distill import METHODS, RCID, DistillConfig, Wanted, distill, get_method, model_hash, plain_distill, teacher_targets
+from rcid.distill.methods import Signals
+from rcid.models import shrink
+
+SITES = (Site(0, "s2"), Site(1, "end"), Site(2, "end"))
+CONFIG = DistillConfig(sites=SITES, layer_map={0: 0, 1: 0, 2: 1, 3: 1}, steps=12, batch=16, lr=3e-3, log_every=1, checkpoint_every=4)
+
+
+@pytest.fixture(scope="module")
+def toy(make_model, tokenizers):
+    "A random teacher (four layers) and sixteen pairs."
+    return make_model("qwen3", d_model=32, heads=2, kv_heads=1, d_mlp=64), load_pairs("ioi", tokenizers["qwen3"], split="train", n=16)
+
+
+def train(toy, method, config=CONFIG, **kw):
+    teacher, pairs = toy
+    return distill(shrink(teacher, 2), teacher, pairs, method, config, **kw)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns(toy, method):
+    before = {n: p.clone() for n, p in shrink(toy[0], 2).state_dict().items()}
+    result = train(toy, method)
+    own = lambda h: h["kl"] + h.get("method_loss", 0)                      # both parts, also where the second one starts later
+    first, last = result.history[1], result.history[-1]
+    assert [h["step"] for h in result.history] == list(range(13)) and own(last) < own(first) and last["kl"] < first["kl"]
+    moved = {n for n, p in result.student.state_dict().items() if not torch.equal(p, before[n])}
+    assert moved and all(n.startswith("model.layers.") or n == "model.norm.weight" for n in moved)   # embeddings are frozen
+    assert result.tokens > 0 < result.flops and (("method_loss" in last) == (get_method(method).reads != "nothing"))
+    if get_method(method).reads == "sites" and isinstance(get_method(method), RCID): assert last["method_loss"] >= last["floor"] - 1e-5
+
+
+@pytest.mark.parametrize("kl_at", ("answer", "all"))
+@pytest.mark.parametrize("method", ("standard_kd", "standard_kd_pairs", "fitnets", "informed_fitnets", "rcid"))
+def test_cached_targets_equal_the_plain_loop(toy, method, kl_at):
+    config = replace(CONFIG, steps=4, batch=6, lr=1e-3, kl_at=kl_at)
+    fast = [h["loss"] for h in train(toy, method, config).history][1:]
+    slow = plain_distill(shrink(toy[0], 2), *toy, method, config)
+    assert fast == pytest.approx(slow, abs=1e-4) and len(set(slow)) == len(slow)
+
+
+def test_targets_are_read_back_and_damage_is_noticed(toy, tmp_path):
+    teacher, pairs = toy
+    wanted = Wanted(corrupt=True, sites=SITES)
+    first = teacher_targets(teacher, pairs, wanted, tmp_path)
+    (file,) = tmp_path.iterdir()
+    def refuse(*_): raise AssertionError("the teacher ran again")
+    handle = teacher.model.layers[0].register_forward_hook(refuse)
+    try: again = teacher_targets(teacher, pairs, wanted, tmp_path)
+    finally: handle.remove()
+    assert first.keys() == again.keys() and all(torch.equal(first[k], again[k]) for k in first)
+    blob = bytearray(file.read_bytes()); blob[-5] ^= 0x40; file.write_bytes(blob)
+    again = teacher_targets(teacher, pairs, wanted, tmp_path)
+    assert all(torch.equal(first[k], again[k]) for k in first)
+
+
+@pytest.mark.parametrize("method", ("standard_kd", "fitnets", "rcid"))
+def test_teacher_is_untouched(toy, method):
+    teacher, pairs = toy
+    state = lambda: (model_hash(teacher), [p.requires_grad for p in teacher.parameters()], teacher.training, sum(len(m._forward_hooks) for m in teacher.modules()))
+    before, rows = state(), pairs.content_hash()
+    train(toy, method, replace(CONFIG, steps=2))
+    assert state() == before and pairs.content_hash() == rows and all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("method", ("standard_kd_pairs", "fitnets", "informed_fitnets", "rcid", "rcid_warmup"))
+def test_resume_is_bit_exact(toy, tmp_path, method, capsys):
+    whole = train(toy, method)
+    def trip(student, step):
+        if step == 10: raise KeyboardInterrupt
+        return {}
+    config = replace(CONFIG, checkpoint_dir=str(tmp_path/"run"))
+    with pytest.raises(KeyboardInterrupt): train(toy, method, config, probe=trip)
+    assert read_json(tmp_path/"run"/"progress.json")["step"] == 8
+    resumed = train(toy, method, config)
+    assert "resumed from step 8 of 12" in capsys.readouterr().out
+    assert model_hash(resumed.student) == model_hash(whole.student) and not (tmp_path/"run").exists()
+    assert [h["step"] for h in resumed.history] == [h["step"] for h in whole.history]
+    for a, b in zip(resumed.history, whole.history): assert a == pytest.approx(b, rel=1e-7)
+
+
+def test_checkpoint_of_another_run_is_not_taken(toy, tmp_path, capsys):
+    def trip(student, step):
+        if step == 6: raise KeyboardInterrupt
+        return {}
+    config = replace(CONFIG, checkpoint_dir=str(tmp_path/"run"))
+    with pytest.raises(KeyboardInterrupt): train(toy, "standard_kd", config, probe=trip)
+    other = replace(config, lr=1e-3)
+    assert model_hash(train(toy, "standard_kd", other).student) == model_hash(train(toy, "standard_kd", replace(other, checkpoint_dir=None)).student)
+    assert "resumed" not in capsys.readouterr().out
+
+
+def test_nan_stops_and_keeps_the_checkpoint(toy, tmp_path):
+    def poison(student, step):
+        if step == 6: student.model.norm.weight.data.fill_(float("nan"))
+        return {}
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 6 .*lower distill\.lr; the last good checkpoint is in") as e:
+        train(toy, "rcid", replace(CONFIG, checkpoint_dir=str(tmp_path/"run")), probe=poison)
+    assert "\n" not in str(e.value) and read_json(tmp_path/"run"/"progress.json")["step"] == 4
+
+
+@pytest.mark.parametrize("method", ("informed_fitnets", "rcid", "rcid_identity", "rcid_random_w"))
+def test_frozen_map_has_no_gradient(method):
+    g = torch.Generator().manual_seed(0)
+    signal = lambda: Signals(sites=torch.randn(3, 20, 8, generator=g, requires_grad=True), sites_corrupt=torch.randn(3, 20, 8, generator=g))
+    s, t, m = signal(), signal(), METHODS[method]
+    state = m.start(s, t, 0)
+    m.loss(s, t, state)[0].backward()
+    assert not list(state.parameters()) and state.w.grad is None and not state.w.requires_grad
+    assert s.sites.grad.abs().sum() > 0
+
+
+def test_frozen_map_stays_through_training(toy):
+    kept = []
+    @dataclass(frozen=True)
+    class Spy(RCID):
+        def start(self, student, teacher, seed):
+            kept.append(super().start(student, teacher, seed))
+            return kept[-1]
+    result = train(toy, Spy(), replace(CONFIG, steps=6))
+    assert torch.equal(kept[0].w, METHODS["rcid"].start(*[Signals(**x) for x in initial(toy)], 0).w) and result.staleness > 0
+
+
+def initial(toy):
+    "Signals of the undistilled student and of the teacher at the sites, on all pairs."
+    teacher, pairs = toy
+    for model, layers in ((shrink(teacher, 2), CONFIG.layer_map), (teacher, {i: i for i in range(4)})):
+        h = teacher_targets(model, pairs, Wanted(corrupt=True, sites=tuple(Site(layers[s.layer], s.role) for s in SITES)))
+        yield {k: h[k].transpose(0, 1) for k in ("sites", "sites_corrupt")}
+
+
+def test_trainer_never_asks_which_method_it_is(root):
+    tree = ast.parse((root/"rcid"/"distill"/"trainer.py").read_text(encoding="utf-8"))
+    named = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str) and n.value in METHODS]
+    asked = [ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) in ("isinstance", "type") and ast.unparse(n.args[0]) == "method"]
+    assert not named and not asked, f"give the method object an attribute instead: {named + asked}"
