@@ -163,7 +163,7 @@ def models_table(models: dict[str, dict], heals: dict[str, dict], files: dict[st
         shape = [count(t["d_model"]), f"{t['heads']} / {t['kv_heads']}", count(t["vocab"])] if kept else ["--"] * 3
         body += [label(family), [r"\quad teacher", escape(model_name(t, (files or {}).get(family) or "")), count(t["layers"]), count(t["d_model"]), f"{t['heads']} / {t['kv_heads']}", count(t["vocab"]), number(t["parameters"] / 1e6, 1), number(ppl["teacher"], 1)],
                  [r"\quad student", f"{count(s['layers'])} of its layers" if kept else "a model of its own", count(s["layers"]), *shape, number(s["parameters"] / 1e6, 1), f"{_short(ppl['pruned'])} to {number(ppl['healed'], 1)}"]]
-    return tabular(["", "model", "layers", "width", "heads, Q / KV", "vocabulary", "parameters ($10^6$)", "perplexity"], body, "llrrrrrr")
+    return tabular(["", "model", "layers", "width", "Q / KV heads", "vocab.", "params. ($10^6$)", "perplexity"], body, "llrrrrrr")
 
 def _short(x: float | None) -> str: return "--" if x is None else number(x, 1) if x < 1e4 else rf"${x / 10 ** int(np.log10(x)):.1f} \times 10^{{{int(np.log10(x))}}}$"
 
