@@ -120,9 +120,9 @@ html_theme_options = {{"light_css_variables": {{"color-brand-primary": "#0b5394"
 exclude_patterns = []
 '''
 CSS = '''div.cell div.cell_output img { background: white; padding: 4px; }
-div.cell details.hide, div.cell details.hide > summary { background: transparent; border: 0; padding-left: 0; margin-left: 0; }
-div.cell details.hide > summary > span { opacity: .6; }
-div.cell details.hide summary { font-size: var(--font-size--small); color: var(--color-foreground-secondary); }
+div.cell details.admonition.hide { background: transparent; border: 0; box-shadow: none; padding: 0; margin: .2rem 0; }
+div.cell details.admonition.hide > summary { background: transparent !important; padding: .1rem 0; margin: 0; font-size: var(--font-size--small); font-weight: normal; color: var(--color-foreground-secondary); }
+div.cell details.admonition.hide > summary::before { display: none !important; }
 div.cell_output pre { font-size: var(--code-font-size); max-height: 30em; }
 article table { font-size: var(--font-size--small); }
 '''
