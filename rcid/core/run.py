@@ -57,8 +57,8 @@ def run_notebook(name: str, **coordinates) -> Path:
 def code_view(notebook: str | Path) -> str:
     "The code cells of a notebook, without prose, outputs and comments-only cells."
     cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-    code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
-    return "\n\n".join(c for c in code if re.sub(r"(?m)^\s*#.*$", "", c).strip()) + "\n"
+    code = [re.sub(r"(?m)^([%!])", r"# \1", "".join(c["source"])) for c in cells if c["cell_type"] == "code"]   # magics are not python
+    return "\n\n".join(c for c in code if re.sub(r"(?m)^\s*#(?! %).*$", "", c).strip()) + "\n"
 
 def write_code_views(target: str | Path = "artifacts/code"):
     "Writes the code view of every experiment notebook below `target`; unchanged ones are left alone."
