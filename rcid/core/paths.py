@@ -6,7 +6,7 @@
 __all__ = ['root', 'inside', 'whole_file', 'whole_folder', 'write_json', 'read_json', 'sha256', 'embedded', 'data_dir']
 
 # %% ../../nbs/00_core/00_paths.ipynb #d3d95e20
-import hashlib, json, os, shutil, subprocess, sys, tempfile
+import errno, hashlib, json, os, shutil, subprocess, sys, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,6 +41,7 @@ def whole_file(path: str | Path, mode: str = "w"):
         os.chmod(name, 0o644)
         os.replace(name, path)
     except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES): raise
         raise OSError(e.errno, f"could not write {path} ({e.strerror}); nothing was changed: free some disk space and run again") from e
     finally:
         if os.path.exists(name): os.unlink(name)

@@ -6,8 +6,9 @@
 __all__ = ['DEFAULT_SCALE', 'COMMITTED', 'compose_params', 'make_workspace', 'main']
 
 # %% ../../nbs/00_core/04_workspace.ipynb #a8347973
-import os, shutil, subprocess, sys
+import os, shutil, subprocess, sys, tempfile
 from pathlib import Path
+from .params import load_params
 from .paths import root
 
 # %% ../../nbs/00_core/04_workspace.ipynb #134ce926
@@ -31,6 +32,9 @@ def make_workspace(
 ) -> Path:
     "A folder that runs the pipeline at `scale`; updates the sources of an existing one and keeps its results."
     target = root()/".workspaces"/(name or scale)
+    with tempfile.TemporaryDirectory() as tmp:                              # a wrong scale or key makes no folder
+        compose_params(f"{tmp}/params.yaml", f"scale={scale}", *overrides)
+        load_params(f"{tmp}/params.yaml")
     tracked = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=root(), capture_output=True, check=True).stdout.decode().split("\0")
     for name in filter(None, tracked):
         source = root()/name

