@@ -12,7 +12,8 @@ export OMP_NUM_THREADS ?= $(RCID_THREADS)
 export PYTHONWARNINGS ?= ignore
 say = @echo "== $(1)"
 
-.PHONY: setup repro test lab docs tokenizers params clean
+# README.md is rendered from nbs/index.ipynb.
+.PHONY: setup repro test lab docs readme tokenizers params clean
 
 .venv/.ready: settings.ini setup.py pyproject.toml
 	$(call say,installing into .venv (about 2 minutes: torch for CPU, transformers, DVC, nbdev, JupyterLab))
@@ -50,6 +51,10 @@ lab: setup
 docs: setup
 	$(call say,HTML of the library notebooks and the executed experiments in _docs/)
 	$(BIN)/python -m rcid.report.docs
+
+readme: setup
+	$(BIN)/jupyter nbconvert --to markdown --stdout nbs/index.ipynb 2>/dev/null | sed '/^#| /d' | cat -s \
+	  | awk '/^```/ { if (open) open = 0; else { open = 1; if ($$0 == "```") $$0 = "```python" } } 1' > README.md
 
 tokenizers: setup
 	$(BIN)/dvc repro tokenizers
