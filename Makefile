@@ -24,7 +24,7 @@ say = @echo "== $(1)"
 setup: .venv/.ready
 	$(call say,git hooks for notebooks; embedded data)
 	@if git rev-parse --git-dir >/dev/null 2>&1; then $(BIN)/nbdev_install_hooks >/dev/null; fi
-	@$(BIN)/dvc pull --quiet data.dvc
+	@$(BIN)/dvc pull --quiet -r embedded data.dvc
 
 repro: setup
 ifeq ($(SCALE),laptop)
@@ -35,15 +35,15 @@ ifeq ($(SCALE),laptop)
 else
 	$(call say,scale $(SCALE) runs in .workspaces/$(SCALE); the committed results stay as they are)
 	@$(BIN)/python -m rcid.core.workspace $(SCALE)
-	cd .workspaces/$(SCALE) && export RCID_ROOT=$$PWD PYTHONPATH=$$PWD && dvc pull --quiet data.dvc && dvc repro
+	cd .workspaces/$(SCALE) && export RCID_ROOT=$$PWD PYTHONPATH=$$PWD && dvc pull --quiet -r embedded data.dvc && dvc repro
 	$(call say,done: .workspaces/$(SCALE)/paper/main.pdf)
 endif
 
 test: setup
 	$(call say,library notebooks)
-	$(BIN)/nbdev_test --n_workers 2
+	RCID_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(call say,tests (every experiment at tiny scale; needs no network))
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=8
 
 lab: setup
 	$(BIN)/jupyter lab
