@@ -24,7 +24,7 @@ say = @echo "== $(1)"
 setup: .venv/.ready
 	$(call say,git hooks for notebooks; embedded data)
 	@if git rev-parse --git-dir >/dev/null 2>&1; then $(BIN)/nbdev_install_hooks >/dev/null; fi
-	@$(BIN)/dvc pull --quiet -r embedded data.dvc
+	@$(BIN)/dvc pull --quiet -r embedded data.dvc 2> >(grep -v 'no default remote' >&2)
 
 repro: setup
 ifeq ($(SCALE),laptop)
