@@ -104,6 +104,7 @@ def test_everything_is_there(workspace):
         t = re.sub(r"\"image/png\": \"[^\"]*\"", "", t)
         assert [o for c in cells for o in c.get("outputs", []) if o["output_type"] == "error"] == []
         assert not re.search(r"\b20\d\d-\d\d-\d\dT\d\d:\d\d|\"(start|end)_time\"|\"duration\"|0x[0-9a-f]{8,}", t), f"{r} holds a time or an address"
+        assert "widget-view" not in t, f"{r} holds a progress bar with a random id"
         assert str(ROOT) not in t and not re.search(r"\"[^\"]*(?<![\w.])/(home|root|usr|tmp)/\w", t), f"{r} holds an absolute path"
     assert not list((workspace/"artifacts").glob("checkpoints/*")) and not [p for p in (workspace/"artifacts").rglob(".*") if p.is_file()]
 

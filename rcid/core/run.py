@@ -20,7 +20,8 @@ def strip_notebook(nb: dict, workspace: str) -> dict:
         tags = cell["metadata"].get("tags", [])
         cell = {**cell, "metadata": {"tags": tags} if tags else {}}
         if cell["cell_type"] == "code":
-            outputs = [o for o in cell["outputs"] if not (o["output_type"] == "stream" and o["name"] == "stderr")]
+            bar = lambda o: o.get("name") == "stderr" or "application/vnd.jupyter.widget-view+json" in o.get("data", {})  # text and widget bars
+            outputs = [o for o in cell["outputs"] if not bar(o)]
             cell["outputs"] = [{**o, "metadata": {}} if "metadata" in o else o for o in outputs]
         if "injected-parameters" in tags: cell["id"] = "injected-parameters"
         cells.append(cell)

@@ -187,6 +187,10 @@ def build_docs(workers: int = 2) -> Path:
     nb = page(execute(guide, root()/"_proc"/"executed")) if guide.exists() else {**page({"cells": []}), "cells": [{"cell_type": "markdown", "id": "doc-guide", "metadata": {}, "source": "# rcid"}]}
     nb["cells"].append({"cell_type": "markdown", "id": "doc-toc", "metadata": {}, "source": "\n".join(trees)})
     _write(site/"index.ipynb", nb)
+    for name in ("paper/figures/method_intervals.png", "paper/main.pdf"):               # what the guide shows and links
+        if (root()/name).exists():
+            (site/name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root()/name, site/name)
     config = configparser.ConfigParser(delimiters=["="])
     config.read(root()/"settings.ini", encoding="utf-8")
     s = config["DEFAULT"]
