@@ -10,3 +10,5 @@ from . import stats
 from .accuracy import task_accuracy
 from .consistency import ConsistencyReport, causal_consistency, clusters_of, consistency_profile
 from .perplexity import perplexity
+from .purity import PurityReport, information_purity, probe_purity
+from .robustness import RobustnessReport, ood_robustness, robustness_correlation
