@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool
-from scipy import stats as sps
 from torch import nn
 from ..causal.effects import answer_logit_diff
 from .consistency import shuffled_pearson
@@ -92,10 +91,11 @@ def _constant(v: np.ndarray, scale: np.ndarray) -> bool: return not len(v) or v.
 def _correlation(x: np.ndarray, y: np.ndarray, df: int) -> Correlation: # of centred values with `df` degrees of freedom
     r = float(np.clip((x * y).sum() / math.sqrt((x * x).sum() * (y * y).sum()), -1, 1))
     if df < 1: return Correlation(r, *[float("nan")] * 3, df)
+    from scipy.special import stdtr                                        # imported where used, as in `stats`
     t = r * math.sqrt(df / max(1 - r * r, 1e-300))
     half = 1.959964 / math.sqrt(df - 1) if df > 1 else math.inf
     z = math.atanh(np.clip(r, -1 + 1e-12, 1 - 1e-12))
-    return Correlation(r, math.tanh(z - half), math.tanh(z + half), float(2 * sps.t.sf(abs(t), df)), df)
+    return Correlation(r, math.tanh(z - half), math.tanh(z + half), float(2 * stdtr(df, -abs(t))), df)
 
 def _centred(v: np.ndarray, of: np.ndarray) -> np.ndarray: return v - (np.bincount(of, v) / np.bincount(of))[of]
 
@@ -135,5 +135,6 @@ def robustness_correlation(
         a, b = x[names == g], y[names == g]
         if len(a) >= 3: by_group[g] = nan if _constant(a, a) or _constant(b, b) else float(np.corrcoef(a, b)[0, 1])
     between = plain(*(np.array([v[names == g].mean() for g in sorted(counts)]) for v in (x, y)), "between")
-    spearman = float(sps.spearmanr(x, y).statistic) if not math.isnan(pooled.r) else nan
+    from scipy.stats import spearmanr
+    spearman = float(spearmanr(x, y).statistic) if not math.isnan(pooled.r) else nan
     return RobustnessReport(len(x), int((~ok).sum()), pooled, spearman, within, int(keep.sum()), len(labels), between, p, p_smallest, by_group, "; ".join(notes))
