@@ -7,6 +7,7 @@ __all__ = ['map_layers']
 
 # %% ../../nbs/04_align/02_layers.ipynb #7787a278
 import math
+from bisect import bisect_right
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,6 +17,11 @@ def _proportional(n_teacher: int, n_student: int) -> list[int]:
     return [max(0, math.floor((l + 1) / n_teacher * n_student + .5) - 1) for l in range(n_teacher)]   # round() would round halves to even
 
 # %% ../../nbs/04_align/02_layers.ipynb #587c342c
+def _kept(n_teacher: int, n_student: int, keep) -> list[int]:
+    if keep is None or len(keep) != n_student or sorted(set(keep)) != list(keep) or not 0 <= keep[0] <= keep[-1] < n_teacher:
+        raise ValueError(f"map_layers: keep={keep} must be the {n_student} teacher layers that the student was made of, ascending, within 0..{n_teacher-1}")
+    return [max(bisect_right(keep, l) - 1, 0) for l in range(n_teacher)]
+
 def _matrix(x, shape: tuple, what: str) -> Tensor:
     if x is None: raise ValueError(f"map_layers: {what} is missing")
     x = torch.as_tensor(x).detach().double().cpu()
@@ -46,8 +52,9 @@ def _by_effect(teacher: Tensor, student: Tensor, tie: float) -> list[int]:
 # %% ../../nbs/04_align/02_layers.ipynb #2bb796ce
 def map_layers(
     n_teacher: int, n_student: int,                                 # numbers of layers
-    how: str = "proportional",                                      # proportional | cka | effect
+    how: str = "proportional",                                      # proportional | kept | cka | effect
     *,
+    keep: list[int] | None = None,                                  # for `kept`: the teacher layers the student was made of
     cka: Float[Tensor, "n_teacher n_student"] | None = None,        # for `cka`, from `layer_cka(teacher, student, ...)`
     effects: tuple[Float[Tensor, "n_teacher role"], Float[Tensor, "n_student role"]] | None = None,   # for `effect`: mean effects of both, same roles
     top_k: int = 1,                                                 # with `cka`: how many student layers a teacher layer maps to
@@ -55,10 +62,11 @@ def map_layers(
 ) -> list:                                                          # per teacher layer a student layer, or for top_k > 1 a list of (layer, weight)
     "Student layer(s) for each teacher layer."
     if min(n_teacher, n_student) < 1: raise ValueError(f"map_layers: {n_teacher} and {n_student} layers, both must be at least 1")
-    if how not in ("proportional", "cka", "effect"): raise ValueError(f"map_layers: unknown how={how!r}, use proportional, cka or effect")
+    if how not in ("proportional", "kept", "cka", "effect"): raise ValueError(f"map_layers: unknown how={how!r}, use proportional, kept, cka or effect")
     if not 1 <= top_k <= n_student: raise ValueError(f"map_layers: top_k={top_k} is outside 1..{n_student}, the student's layers")
     if top_k > 1 and how != "cka": raise ValueError(f"map_layers: top_k={top_k} needs how='cka', not {how!r}")
     if how == "proportional": return _proportional(n_teacher, n_student)
+    if how == "kept": return _kept(n_teacher, n_student, keep)
     if how == "cka": return _by_cka(_matrix(cka, (n_teacher, n_student), "the CKA matrix (cka=)"), top_k)
     if effects is None: raise ValueError("map_layers: the effect profiles (effects=(teacher, student)) are missing")
     return _by_effect(_matrix(effects[0], (n_teacher, None), "the teacher's effect profile"), _matrix(effects[1], (n_student, None), "the student's effect profile"), tie)

@@ -7,7 +7,7 @@ __all__ = ['procrustes', 'random_orthogonal', 'principal_angles', 'map_angle']
 
 # %% ../../nbs/04_align/00_procrustes.ipynb #da66b7ae
 import warnings
-import scipy.linalg, torch
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -57,7 +57,8 @@ def random_orthogonal(d_t: int, d_s: int, seed: int = 0) -> Float[Tensor, "d_t d
 # %% ../../nbs/04_align/00_procrustes.ipynb #ceb01e85
 def principal_angles(w_a: Float[Tensor, "d_t d_s"], w_b: Float[Tensor, "d_t d_s"]) -> Float[Tensor, "d_s"]:
     "Angles between the column spaces of two maps, in radians, largest first (Bjorck & Golub 1973)."
-    angles = scipy.linalg.subspace_angles(w_a.detach().double().cpu().numpy(), w_b.detach().double().cpu().numpy())
+    from scipy.linalg import subspace_angles
+    angles = subspace_angles(w_a.detach().double().cpu().numpy(), w_b.detach().double().cpu().numpy())
     return torch.from_numpy(angles).float()
 
 def map_angle(w_a: Float[Tensor, "d_t d_s"], w_b: Float[Tensor, "d_t d_s"]) -> float:

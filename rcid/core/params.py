@@ -18,7 +18,7 @@ class _Section(BaseModel):
 class Family(_Section):
     "A teacher and how its student is made."
     teacher: dict[str, Any]                      # a model spec: hub | path | wheel | arch, see `rcid.models.load_model`
-    student: dict[str, Any]                      # a model spec, or {keep: number of teacher layers kept}
+    student: dict[str, Any]                      # a model spec, or {keep: teacher layers kept: which, or how many, chosen by how little the others are missed}
     required: bool = True                        # a required family that fails its pilot stops the pipeline
     pretrain_steps: int = Field(0, ge=0)         # > 0 only for teachers trained in the pipeline
     heal_steps: int = Field(0, ge=0)             # KL steps on general text, before any method
@@ -44,7 +44,7 @@ class Sites(_Section):
     score: Literal["norm", "rel_norm", "effect", "atp"] = "effect"
     k: int = Field(6, gt=0)
     spacing: int = Field(1, ge=1)                # least distance in layers of two sites of one role
-    layer_map: Literal["proportional", "cka", "effect"] = "proportional"
+    layer_map: Literal["proportional", "kept", "cka", "effect"] = "proportional"
     pairs: int = Field(64, ge=8)                 # training pairs that are scored
     held_out_floor: float = Field(0.05, ge=0)    # held-out sites have at least this share of the largest score
 

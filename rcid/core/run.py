@@ -31,6 +31,7 @@ def strip_notebook(nb: dict, workspace: str) -> dict:
 # %% ../../nbs/00_core/03_run.ipynb #8a66022a
 def run_notebook(name: str, **coordinates) -> Path:
     "Executes `nbs/experiments/<name>.ipynb` with the given coordinates; returns the path of the record."
+    sys.modules.setdefault("rfc3987_syntax", None)                        # jsonschema's IRI checker compiles a grammar for a second; notebooks have no IRIs
     import papermill
     from jupyter_client.manager import AsyncKernelManager
     class LocalKernel(AsyncKernelManager):                                 # local sockets: no TCP port that others on the node could reach

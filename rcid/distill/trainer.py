@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Callable
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm import tqdm
 from ..align.procrustes import map_angle
+from ..causal.effects import first_difference
 from ..causal.hooks import Site
 from ..core.paths import read_json, whole_folder, write_json
 from ..data.pairs import ContrastiveDataset
@@ -30,6 +32,7 @@ class DistillConfig:
     layer_map: dict[int, int] = field(default_factory=dict) # teacher layer -> student layer
     steps: int = 100
     batch: int = 8                       # pairs
+    buckets: int = 1                     # pairs of similar length share a batch: sorted within chunks of so many batches
     lr: float = 5e-5
     warmup: float = 0.1                  # share of the steps
     kl_weight: float = 1.0
@@ -60,10 +63,16 @@ class DistillResult:
     staleness: float | None = None       # angle between W at the start and W refitted at the end, see `map_angle`
 
 # %% ../../nbs/05_distill/03_trainer.ipynb #8206ac65
-def batch_rows(step: int, n: int, batch: int, seed: int) -> Tensor:
+def batch_rows(step: int, n: int, batch: int, seed: int,
+    lengths: Int[Tensor, "pair"] | None = None, # tokens of each pair, for buckets
+    buckets: int = 1                            # batches that are sorted by length together
+) -> Int[Tensor, "batch"]:
     "Row numbers of the pairs of a step; every epoch is a new permutation."
-    per_epoch = max(n // batch, 1)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + step // per_epoch))
+    per_epoch, g = max(n // batch, 1), torch.Generator()
+    order = torch.randperm(n, generator=g.manual_seed(seed * 100_003 + step // per_epoch))
+    if lengths is not None and buckets > 1:
+        order = torch.cat([chunk[lengths[chunk].argsort(stable=True)] for chunk in order.split(batch * buckets)])
+        return order[torch.randperm(per_epoch, generator=g)[step % per_epoch] * batch:][:batch] # short batches must not all come first
     return order[(step % per_epoch) * batch:][:batch]
 
 def lr_at(step: int, c: DistillConfig) -> float:
@@ -72,11 +81,12 @@ def lr_at(step: int, c: DistillConfig) -> float:
     return c.lr * ((step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(c.steps - warm, 1))))
 
 # %% ../../nbs/05_distill/03_trainer.ipynb #9d543da4
-def _signals(hidden: dict[str, Tensor], model: nn.Module, vocab: int, mask: Tensor, corrupt_logits: bool) -> Signals:
+def _signals(hidden: dict[str, Tensor], model: nn.Module, vocab: int, mask: Tensor, corrupt_logits: bool, answer: Tensor | None = None) -> Signals:
     head = lambda h: get_adapter(model).lm_head(h.to(next(get_adapter(model).lm_head.parameters()).dtype))[..., :vocab]
     first = lambda x: x.transpose(0, 1) if x is not None else None         # (row, site, ...) -> (site, row, ...)
     return Signals(head(hidden["final"]), head(hidden["final_corrupt"]) if corrupt_logits else None,
-        first(hidden.get("sites")), first(hidden.get("sites_corrupt")), first(hidden.get("layers")), mask.bool())
+        first(hidden.get("sites")), first(hidden.get("sites_corrupt")), first(hidden.get("layers")), mask.bool(),
+        head(hidden["swapped"][:, 0]) if "swapped" in hidden else None, answer)
 
 def _plan(teacher, student, method, c: DistillConfig) -> tuple[Wanted, Wanted]:
     "What the teacher and the student are asked for."
@@ -95,7 +105,8 @@ def _plan(teacher, student, method, c: DistillConfig) -> tuple[Wanted, Wanted]:
     missing = [s.layer for s in sites if s.layer not in c.layer_map]
     if missing: raise ValueError(f"layer_map has no student layer for teacher layers {missing}: it covers {min(c.layer_map)}..{max(c.layer_map)}")
     if sites and max(c.layer_map[s.layer] for s in sites) >= n_s: raise ValueError(f"layer_map points past the student's {n_s} layers")
-    return Wanted(corrupt, tuple(sites), everywhere=everywhere), Wanted(corrupt, tuple(Site(c.layer_map[s.layer], s.role) for s in sites), everywhere=everywhere)
+    own = [Site(c.layer_map[s.layer], s.role) for s in sites]
+    return tuple(Wanted(corrupt, tuple(x), everywhere=everywhere, swaps=tuple(x) if method.swaps else ()) for x in (sites, own))
 
 def step_flops(model: nn.Module, tokens: int, head_rows: int, backward: bool) -> float:
     "FLOPs of a step: 2 a weight and token forward, twice that backward; the head only on the rows it runs on."
@@ -152,14 +163,19 @@ def distill(
     cast = lambda: torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
     everywhere = c.kl_at == "all"
 
-    targets = teacher_targets(teacher, pairs, want_t, c.targets_dir)
-    def signals_of_teacher(rows):
-        with torch.no_grad(): return _signals({k: v[rows].to(device) for k, v in targets.items()}, teacher, vocab, pairs.attention_mask[rows].to(device), method.pairs)
-    def signals_of_student(batch): return _signals(hidden_signals(student, batch, want_s), student, vocab, batch.attention_mask, method.pairs)
+    targets, lengths = teacher_targets(teacher, pairs, want_t, c.targets_dir), pairs.attention_mask.sum(1).cpu()
+    def signals_of_teacher(rows, mask, swap=0):
+        kept, seq = {k: v[rows].to(device) for k, v in targets.items()}, mask.shape[1]
+        if "layers" in kept: kept["layers"] = kept["layers"][:, :, :seq]
+        if everywhere: kept |= {k: kept[k][:, :seq] for k in ("final", "final_corrupt") if k in kept}
+        if method.swaps: kept["swapped"] = kept["swapped"][:, swap:swap+1]
+        with torch.no_grad(): return _signals(kept, teacher, vocab, mask, method.pairs)
+    def signals_of_student(batch, swap=0):
+        return _signals(hidden_signals(student, batch, replace(want_s, swaps=want_s.swaps[swap:swap+1])), student, vocab, batch.attention_mask, method.pairs, batch.correct_token_id)
     def fit():                                                             # what the method needs from both models on all training pairs
         if method.reads == "nothing": return None
         with torch.no_grad():
-            chunks = [(signals_of_student(pairs[i:i+64].to(device)), signals_of_teacher(slice(i, i+64))) for i in range(0, len(pairs) if method.reads == "sites" else 1, 64)]
+            chunks = [(signals_of_student(b), signals_of_teacher(slice(i, i+64), b.attention_mask)) for i in range(0, len(pairs) if method.reads == "sites" else 1, 64) for b in (pairs[i:i+64].to(device),)]
         join = lambda which, dim=1: Signals(**{f: torch.cat([getattr(x[which], f) for x in chunks], dim) for f in ("sites", "sites_corrupt") if getattr(chunks[0][which], f) is not None}, layers=chunks[0][which].layers)
         return method.start(join(0), join(1), c.seed)
 
@@ -187,10 +203,10 @@ def distill(
     parts = {}
     for step in bar:
         if later and step == round(c.w_warmup * c.steps) or (c.refit_every and step and step % c.refit_every == 0): state.load_state_dict(fit().state_dict())
-        rows = batch_rows(step, len(pairs), c.batch, c.seed)
-        batch = pairs[rows].to(device)
+        rows = batch_rows(step, len(pairs), c.batch, c.seed, lengths, c.buckets)
+        batch, swap = pairs[rows].trimmed().to(device), step % max(len(want_s.swaps), 1)
         with cast():
-            s, t = signals_of_student(batch), signals_of_teacher(rows)
+            s, t = signals_of_student(batch, swap), signals_of_teacher(rows, batch.attention_mask, swap)
             kl = method.answer_loss(s, t, c.temperature)
             own, log = method.loss(s, t, state)
         on = own is not None and not (later and step < round(c.w_warmup * c.steps))
@@ -216,15 +232,16 @@ def distill(
     if method.fits_w and c.steps:
         staleness = map_angle(state.w, fit().w)
     if folder: shutil.rmtree(folder, ignore_errors=True)
-    sides, seen = 2 if method.pairs else 1, int(pairs.attention_mask.sum()) / len(pairs)
-    tokens = round(seen * c.batch * c.steps * sides)
-    head = (seen if everywhere else 1) * sides
-    flops = c.steps * step_flops(student, seen * c.batch * sides, head * c.batch, True) + step_flops(teacher, seen * len(pairs) * sides, head * c.batch * c.steps, False)
+    sides, clean = 2 if method.pairs else 1, float(lengths.float().mean())
+    both = clean + float((pairs.answer_pos - first_difference(pairs) + 1).float().mean()) if method.pairs else clean   # tokens of a packed pair
+    swaps, head = clean * len(want_t.swaps), (clean if everywhere else 1) * sides
+    tokens = round((both + min(swaps, clean)) * c.batch * c.steps)
+    flops = c.steps * step_flops(student, (both + min(swaps, clean)) * c.batch, head * c.batch, True) + step_flops(teacher, (both + swaps) * len(pairs), head * c.batch * c.steps, False)
     return DistillResult(student, history, time.time() - start, tokens, flops, staleness)
 
 # %% ../../nbs/05_distill/03_trainer.ipynb #03132476
 def plain_distill(student, teacher, pairs, method, config) -> list[float]:
-    "The reference: no cache, no shared batch, full logits, unfused AdamW. Returns the loss of every step."
+    "The reference: no cache, no packing, full logits, unfused AdamW. Returns the loss of every step."
     method, c = get_method(method), config
     want_t, want_s = _plan(teacher, student, method, c)
     vocab = common_vocab(teacher, student)
@@ -237,7 +254,7 @@ def plain_distill(student, teacher, pairs, method, config) -> list[float]:
             sides.append((hidden, logits if c.kl_at == "all" else logits[torch.arange(len(ids)), batch.answer_pos]))
         (clean, z), (corrupt, z2) = sides
         t = lambda x: None if x is None else x.transpose(0, 1)
-        return Signals(z, z2, t(clean.get("sites")), t(corrupt.get("sites")), t(clean.get("layers")), batch.attention_mask.bool())
+        return Signals(z, z2, t(clean.get("sites")), t(corrupt.get("sites")), t(clean.get("layers")), batch.attention_mask.bool(), answer=batch.correct_token_id)
     with torch.no_grad(): state = method.start(signals(student, pairs, want_s), signals(teacher, pairs, want_t), c.seed) if method.reads != "nothing" else None
     trained = [p for n, p in student.named_parameters() if c.train_embeddings or n.startswith("model.layers.") or n == "model.norm.weight"]
     student.requires_grad_(False)

@@ -11,7 +11,6 @@ import warnings
 from dataclasses import asdict, dataclass
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.stats import rankdata
 from torch import Tensor, nn
 from .stats import benjamini_hochberg, cluster_bootstrap, fisher_mean, fisher_z, lin_concordance, pearson_by_site, weighted_pearson
 
@@ -129,6 +128,7 @@ def consistency(
     live = (t.std(0) > floor * abs(gap_t).mean()) & (s.std(0) > floor * abs(gap_s).mean())
     def per_site(values): out = np.full(n_sites, np.nan); out[live] = values; return out
     x, y = t[:, live], s[:, live]
+    from scipy.stats import rankdata
     pearson, spearman = (pearson_by_site(u, v) for u, v in ((x, y), (rankdata(x, axis=0), rankdata(y, axis=0))))
     usable = (abs(gap_t) > .05 * abs(gap_t).mean()) & (abs(gap_s) > .05 * abs(gap_s).mean())
     lin = lin_concordance(x[usable] / gap_t[usable, None], y[usable] / gap_s[usable, None]) if usable.sum() > 1 else np.full(x.shape[1], np.nan)

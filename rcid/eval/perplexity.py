@@ -28,27 +28,27 @@ def windows(n: int, window: int, stride: int) -> list[tuple[int, int, int]]:
 @torch.no_grad()
 def perplexity(
     model: nn.Module,
-    text: Int[Tensor, "n"] | str,     # token ids, or text with `tokenizer`
+    text: Int[Tensor, "n"] | str | list, # token ids, or text with `tokenizer`; a list of either: texts of their own, each read from its start
     tokenizer=None,
     window: int = 256, stride: int = 128,    # tokens
     batch_size: int = 8,              # windows per forward
     head_rows: int = 256,             # positions per LM-head call: bounds the memory for logits
 ) -> float:
     "Token-weighted perplexity of a text under a sliding window."
-    if isinstance(text, str):
-        if tokenizer is None: raise ValueError("perplexity: text needs its tokenizer (tokenizer=)")
-        text = tokenizer(text)["input_ids"]
-    ids, a, device = torch.as_tensor(text), get_adapter(model), next(model.parameters()).device
-    if ids.ndim != 1 or len(ids) < 2: raise ValueError(f"perplexity: ids of shape {tuple(ids.shape)}, expected one row of at least 2 tokens")
-    plan, total = windows(len(ids), window, stride), 0.
+    texts, a, device = text if isinstance(text, list) else [text], get_adapter(model), next(model.parameters()).device
+    if tokenizer is None and any(isinstance(t, str) for t in texts): raise ValueError("perplexity: text needs its tokenizer (tokenizer=)")
+    texts = [torch.as_tensor(tokenizer(t)["input_ids"] if isinstance(t, str) else t) for t in texts]
+    for t in texts:
+        if t.ndim != 1 or len(t) < 2: raise ValueError(f"perplexity: ids of shape {tuple(t.shape)}, expected one row of at least 2 tokens")
+    plan, total = [(ids, *w) for ids in texts for w in windows(len(ids), window, stride)], 0.
     with evaluating(model):
         for group in (plan[i:i + batch_size] for i in range(0, len(plan), batch_size)):
-            rows = torch.nn.utils.rnn.pad_sequence([ids[s:e] for s, _, e in group], batch_first=True).to(device)
-            mask = torch.nn.utils.rnn.pad_sequence([torch.ones(e - s, dtype=torch.long) for s, _, e in group], batch_first=True).to(device)
+            rows = torch.nn.utils.rnn.pad_sequence([ids[s:e] for ids, s, _, e in group], batch_first=True).to(device)
+            mask = torch.nn.utils.rnn.pad_sequence([torch.ones(e - s, dtype=torch.long) for _, s, _, e in group], batch_first=True).to(device)
             hidden = a.trunk(rows, mask)
-            hidden = torch.cat([h[first - s - 1:e - s - 1] for h, (s, first, e) in zip(hidden, group)])
-            target = torch.cat([ids[first:e] for _, first, e in group]).to(device)
+            hidden = torch.cat([h[first - s - 1:e - s - 1] for h, (_, s, first, e) in zip(hidden, group)])
+            target = torch.cat([ids[first:e] for ids, _, first, e in group]).to(device)
             for h, t in zip(hidden.split(head_rows), target.split(head_rows)):
                 total += float(F.cross_entropy(a.lm_head(h).float(), t, reduction="sum"))
     if not math.isfinite(total): raise FloatingPointError("perplexity: the loss is NaN or infinite: the weights or the dtype are broken")
-    return math.exp(min(total / (len(ids) - 1), 700))       # exp(700) is as bad as a float can say
+    return math.exp(min(total / sum(len(t) - 1 for t in texts), 700))       # exp(700) is as bad as a float can say

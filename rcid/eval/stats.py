@@ -10,7 +10,6 @@ __all__ = ['Interval', 'wilson', 'weighted_pearson', 'pearson_by_site', 'Bootstr
 from dataclasses import asdict, dataclass
 from typing import Callable, NamedTuple
 import numpy as np
-from scipy import stats as sps
 
 # %% ../../nbs/07_eval/00_stats.ipynb #1d9e393f
 class Interval(NamedTuple):
@@ -21,7 +20,8 @@ class Interval(NamedTuple):
 def wilson(k: int, n: int, level: float = .95) -> Interval:
     "Wilson score interval of the share `k/n` (Wilson 1927)."
     if not (n > 0 and 0 <= k <= n): raise ValueError(f"wilson: {k} successes of {n} trials: needs 0 <= k <= n and n > 0")
-    ci = sps.binomtest(int(k), int(n)).proportion_ci(level, method="wilson")
+    from scipy.stats import binomtest                                      # imported where used: half a second that most notebooks save
+    ci = binomtest(int(k), int(n)).proportion_ci(level, method="wilson")
     return Interval(float(ci.low), float(ci.high))
 
 # %% ../../nbs/07_eval/00_stats.ipynb #fe8b0941
@@ -91,7 +91,8 @@ def lin_concordance(x, y) -> np.ndarray:
 def benjamini_hochberg(p) -> np.ndarray:
     "p values adjusted to control the false discovery rate (Benjamini & Hochberg 1995); NaN stays NaN and is no comparison."
     p = np.asarray(p, float); out, ok = np.full(p.shape, np.nan), ~np.isnan(p)
-    if ok.any(): out[ok] = sps.false_discovery_control(p[ok])
+    from scipy.stats import false_discovery_control
+    if ok.any(): out[ok] = false_discovery_control(p[ok])
     return out
 
 def holm(p) -> np.ndarray:
@@ -138,7 +139,8 @@ def paired_test(a, b, n_boot: int = 10_000, seed: int = 0, level: float = .95) -
     if n < 2: return PairedTest(n, float(d.mean()) if n else nan, *[nan] * 7, join(f"{n} pair(s): a paired test needs at least 2, run more seeds"))
     low, high = np.quantile(d[np.random.default_rng(seed).integers(n, size=(n_boot, n))].mean(1), [(1 - level) / 2, (1 + level) / 2])
     same = d.std() <= 1e-12 * abs(d).max()
-    t, p_t = (nan, nan) if same else sps.ttest_rel(a, b, nan_policy="omit")[:2]
+    from scipy.stats import ttest_rel
+    t, p_t = (nan, nan) if same else ttest_rel(a, b, nan_policy="omit")[:2]
     dz = nan if same else d.mean() / d.std(ddof=1)
     return PairedTest(n, *map(float, (d.mean(), low, high, t, p_t, _sign_flip(d, seed), 2.**(1 - n) if n <= 16 else 1 / 100_001, dz)),
         join("all differences are equal: t and dz are undefined" if same else ""))
