@@ -9,4 +9,7 @@ __all__ = []
 from .pairs import ContrastiveDataset, Row, build_pairs, save_pairs, load_saved_pairs, single_token
 from .names import name_pool, names_of, split_of
 from .corpus import general_text, templated_sentences, pack_blocks, pad_sentences
-from .splits import load_pairs, check_disjoint
+from .factual import factual_rows, relations_of
+from .winogrande import winogrande_rows, real_twins
+from .arithmetic import arithmetic_rows
+from .splits import TASKS, load_pairs, check_disjoint

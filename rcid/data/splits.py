@@ -6,11 +6,15 @@
 __all__ = ['TASKS', 'load_pairs', 'check_disjoint']
 
 # %% ../../nbs/02_data/04_splits.ipynb #684b83aa
+import inspect
 from .pairs import ContrastiveDataset, build_pairs
 from .ioi import ioi_rows
+from .factual import factual_rows
+from .winogrande import winogrande_rows
+from .arithmetic import arithmetic_rows
 
 # %% ../../nbs/02_data/04_splits.ipynb #9f1bb6d6
-TASKS = {"ioi": ioi_rows} # task -> function (tokenizer, split, seed, **opts) that yields rows
+TASKS = {"ioi": ioi_rows, "factual": factual_rows, "winogrande": winogrande_rows, "arithmetic": arithmetic_rows} # task -> function (tokenizer, split, seed, **opts) that yields rows
 
 def load_pairs(
     task: str, tokenizer,
@@ -22,9 +26,13 @@ def load_pairs(
 ) -> ContrastiveDataset:
     "Contrastive pairs of a task for one tokenizer."
     if task not in TASKS: raise ValueError(f"unknown task {task!r}: there are {sorted(TASKS)}")
-    if source != "embedded": raise ValueError(f"task {task!r} has no source {source!r}: only 'embedded'")
+    takes = set(inspect.signature(TASKS[task]).parameters)
+    if source != "embedded" and "source" not in takes: raise ValueError(f"task {task!r} has no source {source!r}: only 'embedded'")
     if tokenizer is None: raise ValueError(f"task {task!r} needs a tokenizer, got None")
-    return build_pairs(TASKS[task](tokenizer, split=split, seed=seed, **opts), tokenizer, n=n or 128, task=task, model_family=opts.get("model_family", ""))
+    family = opts.pop("model_family", "")
+    if unknown := set(opts) - takes: raise ValueError(f"task {task!r} has no options {sorted(unknown)}: there are {sorted(takes - {'tokenizer', 'split', 'seed', 'source'})}")
+    rows = TASKS[task](tokenizer, split=split, seed=seed, **opts, **({"source": source} if "source" in takes else {}))
+    return build_pairs(rows, tokenizer, n=n or 128, task=task, model_family=family)
 
 # %% ../../nbs/02_data/04_splits.ipynb #60ad336c
 def check_disjoint(**splits: ContrastiveDataset):

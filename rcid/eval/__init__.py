@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/07_eval/index.ipynb #4e753216
 from . import stats
 from .accuracy import task_accuracy
+from .filter import both_right, keep_correct
 from .consistency import ConsistencyReport, causal_consistency, clusters_of, consistency_profile
 from .perplexity import perplexity
 from .purity import PurityReport, information_purity, probe_purity
