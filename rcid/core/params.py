@@ -46,7 +46,7 @@ class Sites(_Section):
     spacing: int = Field(1, ge=1)                # least distance in layers of two sites of one role
     layer_map: Literal["proportional", "kept", "cka", "effect"] = "proportional"
     pairs: int = Field(64, ge=8)                 # training pairs that are scored
-    held_out_floor: float = Field(0.05, ge=0)    # held-out sites have at least this share of the largest score
+    floor: float = Field(0.05, ge=0, le=1)       # sites have at least this share of the largest score
 
 class Distill(_Section):
     steps: int = Field(ge=0)
@@ -58,6 +58,7 @@ class Distill(_Section):
     temperature: float = Field(1.0, gt=0)
     kl_at: Literal["answer", "all"] = "answer"
     train_embeddings: bool = False
+    bf16: bool | None = None                     # autocast; null = on an accelerator only
     w_warmup: float = Field(0.5, ge=0, lt=1)     # share of the steps before W is fitted, for w = procrustes_after_warmup
     log_every: int = Field(20, gt=0)             # steps between points of the learning curve
     checkpoint_every: int = Field(40, gt=0)

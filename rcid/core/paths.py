@@ -94,7 +94,7 @@ def embedded(name: str):
     "One of the project's own tables, e.g. `embedded('ioi')`; checked out of the embedded DVC remote if needed."
     file = root()/"data"/f"{name}.json"
     if not file.exists() and (root()/"data.dvc").exists():
-        subprocess.run([sys.executable, "-m", "dvc", "pull", "--quiet", "data.dvc"], cwd=root(), check=False)
+        subprocess.run([sys.executable, "-m", "dvc", "pull", "--quiet", "-r", "embedded", "data.dvc"], cwd=root(), check=False)
     if not file.exists():
         known = sorted(p.stem for p in (root()/"data").glob("*.json"))
         raise FileNotFoundError(f"no embedded table {name!r} (there are {known}): run `dvc pull data.dvc`")

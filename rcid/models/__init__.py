@@ -8,5 +8,5 @@ __all__ = []
 # %% ../../nbs/01_models/index.ipynb #98b39c8a
 from .adapters import ModelAdapter, get_adapter, common_vocab
 from .load import load_model, save_model
-from .shrink import shrink, even_layers
+from .shrink import shrink, even_layers, choose_layers
 from .tokenizers import train_tokenizer, byte_tokenizer, real_tokenizer

@@ -18,13 +18,16 @@ from .figures import in_order, label
 from .tables import COMPANION_COLUMNS, MAIN_COLUMNS, count, escape, in_words, interval, listing, method_table, number, p_value, tabular
 
 # %% ../../nbs/08_report/04_results.ipynb #e7c90091
-def read_matrix(folder: str | Path, stage: str) -> list[dict]:
+def read_matrix(folder: str | Path, stage: str,
+    p=None # params: leave out what they do not ask for, such as what an earlier run left; None = keep all
+) -> list[dict]:
     "Every `<folder>/<stage>/<family>-<task>-<method>-<seed>.json` as a dictionary with its coordinates; empty is an error."
     cells = []
     for file in sorted((Path(folder)/stage).glob("*.json")):
         parts = file.stem.split("-")
         if len(parts) != 4: raise ValueError(f"{file}: the name must be family-task-method-seed.json")
         cells.append({**dict(zip(("family", "task", "method"), parts)), "seed": int(parts[3]), **read_json(file)})
+    if p: cells = [c for c in cells if c["family"] in p.families and c["task"] in p.tasks and c["method"] in ("undistilled", *p.methods) and c["seed"] in (0, *p.seeds)]
     if not cells: raise FileNotFoundError(f"no metrics in {Path(folder)/stage}: run `dvc repro` to make them")
     return cells
 
