@@ -138,7 +138,7 @@ def test_pairs_of_unequal_length(tokenizers, pairs):
     refused(ValueError, "pairs of unequal length: clean .* corrupt", replace, p, corrupt_ids=p.corrupt_ids[:, :-1])
 
 
-@pytest.mark.parametrize("what, words", [(dict(task="chess"), r"unknown task 'chess': there are \['ioi'\]"), (dict(task="ioi", split="dev"), "unknown split 'dev'"), (dict(task="ioi", source="disk"), "no source 'disk'"),
+@pytest.mark.parametrize("what, words", [(dict(task="chess"), r"unknown task 'chess': there are \['arithmetic', 'factual', 'ioi', 'winogrande'\]"), (dict(task="ioi", split="dev"), "unknown split 'dev'"), (dict(task="ioi", source="disk"), "no source 'disk'"),
     (dict(task="ioi", variant="ood_chess"), "unknown IOI variant")])
 def test_bad_task(tokenizers, what, words):
     refused(ValueError, words, load_pairs, tokenizer=tokenizers["qwen3"], **what)
@@ -174,7 +174,7 @@ def test_bad_params(tmp_path, old, new, words):
 
 
 def test_unknown_method_and_scale(tmp_path, models, pairs):
-    refused(ValueError, "unknown method 'magic': there are standard_kd, ", distill, models["llama"], models["llama"], pairs["llama"]["equal"], "magic", DistillConfig(steps=1))
+    refused(ValueError, "unknown method 'magic': there are sft, standard_kd, ", distill, models["llama"], models["llama"], pairs["llama"]["equal"], "magic", DistillConfig(steps=1))
     refused(ValueError, "unknown scale 'moon': there are ", compose_params, tmp_path/"p.yaml", "scale=moon")
     try:
         refused(ValueError, "unknown scale 'moon'", make_workspace, "moon", name="test-moon")

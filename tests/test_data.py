@@ -7,7 +7,7 @@ from rcid.data import check_disjoint, general_text, load_pairs, load_saved_pairs
 from rcid.data.ioi import VARIANTS
 from rcid.data.names import SPLITS, split_of
 
-GOLDEN_SPLITS = {"Adam": "train", "Alexander": "train", "Alice": "train", "Andrew": "train", "Amanda": "val", "Anna": "val", "Arthur": "val", "Helen": "val", "Aaron": "test", "Albert": "test", "Amy": "test", "Angela": "test"}
+GOLDEN_SPLITS = {"Aaron": "train", "Albert": "train", "Amanda": "train", "Amy": "train", "Betty": "val", "Brandon": "val", "Brian": "val", "Christine": "val", "Adam": "test", "Alexander": "test", "Alice": "test", "Andrew": "test"}
 TEACHER = ROOT/"artifacts"/"models"/"llama"/"teacher"
 
 
