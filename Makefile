@@ -29,13 +29,14 @@ setup: .venv/.ready
 repro: setup
 ifeq ($(SCALE),laptop)
 	$(call say,pilot first: the teacher's effect heatmap; then everything (about half an hour on two cores))
+	@$(BIN)/python -m rcid.core.run plan
 	$(BIN)/dvc repro pilot
 	$(BIN)/dvc repro
 	$(call say,done: paper/main.pdf)
 else
 	$(call say,scale $(SCALE) runs in .workspaces/$(SCALE); the committed results stay as they are)
 	@$(BIN)/python -m rcid.core.workspace $(SCALE)
-	cd .workspaces/$(SCALE) && export RCID_ROOT=$$PWD PYTHONPATH=$$PWD && dvc pull --quiet -r embedded data.dvc && dvc repro
+	cd .workspaces/$(SCALE) && export RCID_ROOT=$$PWD PYTHONPATH=$$PWD && dvc pull --quiet -r embedded data.dvc && python -m rcid.core.run plan && dvc repro
 	$(call say,done: .workspaces/$(SCALE)/paper/main.pdf)
 endif
 
