@@ -20,7 +20,7 @@ OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b}
 def problems(op: str, split: str) -> list[tuple[int, int]]:
     "Operands of one split whose result is one digit; 2 + 3 and 3 + 2 are one problem and share their split."
     if split not in SPLITS: raise ValueError(f"unknown split {split!r}: there are {list(SPLITS)}")
-    key = lambda a, b: f"problem {min(a, b)}+{max(a, b)}" if op == "+" else f"problem {a}-{b}"
+    key = lambda a, b: f"{min(a, b)}+{max(a, b)}" if op == "+" else f"{a}-{b}"
     return [(a, b) for a in range(10) for b in range(10) if 0 <= OPERATIONS[op](a, b) <= 9 and split_of(key(a, b)) == split]
 
 def _entity(op: str, a: int, b: int) -> int: return 100*("+-".index(op)) + (10*min(a, b) + max(a, b) if op == "+" else 10*a + b)
