@@ -106,7 +106,7 @@ def robustness_correlation(
     n_shuffles: int = 10_000, seed: int = 0,
 ) -> RobustnessReport:
     "Pooled, within-group and between-group correlation over runs (repeated measures correlation; Bakdash & Marusich 2017)."
-    x, y, names = np.asarray(consistency, float), np.asarray(degradation, float), [g if isinstance(g, str) else " ".join(map(str, g)) for g in groups]
+    x, y, names = np.asarray(consistency, float), np.asarray(degradation, float), [" ".join(map(str, g)) if isinstance(g, (tuple, list)) else str(g) for g in groups]
     if not len(x) == len(y) == len(names): raise ValueError(f"robustness_correlation: {len(x)} consistencies, {len(y)} degradations and {len(names)} groups: one of each per run")
     ok, notes, nan = np.isfinite(x) & np.isfinite(y), [], float("nan")
     if (~ok).any(): notes.append(f"{(~ok).sum()} of {len(x)} runs with an undefined value left out")
