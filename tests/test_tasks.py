@@ -109,7 +109,6 @@ def test_twins_answer_for_themselves(tokenizer, form):
     for i in range(60):
         t = table[int(p.template_id[i])]
         answers = [tokenizer.decode(a[i]).strip() for a in (p.correct_token_id, p.wrong_token_id)]
-        clean, corrupt = (text(tokenizer, ids, p, i) for ids in (p.clean_ids, p.corrupt_ids))
         a, b = ((x if isinstance(x, list) else embedded("names")["first_names"]) for x in (t["A"], t["B"]))
         if form == "partial":                              # the clean referent is of the kind that its word goes with
             r, q = said(tokenizer, p, "referent", i), said(tokenizer, p, "referent", i, p.corrupt_ids)
@@ -118,7 +117,6 @@ def test_twins_answer_for_themselves(tokenizer, form):
         else:
             word = said(tokenizer, p, "word", i)
             assert answers[0] in (a, b)[t["words"].index(word)] and answers[1] in (a, b)[1 - t["words"].index(word)] and "_" in said(tokenizer, p, "blank", i)
-            assert clean.replace(f" {word}", "", 1) == corrupt.replace(" " + said(tokenizer, p, "word", i, p.corrupt_ids), "", 1)
 
 
 def test_sums_are_right(tokenizer):
@@ -185,7 +183,7 @@ def test_no_folder(small, monkeypatch, folder):
 
 def toy_relation(folder, subjects, objects):
     (folder/"lre_relations").mkdir(exist_ok=True)
-    (folder/"lre_relations"/"toy.json").write_text(json.dumps(dict(name="capital", prompt_templates=["The capital of {} is"], prompt_templates_zs=["{} is ruled from"],
+    (folder/"lre_relations"/"toy.json").write_text(json.dumps(dict(name="capital", prompt_templates=["The capital of {} is"], prompt_templates_zs=["The seat of power in {} is"],
         samples=[dict(subject=s, object=o) for s, o in zip(subjects, objects)])))
 
 
