@@ -115,7 +115,8 @@ def _minutes(seconds: float) -> str: return f"{seconds / 60:.0f} min" if seconds
 
 def write_plan():
     "Notes which stages `dvc repro` would run, for the lines that they print."
-    said = subprocess.run([sys.executable, "-m", "dvc", "repro", "--dry"], cwd=root(), capture_output=True, text=True).stdout
+    ask = lambda *options: subprocess.run([sys.executable, "-m", "dvc", "repro", "--dry", *options], cwd=root(), capture_output=True, text=True)
+    said = first.stdout if (first := ask()).returncode == 0 else ask("--force").stdout  # in a fresh clone the dry run stops at the first missing file: all is ahead
     stages = [w for w in re.findall(r"(?m)^> python -m rcid.core.run (.+)$", said) if w != "code"]
     past = {w: json.loads(f.read_text())["seconds"] for w in stages if (f := root()/"logs"/"times"/f"{_label(w.split())}.json").exists()}
     write_json(root()/"logs"/"plan.json", {"start": time.time(), "stages": stages, "past": past})
