@@ -134,19 +134,19 @@ def _toctree(caption: str, entries: list[str], depth: int = 1) -> str:
     return f"```{{toctree}}\n:hidden:\n:caption: {caption}\n:maxdepth: {depth}\n\n" + "\n".join(entries) + "\n```\n"
 
 def library_pages(site: Path, cache: Path, workers: int = 2) -> list[str]:
-    "Executes and writes the library notebooks; returns one toctree per floor."
-    notebooks = [n for n in sorted((root()/"nbs").glob("[0-9]*/*.ipynb")) if not n.name.startswith(".")]
+    "Executes and writes the guides and the library notebooks; returns one toctree per folder."
+    notebooks = [n for n in (*sorted((root()/"nbs"/"guides").glob("*.ipynb")), *sorted((root()/"nbs").glob("[0-9]*/*.ipynb"))) if not n.name.startswith(".")]
     def one(notebook):
         print(f"  {notebook.relative_to(root())}", flush=True)
         return execute(notebook, cache)
     with ThreadPoolExecutor(workers) as pool: executed = dict(zip(notebooks, pool.map(one, notebooks)))
     trees = []
-    for folder in sorted({n.parent for n in notebooks}):
+    for folder in dict.fromkeys(n.parent for n in notebooks):
         mine = sorted((n for n in notebooks if n.parent == folder), key=lambda n: (n.name != "index.ipynb", n.name))
         for n in mine:
             m = next((m[1] for c in executed[n]["cells"] if (m := re.search(r"(?m)^#\|\s*default_exp\s+(\S+)", _source(c)))), None)
             _write(site/folder.name/n.name, page(executed[n], f"rcid.{m}" if m and not m.endswith("__init__") else None))
-        trees.append(_toctree(_title(executed[mine[0]], folder.name[3:]), [f"{folder.name}/{n.stem}" for n in mine]))
+        trees.append(_toctree("Guides" if folder.name == "guides" else _title(executed[mine[0]], folder.name[3:]), [f"{folder.name}/{n.stem}" for n in mine]))
     return trees
 
 def experiment_pages(site: Path) -> str:
