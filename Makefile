@@ -1,4 +1,4 @@
-# make setup | repro [SCALE=tiny|laptop|gpu|a100] | test | lab | docs | tokenizers | params | clean
+# make setup | repro [SCALE=tiny|laptop|gpu|a100] | test | bench | lab | docs | tokenizers | params | clean
 # Everything happens inside this folder (.venv, .workspaces, .dvc/cache); nothing global is changed.
 SHELL      := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -13,7 +13,7 @@ export PYTHONWARNINGS ?= ignore
 say = @echo "== $(1)"
 
 # README.md is rendered from nbs/index.ipynb.
-.PHONY: setup repro test lab docs readme tokenizers params clean
+.PHONY: setup repro test bench lab docs readme tokenizers params clean
 
 .venv/.ready: settings.ini setup.py pyproject.toml
 	$(call say,installing into .venv (about 2 minutes: torch for CPU, transformers, DVC, nbdev, JupyterLab))
@@ -23,7 +23,9 @@ say = @echo "== $(1)"
 
 setup: .venv/.ready
 	$(call say,git hooks for notebooks; embedded data)
-	@if git rev-parse --git-dir >/dev/null 2>&1; then $(BIN)/nbdev_install_hooks >/dev/null; fi
+	@if git rev-parse --git-dir >/dev/null 2>&1; then $(BIN)/nbdev_install_hooks >/dev/null && \
+		git config merge.nbdev-merge.driver "$(BIN)/nbdev_merge %O %A %B %P" && \
+		printf '#!/bin/sh\n$(BIN)/nbdev_trust\n' > "$$(git rev-parse --git-path hooks)/post-merge"; fi  # with the venv's paths: git may be called outside of it
 	@$(BIN)/dvc pull --quiet -r embedded data.dvc 2> >(grep -v 'no default remote' >&2)
 
 repro: setup
@@ -45,6 +47,10 @@ test: setup
 	RCID_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(call say,tests (every experiment at tiny scale; needs no network))
 	$(BIN)/python -m pytest --durations=8
+
+bench: setup
+	$(call say,sweep and peers and distillation step and CKA: an hour of CPU time on one thread; needs the laptop models (dvc repro heal@llama))
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/run.py
 
 lab: setup
 	$(BIN)/jupyter lab

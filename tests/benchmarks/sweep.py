@@ -1,46 +1,69 @@
-"""The patching sweep against the naive loop and its hand-counted floor: python tests/benchmarks/sweep.py [repeats]
+"""The patching sweep against the naive loop and its hand-counted floor: python tests/benchmarks/sweep.py [repeats of the first three rows]
 
-CPU process time in units of one full forward of the same batch, interleaved with it. Prints a table and writes sweep.json beside this file.
-Needs artifacts/models/llama/teacher (`dvc repro models@llama`). Set OMP_NUM_THREADS; an idle machine gives the cleanest numbers."""
-import os, statistics, sys, time
+CPU process time in units of one full forward of the same batch, which runs in between. Needs artifacts/models/llama/teacher (`dvc repro models@llama`)."""
+import sys
 from dataclasses import replace
-from pathlib import Path
 import torch
-from rcid.causal import all_positions, all_sites, answer_logit_diff, causal_effects, naive_effects, sweep_flops
-from rcid.core import write_json
+from common import SHAPE, TEACHER, cpu, full_forward, in_units_of, pairs_of_20, peak_memory, save, show
+from rcid.causal import all_positions, all_sites, answer_logit_diff, attribution_effects, causal_effects, naive_effects, rank_agreement, score_sites, sweep_flops
 from rcid.data import load_pairs
 from rcid.models import load_model
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 3
-model, tokenizer = load_model("artifacts/models/llama/teacher")
-pairs = load_pairs("ioi", tokenizer, n=32)
-pairs = replace(pairs, key_positions={r: pairs.key_positions[r] for r in ("s1", "s2", "end")}).trimmed()
+ROLES = ("s1", "s2", "end")
 
 
-def cpu(f):
-    start = time.process_time(); out = f(); return time.process_time() - start, out
+def swept(label, model, pairs, repeats):
+    "Three sweeps of one model: every site run, exact zeros left out, and all positions."
+    rows, forward = [], full_forward(model, pairs)
+    for name, sites, skip in (("layers x s1, s2, end; s1 run too", all_sites(model, pairs), False), ("layers x s1, s2, end", all_sites(model, pairs), True),
+                              ("layers x all positions", all_positions(model, pairs), True)):
+        median, least, _ = in_units_of(forward, lambda: causal_effects(model, pairs, sites, skip_zero=skip), repeats)
+        floor = sweep_flops(model, pairs, sites, skip_zero=skip)["equivalents"]
+        rows.append(dict(model=label, sweep=name, tokens=pairs.clean_ids.shape[1], sites=len(sites), forwards=median, least=least, floor=floor, over_floor=median / floor))
+        print("{model:34} {sweep:34} {forwards:6.2f} forwards (least {least:.2f}), floor {floor:5.2f}, x {over_floor:.2f}".format(**rows[-1]), flush=True)
+    return rows
 
 
-def forward():
-    with torch.no_grad(): return model(pairs.clean_ids, attention_mask=pairs.attention_mask, use_cache=False).logits
+def difference(model, pairs, sites, mode="noising"):
+    "Largest difference from the naive oracle, as a share of mean |LD|."
+    scale = answer_logit_diff(model, pairs)[0].abs().mean()
+    return float((causal_effects(model, pairs, sites, mode) - naive_effects(model, pairs, sites, mode)).abs().max() / scale)
 
 
-rows = []
-forward()
-for name, sites, options in (("layers x s1, s2, end; s1 computed too", all_sites(model, pairs), {"skip_zero": False}), ("layers x s1, s2, end", all_sites(model, pairs), {}),
-                             ("all positions", all_positions(model, pairs), {})):
-    ratios = []
-    for _ in range(repeats):
-        before, _ = cpu(forward)
-        spent, effects = cpu(lambda: causal_effects(model, pairs, sites, **options))
-        after, _ = cpu(forward)
-        ratios.append(spent / ((before + after) / 2))
-    floor = sweep_flops(model, pairs, sites, skip_zero=options.get("skip_zero", True))["equivalents"]
-    rows.append(dict(sweep=name, sites=len(sites), forwards=statistics.median(ratios), least=min(ratios), floor=floor, over_floor=statistics.median(ratios) / floor))
-    print("{sweep:40} {sites:4} sites  {forwards:6.2f} forwards (least {least:.2f})  floor {floor:5.2f}  x {over_floor:.2f}".format(**rows[-1]), flush=True)
+def main(repeats=3):
+    model, tokenizer = load_model(TEACHER)
+    ioi = load_pairs("ioi", tokenizer, n=32)
+    ioi = replace(ioi, key_positions={r: ioi.key_positions[r] for r in ROLES}).trimmed()
+    pairs = pairs_of_20(tokenizer)
+    sites = all_sites(model, pairs)
+    rows = swept("SmolLM2-135M", model, pairs, repeats) + swept("SmolLM2-135M, the project's IOI", model, ioi, 1)
 
-few, some = pairs[:4], all_sites(model, pairs)[1::4]                       # the oracle needs three forwards a site; a stride that meets every role
-error = float((causal_effects(model, few, some) - naive_effects(model, few, some)).abs().max() / answer_logit_diff(model, few)[0].abs().mean())
-print(f"largest difference from the naive oracle on {len(few)} pairs, {len(some)} sites: {error:.1e} of mean |LD|")
-write_json(Path(__file__).with_name("sweep.json"), dict(rows=rows, naive_forwards_by_count=3 * 90, error=error, pairs=len(pairs), seq=pairs.clean_ids.shape[1], threads=torch.get_num_threads(), torch=torch.__version__))
+    errors = [dict(model="SmolLM2-135M", mode=mode, pairs=4, sites=len(s), error=difference(model, pairs[:4], s, mode)) for mode, s in (("noising", sites), ("denoising", sites[1::4]))]
+    few = sites[5::10]                                                    # three sites of every role
+    naive, _, _ = in_units_of(full_forward(model, pairs), lambda: naive_effects(model, pairs, few), 1)
+    estimate, exact = (score_sites(model, pairs, score) for score in ("atp", "effect"))
+    atp = rank_agreement(estimate, exact) | dict(forwards=in_units_of(full_forward(model, pairs), lambda: attribution_effects(model, pairs), repeats)[0])
+
+    memory = []
+    for budget in (2**30, 2**26):
+        peak, _ = peak_memory(lambda: causal_effects(model, pairs, memory=budget))
+        memory.append(dict(sweep="layers x s1, s2, end", budget_mib=budget / 2**20, peak_mib=peak / 2**20))
+    effects, scale = causal_effects(model, pairs), float(answer_logit_diff(model, pairs)[0].abs().mean())
+    half, _ = load_model(TEACHER, dtype=torch.bfloat16)
+    rows += swept("SmolLM2-135M, bf16", half, pairs, 1)
+    rounded = causal_effects(half, pairs)
+    bf16 = dict(from_fp32=float((rounded - effects).abs().max()) / scale, naive_from_fp32=float((naive_effects(half, pairs[:4], sites[1::4]) - effects[:4, 1::4]).abs().max()) / scale)
+    del half
+    for arch in ("qwen3", "qwen2"):
+        other, _ = load_model(dict(arch=arch, **SHAPE), dtype="float32")
+        rows += swept(f"{arch}, random weights", other, pairs, 1)
+        errors.append(dict(model=f"{arch}, random weights", mode="noising", pairs=4, sites=len(sites[1::4]), error=difference(other, pairs[:4], sites[1::4])))
+    show("Sweep, in forwards of the same 32 pairs", rows)
+    show("Largest difference from the naive oracle, share of mean |LD|", errors)
+    show("Attribution patching against exact effects, layer x role", [atp])
+    show("Memory above the loaded model", memory)
+    print(f"naive loop: {naive / len(few) * len(sites):.0f} forwards for {len(sites)} sites, measured on {len(few)}; bf16 differs from fp32 by {bf16['from_fp32']:.1e} of mean |LD| (its own naive loop by {bf16['naive_from_fp32']:.1e})")
+    save("sweep", dict(rows=rows, errors=errors, atp=atp, memory=memory, bf16=bf16, naive=dict(forwards=naive / len(few) * len(sites), measured_sites=len(few), sites=len(sites)), pairs=len(pairs)))
+
+
+if __name__ == "__main__": main(*map(int, sys.argv[1:]))
