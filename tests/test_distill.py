@@ -1,7 +1,8 @@
 """One trainer for every method: it learns, it resumes bit for bit, and it touches nothing but the student."""
-import ast
+import ast, json, shutil, sys
 from dataclasses import dataclass, replace
 import pytest, torch
+from conftest import ROOT, run
 from rcid.causal import Site
 from rcid.core import read_json
 from rcid.data import load_pairs
@@ -141,3 +142,37 @@ def test_trainer_never_asks_which_method_it_is(root):
     named = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str) and n.value in METHODS]
     asked = [ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) in ("isinstance", "type") and ast.unparse(n.args[0]) == "method"]
     assert not named and not asked, f"give the method object an attribute instead: {named + asked}"
+
+
+PARALLEL = """
+import json, sys
+from accelerate import PartialState
+from rcid.causal import Site
+from rcid.core import seed_all
+from rcid.data import load_pairs
+from rcid.distill import DistillConfig, distill
+from rcid.distill.targets import model_hash
+from rcid.models import load_model, shrink
+seed_all(0)
+teacher, tok = load_model(dict(arch="llama", layers=4, d_model=32, heads=2, kv_heads=1, d_mlp=64, tokenizer=sys.argv[1]))
+pairs = load_pairs("ioi", tok, split="train", n=24)
+c = DistillConfig(sites=(Site(1, "s2"), Site(2, "end")), layer_map={0: 0, 1: 0, 2: 1, 3: 1}, steps=6, batch=8, lr=3e-3, log_every=1)
+r = distill(shrink(teacher, 2), teacher, pairs, "rcid_identity", c)
+state = PartialState()
+json.dump(dict(n=state.num_processes, loss=[h["loss"] for h in r.history], hash=model_hash(r.student)), open(f"{sys.argv[2]}-{state.process_index}.json", "w"))
+if state.num_processes > 1: state.destroy_process_group()
+"""
+
+
+def test_two_processes_train_like_one(tmp_path, tokenizers):
+    folder = ROOT/"artifacts"/"test-parallel"                               # model specs must lie inside the workspace
+    try:
+        tokenizers["llama"].save_pretrained(folder)
+        (tmp_path/"job.py").write_text(PARALLEL)
+        words = [str(tmp_path/"job.py"), "artifacts/test-parallel"]
+        run(ROOT, sys.executable, *words, str(tmp_path/"one"))
+        run(ROOT, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words, str(tmp_path/"two"))
+    finally: shutil.rmtree(folder, ignore_errors=True)
+    one, a, b = (json.loads((tmp_path/f"{n}.json").read_text()) for n in ("one-0", "two-0", "two-1"))
+    assert (one["n"], a["n"], b["n"]) == (1, 2, 2) and a["hash"] == b["hash"] and a["loss"] == b["loss"]
+    assert a["loss"] == pytest.approx(one["loss"], abs=1e-5)

@@ -154,8 +154,13 @@ def distill(
     probe: Callable[[nn.Module, int], dict] | None = None # measured at every point of the learning curve
 ) -> DistillResult:
     "Distils `teacher` into `student` with one method; stops with FloatingPointError at a loss that is not finite."
+    from accelerate import PartialState
+    from accelerate.utils import reduce
     method, c, start = get_method(method), config, time.time()
     device = next(student.parameters()).device
+    world = PartialState(cpu=device.type == "cpu")                      # one process, unless started by `accelerate launch` or torchrun
+    if c.batch % world.num_processes: raise ValueError(f"distill.batch is {c.batch} pairs for {world.num_processes} processes: make it a multiple")
+    average = reduce if world.num_processes > 1 else lambda x: x
     vocab = common_vocab(teacher, student)
     want_t, want_s = _plan(teacher, student, method, c)
     later = method.fits_late
@@ -163,7 +168,8 @@ def distill(
     cast = lambda: torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
     everywhere = c.kl_at == "all"
 
-    targets, lengths = teacher_targets(teacher, pairs, want_t, c.targets_dir), pairs.attention_mask.sum(1).cpu()
+    with world.main_process_first(): targets = teacher_targets(teacher, pairs, want_t, c.targets_dir) # the others find them in `targets_dir`
+    lengths = pairs.attention_mask.sum(1).cpu()
     def signals_of_teacher(rows, mask, swap=0):
         kept, seq = {k: v[rows].to(device) for k, v in targets.items()}, mask.shape[1]
         if "layers" in kept: kept["layers"] = kept["layers"][:, :, :seq]
@@ -203,7 +209,7 @@ def distill(
     parts = {}
     for step in bar:
         if later and step == round(c.w_warmup * c.steps) or (c.refit_every and step and step % c.refit_every == 0): state.load_state_dict(fit().state_dict())
-        rows = batch_rows(step, len(pairs), c.batch, c.seed, lengths, c.buckets)
+        rows = batch_rows(step, len(pairs), c.batch, c.seed, lengths, c.buckets)[world.process_index::world.num_processes]
         batch, swap = pairs[rows].trimmed().to(device), step % max(len(want_s.swaps), 1)
         with cast():
             s, t = signals_of_student(batch, swap), signals_of_teacher(rows, batch.attention_mask, swap)
@@ -211,12 +217,14 @@ def distill(
             own, log = method.loss(s, t, state)
         on = own is not None and not (later and step < round(c.w_warmup * c.steps))
         loss = c.kl_weight * kl + (c.method_weight * own if on else 0)
-        parts = dict(loss=loss.detach(), kl=kl.detach(), **({"method_loss": own.detach()} if own is not None else {}), **log)
-        if not loss.isfinite():
-            raise FloatingPointError(f"loss is {loss.item()} at step {step} ({', '.join(f'{k} {float(v):.3g}' for k, v in parts.items())}): lower distill.lr; "
+        parts = average(dict(loss=loss.detach(), kl=kl.detach(), **({"method_loss": own.detach()} if own is not None else {}), **log))
+        if not parts["loss"].isfinite():                                   # the mean: all processes stop together
+            raise FloatingPointError(f"loss is {parts['loss'].item()} at step {step} ({', '.join(f'{k} {float(v):.3g}' for k, v in parts.items())}): lower distill.lr; "
                 + (f"the last good checkpoint is in {folder}" if folder and folder.exists() else "no checkpoint was written yet"))
         if step == 0: history.append(point(0, parts))
         loss.backward()
+        if world.num_processes > 1:
+            for p in (*trained.values(), *extra): p.grad = average(p.grad)
         nn.utils.clip_grad_norm_([*trained.values(), *extra], c.clip)
         for group in optimizer.param_groups: group["lr"] = lr_at(step, c)
         optimizer.step(); optimizer.zero_grad()
@@ -224,14 +232,14 @@ def distill(
         if done % c.log_every == 0 or done == c.steps:
             history.append(point(done, parts))
             bar.set_postfix(loss=f"{history[-1]['loss']:.3f}")
-        if folder and done % c.checkpoint_every == 0 and done < c.steps: _save_checkpoint(folder, fingerprint, done, history, trained, optimizer, state)
+        if folder and world.is_main_process and done % c.checkpoint_every == 0 and done < c.steps: _save_checkpoint(folder, fingerprint, done, history, trained, optimizer, state)
 
     if c.checkpoint_gradients: student.gradient_checkpointing_disable()
     student.eval().requires_grad_(True)
     staleness = None
     if method.fits_w and c.steps:
         staleness = map_angle(state.w, fit().w)
-    if folder: shutil.rmtree(folder, ignore_errors=True)
+    if folder and world.is_main_process: shutil.rmtree(folder, ignore_errors=True)
     sides, clean = 2 if method.pairs else 1, float(lengths.float().mean())
     both = clean + float((pairs.answer_pos - first_difference(pairs) + 1).float().mean()) if method.pairs else clean   # tokens of a packed pair
     swaps, head = clean * len(want_t.swaps), (clean if everywhere else 1) * sides
