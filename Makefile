@@ -49,7 +49,7 @@ test: setup
 	$(BIN)/python -m pytest --durations=8
 
 bench: setup
-	$(call say,sweep and peers and distillation step and CKA: an hour of CPU time on one thread; needs the laptop models (dvc repro heal@llama))
+	$(call say,sweep and peers and distillation step and CKA: half an hour of CPU time on one thread; needs the laptop models (dvc repro heal@llama))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/run.py
 
 lab: setup

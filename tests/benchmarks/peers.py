@@ -1,4 +1,4 @@
-"""The same sweep in TransformerLens, nnsight and pyvene: python tests/benchmarks/peers.py [--stride 1] [--envs FOLDER] [--only nnsight]
+"""The same sweep in TransformerLens, nnsight and pyvene: python tests/benchmarks/peers.py [--stride 10] [--envs FOLDER] [--only nnsight]
 
 Each peer has its own environment, made here with pip; one that cannot be made is left out with a note. Ours runs in this process, in units of the same plain forward.
 A stride above 1 measures every n-th site, and the cost of all sites is counted from that."""
@@ -38,7 +38,7 @@ def main(argv):
     from rcid.causal import all_sites, answer_logit_diff, causal_effects, sweep_flops
     from rcid.models import load_model
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--stride", type=int, default=1), parser.add_argument("--envs", default=ENVS), parser.add_argument("--only", default="")
+    parser.add_argument("--stride", type=int, default=10), parser.add_argument("--envs", default=ENVS), parser.add_argument("--only", default="")
     o = parser.parse_args(argv)
     model, tokenizer = load_model(TEACHER)
     pairs = pairs_of_20(tokenizer)
