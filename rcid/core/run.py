@@ -127,13 +127,15 @@ def progress(words: list[str], now: float | None = None) -> str:
     "`stage 7 of 65, 3 min so far, about 22 min left`, or nothing without a plan."
     file = root()/"logs"/"plan.json"
     plan = read_json(file) if file.exists() else {"stages": []}
-    if " ".join(words) not in plan["stages"]: return ""
-    i, known = plan["stages"].index(" ".join(words)), plan["past"]
+    stages, times = plan["stages"], lambda s: root()/"logs"/"times"/f"{_label(s.split())}.json"
+    if " ".join(words) not in stages: return ""
+    done = [s for s in stages if times(s).exists() and times(s).stat().st_mtime >= plan["start"]]
+    known, spent = plan["past"], (now or time.time()) - plan["start"]
     usual = sum(known.values()) / len(known) if known else 1.0
-    weight = [known.get(s, usual) for s in plan["stages"]]
-    spent, behind, ahead = (now or time.time()) - plan["start"], sum(weight[:i]), sum(weight[i:])
-    left = spent / behind * ahead if behind else (ahead if known else None)
-    return f"stage {i + 1} of {len(weight)}, {_minutes(spent)} so far" + ("" if left is None else f", about {_minutes(left)} left")
+    weight = lambda some: sum(known.get(s, usual) for s in some)
+    left = weight(set(stages) - set(done)) * (spent / weight(done) if done else 1.0)
+    guess = f", about {_minutes(left)} left" if known or 10 * len(done) >= len(stages) else ""   # the first stages of a first run say little about the others
+    return f"stage {len(done) + 1} of {len(stages)}, {_minutes(spent)} so far{guess}"
 
 # %% ../../nbs/00_core/03_run.ipynb #7c39a65a
 def main(argv: list[str]):
