@@ -119,7 +119,7 @@ def write_plan():
     said = first.stdout if (first := ask()).returncode == 0 else ask("--force").stdout  # in a fresh clone the dry run stops at the first missing file: all is ahead
     stages = [w for w in re.findall(r"(?m)^> python -m rcid.core.run (.+)$", said) if w != "code"]
     past = {w: json.loads(f.read_text())["seconds"] for w in stages if (f := root()/"logs"/"times"/f"{_label(w.split())}.json").exists()}
-    write_json(root()/"logs"/"plan.json", {"start": time.time(), "stages": stages, "past": past})
+    write_json(root()/"logs"/"plan.json", {"start": int(time.time()), "stages": stages, "past": past})
 
 def _label(words: list[str]) -> str: return "-".join([words[0], *(w.partition("=")[2] for w in words[1:])] if len(words) > 1 else [words[0], words[0]])
 
