@@ -53,7 +53,7 @@ def main(argv=None):
         unit = seconds[kl_at, "plain loop"]
         fast = name.startswith("rcid")
         rows.append(dict(kl_at=kl_at, step=name, cost=statistics.median(a / b for a, b in zip(seconds[kl_at, name], unit)), seconds=statistics.median(seconds[kl_at, name]),
-            floor=counted(packed, head[kl_at], True) / counted(tokens, tokens, False) if fast else None,
+            floor=counted(packed, packed if kl_at == "all tokens" else head[kl_at], True) / counted(tokens, tokens, False) if fast else None,
             loss_difference=None if "bf16" in name else max(abs(a - b) for a, b in zip(losses[kl_at, name], losses[kl_at, "plain loop"]))))
     with tempfile.TemporaryDirectory() as tmp:
         save_file(dict(clean=pairs.clean_ids, corrupt=pairs.corrupt_ids, answer=pairs.answer_pos), f"{tmp}/pairs.safetensors")
