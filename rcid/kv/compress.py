@@ -76,7 +76,7 @@ def decode_score(
     for l in range(cache.n_layers):
         cosine = (_unit(cache.k[:, l]) @ _unit(cache.k[:, l]).mT).masked_fill(diagonal | ~valid, 0)
         late = torch.where(cosine > threshold, order, -1).topk(min(recent, cache.seq), -1).values
-        spared = F.one_hot(late + 1, cache.seq + 1).amax(-2)[..., 1:].bool()                 # -1: there is none
+        spared = F.pad(torch.zeros_like(cosine, dtype=torch.bool), (1, 0)).scatter(-1, late + 1, True)[..., 1:]  # -1: there is none
         mean = cosine.masked_fill(spared, 0).sum(-2)/cache.mask.sum(1)[:, None, None]
         scores.append(mean.masked_fill(~cache.mask[:, None], -torch.inf).softmax(-1))
     return (lam*importance - (1 - lam)*torch.stack(scores, 1)).masked_fill(~at, -torch.inf).masked_fill(last[:, None, None], torch.inf)
