@@ -5,7 +5,13 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/06_kv/index.ipynb #d9c4bca2
+# %% ../../nbs/06_kv/index.ipynb #0965fc42
 from .rope import Rope, rope_of, rotate_keys, unrotate_keys, ntk_base, dynamic_ntk_base
 from .cache import KVCache, extract_kv, forward_kv, cache_of, check_finite, positions_of, save_kv, load_kv
 from .compress import CompressedKV, compress_kv, answer_importance, gather_kept
+from .project import HeadwiseMapProjector, FlatProjector, load_projector, match_heads, uniform_head_weights
+from .warp import TimeWarper, find_segments
+from .aligner import MapProjectionAligner, AlignedKV, KVShape, layer_matrix, pretrain_aligner, target_health, kv_attention, profile_alignment
+from .losses import StructuralKVLoss, MercatorKVLoss, AttentionWeighting, attention_weights, gather_weights, uniform_weights
+from .losses import kv_regression, kv_cosine, cka_loss, codi_loss, diagnose_losses, LossDiagnosis
+from .fusion import fuse, Fused, Router, router_regulariser, routing_report, teacher_prototype
