@@ -40,6 +40,7 @@ class Data(_Section):
     n_train: int = Field(gt=0)
     n_val: int = Field(gt=0)
     n_test: int = Field(gt=3)                    # pairs; a correlation needs four
+    n_ood: int = Field(32, gt=0)                 # pairs of each variant out of distribution
     source: Literal["embedded", "path", "hub"] = "embedded" # of the tasks that have several
     filter: bool = True                          # keep the pairs that the teacher gets right in both directions (not for IOI, whose pilot is a gate)
     draw: float = Field(2, ge=1)                 # so many times more pairs are drawn, for the filter to choose from

@@ -12,4 +12,5 @@ from .corpus import general_text, templated_sentences, pack_blocks, pad_sentence
 from .factual import factual_rows, relations_of
 from .winogrande import winogrande_rows, real_twins
 from .arithmetic import arithmetic_rows
-from .splits import TASKS, load_pairs, check_disjoint
+from .splits import TASKS, load_pairs, check_disjoint, variants_of
+from .world import task_sentences, world_sentences
