@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'UNITS', 'PROSE', 'WORDS', 'holm', 'outcome', 'prose', 'compare_claim', 'no_test_claim', 'unit_claim',
-           'competence_claim', 'null_claim', 'ceiling_claim', 'dissociation_claim', 'verdict_claim', 'site_claim']
+           'place', 'bracketed', 'competence_claim', 'null_claim', 'ceiling_claim', 'dissociation_claim',
+           'verdict_claim', 'site_claim']
 
 # %% ../../nbs/08_report/02_claims.ipynb #784cf19a
 import numpy as np
@@ -33,7 +34,7 @@ def outcome(test: dict, alpha: float = .05) -> str:
 
 def _where(test, tests) -> str:
     tasks, families = {t.get("task") for t in tests}, {t["family"] for t in tests}
-    parts = ([f"the {label(test['family'])} family"] if len(families) > 1 else []) + ([label(test["task"]).upper()] if len(tasks) > 1 else [])
+    parts = ([f"the {label(test['family'])} family"] if len(families) > 1 else []) + ([label(test["task"])] if len(tasks) > 1 else [])
     return f" in {' on '.join(parts)}" if parts else ""
 
 def _numbers(test: dict) -> str:
@@ -73,9 +74,13 @@ def unit_claim(n_seeds: int, unit: str, n_boot: int) -> str:
     return boot + f"; a paired test across the {in_words(n_seeds)} seeds is reported beside it."
 
 # %% ../../nbs/08_report/02_claims.ipynb #365ee970
-def _names(rows, all_rows) -> str:
-    families = {r["family"] for r in all_rows}
-    return listing([prose(r["method"]) + (f" ({label(r['family'])})" if len(families) > 1 else "") for r in rows])
+def place(one: dict, among: list[dict]) -> str:
+    "`LLaMA, IOI`: what tells one row or test from the others, its family and its task; empty where they share both."
+    return ", ".join(label(one[key]) for key in ("family", "task") if len({r.get(key) for r in among}) > 1)
+
+def bracketed(text: str) -> str: return f" ({text})" if text else ""
+
+def _names(rows, all_rows) -> str: return listing([prose(r["method"]) + bracketed(place(r, all_rows)) for r in rows])
 
 def _distilled(rows): return [r for r in rows if r["method"] != "undistilled"]
 
@@ -99,13 +104,13 @@ def null_claim(rows: list[dict], part: str = "held_out") -> str:
     return f"The {what} lies above the shuffled-pair null for {in_words(len(rows) - len(inside))} of {in_words(len(rows))} distilled students, and not for {_names(inside, rows)}."
 
 def ceiling_claim(rows: list[dict], part: str = "held_out") -> str:
-    "Where the most consistent student of each family stands against the split-half ceiling; both are correlations of cluster means over disjoint halves."
-    parts, families = [], list(dict.fromkeys(r["family"] for r in rows))
-    for family in families:
-        mine = [r for r in _distilled(rows) if r["family"] == family and None not in (r["consistency"].get(part), *((r.get(k) or {}).get(part) for k in ("ceiling", "split_half")))]
+    "Where the most consistent student of each family and task stands against the split-half ceiling; both are correlations of cluster means over disjoint halves."
+    parts, groups = [], list(dict.fromkeys((r["family"], r.get("task")) for r in rows))
+    for group in groups:
+        mine = [r for r in _distilled(rows) if (r["family"], r.get("task")) == group and None not in (r["consistency"].get(part), *((r.get(k) or {}).get(part) for k in ("ceiling", "split_half")))]
         if not mine: continue
         best = max(mine, key=lambda r: r["consistency"][part])
-        parts.append(f"{number(best['split_half'][part])} with the most consistent student ({prose(best['method'])}) and {number(best['ceiling'][part])} with itself" + (f" in the {label(family)} family" if len(families) > 1 else ""))
+        parts.append(f"{number(best['split_half'][part])} with the most consistent student ({prose(best['method'])}) and {number(best['ceiling'][part])} with itself" + bracketed(place(best, rows)))
     return f"Over disjoint halves of the test pairs, where a model with identical mechanism can do no better than the teacher with itself, the teacher's effects correlate {'; '.join(parts)}." if parts else f"No ceiling is defined for {METRICS[part]} in this run."
 
 # %% ../../nbs/08_report/02_claims.ipynb #0822aa95
@@ -115,8 +120,7 @@ def dissociation_claim(tests: list[dict], metric: str = "held_out", alpha: float
     mechanism = {key(t): outcome(t, alpha) for t in tests if t["metric"] == metric}
     both = [(k, mechanism[k]) for t in tests if t["metric"] == "accuracy" and outcome(t, alpha) == "same" and (k := key(t)) in mechanism]
     apart = [k for k, kind in both if kind in ("higher", "lower")]
-    several = len({t["family"] for t in tests}) > 1
-    names = listing([f"{prose(a)} against {prose(b)}" + (f" ({label(family)})" if several else "") for family, _, a, b in apart])
+    names = listing([f"{prose(a)} against {prose(b)}" + bracketed(place(dict(family=family, task=task), tests)) for family, task, a, b in apart])
     if not both: return "No two methods of this run had accuracies without a detectable difference, so answers and mechanism cannot be told apart here."
     if not apart: return f"Of the {in_words(len(both))} comparison{'s' * (len(both) > 1)} in which accuracy did not differ detectably, {METRICS[metric]} differed detectably in none: this run shows no dissociation of answers and mechanism."
     return f"Of the {in_words(len(both))} comparison{'s' * (len(both) > 1)} in which accuracy did not differ detectably, {METRICS[metric]} did differ in {in_words(len(apart))}: {names}. There the students answer alike as far as this test can tell, and compute differently."
@@ -124,13 +128,17 @@ def dissociation_claim(tests: list[dict], metric: str = "held_out", alpha: float
 # %% ../../nbs/08_report/02_claims.ipynb #86827bcb
 def verdict_claim(tests: list[dict], a: str = "rcid", b: str = "standard_kd_pairs", metric: str = "held_out", alpha: float = .05) -> str:
     "One sentence for abstract and discussion: did `a` improve `metric` over its matched control `b`?"
-    kinds = {t["family"]: outcome(t, alpha) for t in tests if (t["a"], t["b"], t["metric"]) == (a, b, metric)}
+    mine = [t for t in tests if (t["a"], t["b"], t["metric"]) == (a, b, metric)]
+    kinds = {(t["family"], t.get("task")): outcome(t, alpha) for t in mine}
     if not kinds: return f"This run holds no comparison of {label(a)} with its matched control."
     ways = {"higher": f"{label(a)} improves {METRICS[metric]} over its matched control", "lower": f"{label(a)} worsens {METRICS[metric]} against its matched control",
             "same": f"{label(a)} makes no detectable difference to {METRICS[metric]} against its matched control", "untested": f"{label(a)} could not be tested against its matched control"}
-    if len(set(kinds.values())) == 1: return ways[next(iter(kinds.values()))] + (f" in {'both' if len(kinds) == 2 else 'all'} families." if len(kinds) > 1 else ".")
-    text = "; ".join(f"{ways[kind]} in the {label(family)} family" for family, kind in kinds.items())
-    return text + "."
+    if len(set(kinds.values())) == 1:
+        families, tasks = (len({k[i] for k in kinds}) for i in (0, 1))
+        over = " and ".join(f"{'both' if n == 2 else 'all'} {noun}" for n, noun in ((families, "families"), (tasks, "tasks")) if n > 1)
+        return ways[next(iter(kinds.values()))] + (f" in {over}." if over else ".")
+    groups = {kind: [place(dict(family=f, task=t), mine) for (f, t), k in kinds.items() if k == kind] for kind in dict.fromkeys(kinds.values())}
+    return "; ".join(f"{ways[kind]} ({'; '.join(where)})" for kind, where in groups.items()) + "."
 
 # %% ../../nbs/08_report/02_claims.ipynb #79165dc6
 def site_claim(tables: dict[str, dict], share: float = .2) -> str:

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 import numpy as np
 from ..core.paths import read_json
-from .claims import METRICS, ceiling_claim, compare_claim, competence_claim, dissociation_claim, holm, null_claim, outcome, prose, verdict_claim
+from .claims import METRICS, bracketed, ceiling_claim, compare_claim, competence_claim, dissociation_claim, holm, null_claim, outcome, place, prose, verdict_claim
 from .figures import in_order, label
 from .tables import COMPANION_COLUMNS, MAIN_COLUMNS, count, escape, in_words, interval, listing, method_table, number, p_value, tabular
 
@@ -27,7 +27,9 @@ def read_matrix(folder: str | Path, stage: str,
         parts = file.stem.split("-")
         if len(parts) != 4: raise ValueError(f"{file}: the name must be family-task-method-seed.json")
         cells.append({**dict(zip(("family", "task", "method"), parts)), "seed": int(parts[3]), **read_json(file)})
-    if p: cells = [c for c in cells if c["family"] in p.families and c["task"] in p.tasks and c["method"] in ("undistilled", *p.methods) and c["seed"] in (0, *p.seeds)]
+    if p:
+        asked = {*p.cells, *((f, t, "undistilled", 0) for f, t, *_ in p.cells)}
+        cells = [c for c in cells if (c["family"], c["task"], c["method"], c["seed"]) in asked]
     if not cells: raise FileNotFoundError(f"no metrics in {Path(folder)/stage}: run `dvc repro` to make them")
     return cells
 
@@ -101,7 +103,7 @@ def _dig(d, *keys):
 
 # %% ../../nbs/08_report/04_results.ipynb #ca68424e
 EXP1 = [("standard_kd", "undistilled"), ("fitnets", "undistilled"), ("informed_fitnets", "undistilled"), ("fitnets", "standard_kd"), ("informed_fitnets", "standard_kd")]
-EXP2 = [("rcid", "standard_kd_pairs"), ("rcid", "standard_kd"), ("informed_fitnets", "fitnets"), ("rcid", "informed_fitnets"), ("rcid_identity", "rcid")]
+EXP2 = [("rcid", "standard_kd_pairs"), ("rcid", "standard_kd"), ("informed_fitnets", "fitnets"), ("rcid", "informed_fitnets"), ("rcid_identity", "rcid"), ("rcid", "rcid_shuffled"), ("rcid", "rcid_random_sites"), ("rcid", "rcid_random_w")]
 
 def run_tests(rows: list[dict], comparisons: list[tuple[str, str]], statistic, metrics=("accuracy", "trained", "held_out"), unit: str = "pairs") -> list[dict]:
     "All comparisons of an experiment, Holm-corrected together."
@@ -117,8 +119,7 @@ def against_claim(tests: list[dict], b: str = "undistilled", metric: str = "held
     "How many methods lie above, below, or not detectably apart from `b`."
     mine = [t for t in tests if t["b"] == b and t["metric"] == metric]
     if not mine: return f"This run holds no comparison with {prose(b)}."
-    several = len({t["family"] for t in mine}) > 1
-    groups = {kind: [prose(t["a"]) + (f" ({label(t['family'])})" if several else "") for t in mine if outcome(t) == kind] for kind in ("higher", "same", "lower", "untested")}
+    groups = {kind: [prose(t["a"]) + bracketed(place(t, mine)) for t in mine if outcome(t) == kind] for kind in ("higher", "same", "lower", "untested")}
     words = {"higher": "is higher than for {} with", "same": "does not differ detectably from {} with", "lower": "is lower than for {} with", "untested": "could not be tested against {} with"}
     parts = [words[k].format(prose(b)) + f" {listing(names)}" for k, names in groups.items() if names]
     return f"{METRICS[metric][0].upper()}{METRICS[metric][1:]} {'; it '.join(parts)}."
@@ -133,6 +134,7 @@ def exp2_claims(tests: list[dict]) -> dict[str, str]:
     say = lambda a, b, metric="held_out": compare_claim(a, b, tests, metric)
     return {"claim.exp2.pairs": say("rcid", "standard_kd_pairs"), "claim.exp2.pairs_trained": say("rcid", "standard_kd_pairs", "trained"), "claim.exp2.kd": say("rcid", "standard_kd"),
             "claim.exp2.place": say("informed_fitnets", "fitnets"), "claim.exp2.difference": say("rcid", "informed_fitnets"), "claim.exp2.identity": say("rcid_identity", "rcid"),
+            "claim.exp2.shuffled": say("rcid", "rcid_shuffled", "trained"), "claim.exp2.random_sites": say("rcid", "rcid_random_sites", "trained"),
             "claim.exp2.accuracy": say("rcid", "standard_kd_pairs", "accuracy"), "claim.verdict": verdict_claim(tests)}
 
 # %% ../../nbs/08_report/04_results.ipynb #fe6467a1
