@@ -1,5 +1,5 @@
 """The pipeline: stages declare what they use; at tiny scale everything runs, nothing runs twice, and a killed stage goes on where it was."""
-import json, os, re, shutil, signal, subprocess, sys, time
+import functools, json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 from conftest import ROOT, environment, output_of, run
@@ -50,7 +50,7 @@ def test_declared_params_are_the_ones_read(stage):
     p, top = r"\b(?:p|load_params\(\))\.", {d.split(".")[0] for d in declared}
     for key in set(re.findall(p + r"(\w+)", code)) - {"models"}: assert key in top, f"{key} is read and not declared"
     for key in re.findall(p + r"models\[family\]\.(\w+)", code): assert f"models.${{item.family}}.{key}" in declared, f"models.{key} is read and not declared"
-    for section, key in re.findall(p + r"(eval|sites|data|lm|distill)\.(\w+)", code): assert {section, f"{section}.{key}"} & declared, f"{section}.{key} is read and not declared"
+    for section, key in re.findall(p + r"(eval|sites|data|lm|distill|purity|core|more)\.(\w+)", code): assert {section, f"{section}.{key}"} & declared, f"{section}.{key} is read and not declared"
 
 
 def test_every_experiment_notebook_is_a_stage():
@@ -77,7 +77,7 @@ def coordinates(folder):
     for name, s in STAGES.items():
         cells = [{}]
         for key, values in s.get("matrix", {}).items():
-            values = p[values[2:-1]] if isinstance(values, str) else values
+            if isinstance(values, str): values = functools.reduce(lambda d, k: d[k], values[2:-1].split("."), p)
             cells = [{**c, key: v} for c in cells for v in values]
         for c in cells: yield name, c
 

@@ -44,7 +44,7 @@ def world_sentences(
     "`n` sentences of a world in which every task of `tasks` can be solved."
     others = [t for t in tasks if t != "ioi"]
     if not others: return templated_sentences(n, seed, splits, n_names)
-    each = int(0.4*n)//len(others)
+    each = int(0.25*n)//len(others)
     out = templated_sentences(n - each*len(others), seed, splits, n_names) + [s for t in others for s in task_sentences(t, each, seed, splits, n_names, variants)]
     random.Random(f"world-{seed}").shuffle(out)
     return out

@@ -231,8 +231,8 @@ def setup_values(cells: list[dict], scale: str, **values: str | int) -> dict[str
     say = lambda n, noun, plural: f"{in_words(n)} {noun if n == 1 else plural}"
     trained = [c for c in cells if c["method"] != "undistilled"]
     families, seeds = list(dict.fromkeys(c["family"] for c in cells)), sorted({c["seed"] for c in trained})
-    tasks = {"ioi": "indirect object identification (IOI)", "factual": "factual recall", "winogrande": "WinoGrande"}
-    out = {"scale": escape(scale), "tasks": listing(tasks.get(t, escape(t)) for t in dict.fromkeys(c["task"] for c in cells)), "families": listing(map(label, families)),
+    tasks = {"ioi": "indirect object identification (IOI)"}
+    out = {"scale": escape(scale), "tasks": listing(tasks.get(t, escape(label(t))) for t in dict.fromkeys(c["task"] for c in cells)), "families": listing(map(label, families)),
            "n_families_word": say(len(families), "family", "families"), "n_methods": in_words(len({c["method"] for c in trained})),
            "seeds_phrase": say(len(seeds), "seed", "seeds") + f" ({listing(map(str, seeds))})", "alpha": "0.05"}
     out |= {k.replace("__", "."): count(v) if isinstance(v, int) else v for k, v in values.items()}

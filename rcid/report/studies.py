@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXP5', 'robustness_points', 'robustness_report', 'robustness_claims', 'robustness_table', 'robustness_figure',
-           'purity_rows', 'purity_claims', 'purity_table', 'purity_figure', 'architecture_table', 'architecture_claim']
+           'purity_rows', 'purity_claims', 'purity_table', 'purity_figure', 'architecture_table', 'architecture_claim',
+           'filter_claim']
 
 # %% ../../nbs/08_report/09_studies.ipynb #92605937
 import numpy as np
@@ -158,3 +159,10 @@ def architecture_claim(tests: list[dict], metric: str = "held_out") -> str:
         parts.append(f"on {label(task)} it is {next(iter(kinds.values()))} in {'both' if len(kinds) == 2 else 'all'} families" if len(set(kinds.values())) == 1 else f"on {label(task)} it is " + listing([f"{k} in the {f} family" for f, k in kinds.items()]))
     agree = all(len({outcome(t) for t in mine if t["task"] == task}) == 1 for task in {t["task"] for t in mine})
     return f"Consistency of {prose('rcid')} against {prose('standard_kd')} at held-out sites: {'; '.join(parts)}. " + ("The conclusion is the same on both architectures." if agree else "The conclusion depends on the architecture.")
+
+# %% ../../nbs/08_report/09_studies.ipynb #2de1fd5a
+def filter_claim(data: dict[str, dict]) -> str:
+    "`{family: metrics/data}`: how many of the pairs drawn for testing the teacher had right, and how many were kept."
+    parts = [f"{label(family)}, {label(task)}: {right['kept']} of {right['kept'] + right['dropped']} pairs ({percent(right['kept'] / (right['kept'] + right['dropped']), 0)})"
+             for family, d in data.items() for task, splits in d["tasks"].items() if (right := splits["test"]["teacher_right"])]
+    return f"Of the pairs drawn for testing, the teacher had right in both directions: {'; '.join(parts)}." if parts else "No pair of this run was chosen by whether the teacher had it right."
