@@ -13,7 +13,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 # %% ../../nbs/05_distill/00_losses.ipynb #54811f79
-def _kl(log_p, log_q): return (log_p.exp() * (log_p - log_q)).sum(-1)
+def _kl(log_p, log_q): # two dot products: with a large vocabulary at all tokens, every pass over the logits counts
+    p = log_p.exp()
+    return torch.linalg.vecdot(p, log_p) - torch.linalg.vecdot(p, log_q)
 
 def _mix(log_p, log_q, share: float): # log of share * p + (1 - share) * q
     return torch.logsumexp(torch.stack([log_p + math.log(share), log_q + math.log(1 - share)]), 0)
@@ -27,8 +29,7 @@ def divergence(
     skew: float = 0.1                        # skew: share of the teacher in KL(p || skew p + (1 - skew) q)
 ) -> Float[Tensor, "*batch"]:
     "Divergence between teacher and student per row, in float32."
-    log_q = F.log_softmax(student.float() / temperature, -1)
-    log_p = F.log_softmax(teacher.float() / temperature, -1)
+    log_q, log_p = (F.log_softmax(x.float() if temperature == 1 else x.float() / temperature, -1) for x in (student, teacher))
     if kind == "jsd": kind = {0: "forward", 1: "reverse"}.get(beta, "jsd")   # the limits of GKD
     if kind == "forward": loss = _kl(log_p, log_q)
     elif kind == "reverse": loss = _kl(log_q, log_p)

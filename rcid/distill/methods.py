@@ -20,8 +20,9 @@ from .losses import divergence, rcid_floor, rcid_loss, relative_error
 # %% ../../nbs/05_distill/01_methods.ipynb #f19483aa
 class Signals(NamedTuple):
     "What one model says on a batch; None where the method did not ask."
-    logits: Float[Tensor, "batch vocab"] | None = None            # at the answer (or "batch seq vocab" for KL at all tokens)
-    logits_corrupt: Float[Tensor, "batch vocab"] | None = None
+    logits: Float[Tensor, "row vocab"] | None = None              # rows are the answers, or all real tokens one after the other (KL at all tokens)
+    logits_corrupt: Float[Tensor, "row vocab"] | None = None      # of the corrupt prompts; at all tokens only from the first change on
+    shared: Float[Tensor, "row"] | None = None                    # KL at all tokens: 1 for the clean rows that the corrupt prompt shares
     sites: Float[Tensor, "site batch d_model"] | None = None      # residuals at the causal sites
     sites_corrupt: Float[Tensor, "site batch d_model"] | None = None
     layers: Float[Tensor, "layer batch seq d_model"] | None = None# residuals of all mapped layers
@@ -47,16 +48,20 @@ class StandardKD:
         return None
 
     def answer_loss(self, s: Signals, t: Signals, temperature: float = 1.0) -> Float[Tensor, ""]:
-        "Divergence at the answer; averaged over real tokens when the logits are of all positions."
-        per = lambda a, b: self._mean(divergence(a, b, self.kind, temperature), s.mask)
-        return per(s.logits, t.logits) if not self.pairs else (per(s.logits, t.logits) + per(s.logits_corrupt, t.logits_corrupt)) / 2
+        "Divergence at the answer, or over all real tokens when the logits are of all of them."
+        clean = divergence(s.logits, t.logits, self.kind, temperature)
+        if not self.corrupt_kl: return clean.mean()
+        corrupt = divergence(s.logits_corrupt, t.logits_corrupt, self.kind, temperature)
+        if s.shared is None: return (clean.mean() + corrupt.mean()) / 2
+        return ((clean * (1 + s.shared)).sum() + corrupt.sum()) / (2 * len(clean)) # a shared token counts in both prompts
 
     def loss(self, s: Signals, t: Signals, state: nn.Module | None) -> tuple[Float[Tensor, ""] | None, dict[str, Tensor]]:
         "The method's own term and what to log beside it."
         return None, {}
 
-    @staticmethod
-    def _mean(x, mask): return x.mean() if x.ndim == 1 else (x * mask).sum() / mask.sum()
+    @property
+    def corrupt_kl(self): # is there a KL on the corrupt prompts?
+        return self.pairs
 
 # %% ../../nbs/05_distill/01_methods.ipynb #479c0534
 class Regressors(nn.Module):
@@ -113,7 +118,8 @@ class RCID(StandardKD):
     @property
     def fits_w(self): return self.w.startswith("procrustes")
 
-    def answer_loss(self, s, t, temperature=1.0): return StandardKD(self.kind, pairs=self.pairs_kl).answer_loss(s, t, temperature)
+    @property
+    def corrupt_kl(self): return self.pairs_kl
 
     def start(self, student, teacher, seed):
         d_s, d_t = student.sites - student.sites_corrupt, teacher.sites - teacher.sites_corrupt
@@ -134,8 +140,8 @@ class RCID(StandardKD):
 class SFT(StandardKD):
     "Cross-entropy on the correct answer; the teacher is not asked."
     def answer_loss(self, s, t, temperature=1.0):
-        logits = s.logits if s.logits.ndim == 2 else s.logits[torch.arange(len(s.logits)), s.mask.sum(1) - 1]
-        return F.cross_entropy(logits.float(), s.answer)
+        last = slice(None) if len(s.logits) == len(s.answer) else s.mask.sum(1).cumsum(0) - 1   # at all tokens: the last row of each prompt
+        return F.cross_entropy(s.logits[last].float(), s.answer)
 
 @dataclass(frozen=True)
 class CKA(StandardKD):
@@ -152,8 +158,7 @@ class DIITO(StandardKD):
     reads: str = "sites"
     pairs: bool = True
     swaps = True
-
-    def answer_loss(self, s, t, temperature=1.0): return StandardKD(self.kind).answer_loss(s, t, temperature)
+    corrupt_kl = False
 
     def loss(self, s, t, state): return divergence(s.swapped, t.swapped).mean(), {}
 

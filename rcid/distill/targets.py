@@ -48,7 +48,7 @@ class Wanted:
     corrupt: bool = False                # run the corrupt prompts too
     sites: tuple[Site, ...] = ()         # residuals at (layer, role)
     layers: tuple[int, ...] = ()         # whole layers, clean prompts
-    everywhere: bool = False             # final hidden state at all tokens, not only at the answer
+    everywhere: bool = False             # final hidden state at all tokens, not only at the answer; of the corrupt prompts from their first change on
     swaps: tuple[Site, ...] = ()         # for each of them the clean run with the corrupt run's residual there, at the answer
 
 def hidden_signals(model: nn.Module, pairs: ContrastiveDataset, wanted: Wanted) -> dict[str, Tensor]:
@@ -63,7 +63,7 @@ def hidden_signals(model: nn.Module, pairs: ContrastiveDataset, wanted: Wanted) 
     if wanted.layers: out["layers"] = torch.stack([hidden[l][:, :seq] for l in wanted.layers], 1)                             # (pair, layer, seq, d_model)
     if not wanted.corrupt: return out
     there = lambda pos: packed.corrupt[row, pos]                                                                              # the same place in the corrupt run
-    out["final_corrupt"] = final[row[:, None], packed.corrupt] if wanted.everywhere else at(final, there(pairs.answer_pos))
+    out["final_corrupt"] = final[:, seq:] if wanted.everywhere else at(final, there(pairs.answer_pos))
     if wanted.sites: out["sites_corrupt"] = torch.stack([at(hidden[s.layer], there(pairs.key_positions[s.role])) for s in wanted.sites], 1)
     if wanted.swaps: out["swapped"] = torch.stack([_swapped(model, pairs, s, at(hidden[s.layer], there(pairs.key_positions[s.role]))) for s in wanted.swaps], 1)
     return out
@@ -109,7 +109,10 @@ def teacher_targets(
     with torch.inference_mode():
         for i in tqdm(range(0, len(pairs), batch_size), desc="teacher targets", leave=False):
             parts.append({k: v.cpu() for k, v in hidden_signals(teacher, pairs[i:i+batch_size].to(device), wanted).items()})
-    targets = {k: torch.cat([p[k] for p in parts]).clone() for k in parts[0]}
+    def joined(k): # batches can have unequal numbers of columns from the first change on
+        wide = max(p[k].shape[1] for p in parts)
+        return torch.cat([p[k] if p[k].shape[1] == wide else torch.nn.functional.pad(p[k], (0, 0, 0, wide - p[k].shape[1])) for p in parts]).clone()
+    targets = {k: joined(k) for k in parts[0]}
     if path is not None:
         from safetensors.torch import save
         with whole_file(path, "wb") as f: f.write(save(targets, metadata={"sha256": _digest(targets)}))

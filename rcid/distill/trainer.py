@@ -81,12 +81,16 @@ def lr_at(step: int, c: DistillConfig) -> float:
     return c.lr * ((step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(c.steps - warm, 1))))
 
 # %% ../../nbs/05_distill/03_trainer.ipynb #9d543da4
-def _signals(hidden: dict[str, Tensor], model: nn.Module, vocab: int, mask: Tensor, corrupt_logits: bool, answer: Tensor | None = None) -> Signals:
+def _signals(hidden: dict[str, Tensor], model: nn.Module, vocab: int, batch: ContrastiveDataset, method, everywhere: bool) -> Signals:
+    mask, clean, corrupt, shared = batch.attention_mask.bool(), hidden["final"], hidden.get("final_corrupt"), None
+    if everywhere:                                                         # the head runs once on every distinct token
+        t, first = torch.arange(mask.shape[1], device=mask.device), first_difference(batch)[:, None]
+        clean, shared = clean[mask], (t < first)[mask].float()
+        if corrupt is not None: corrupt = corrupt[(t + first < mask.sum(1, keepdim=True))[:, :corrupt.shape[1]]]
     head = lambda h: get_adapter(model).lm_head(h.to(next(get_adapter(model).lm_head.parameters()).dtype))[..., :vocab]
-    first = lambda x: x.transpose(0, 1) if x is not None else None         # (row, site, ...) -> (site, row, ...)
-    return Signals(head(hidden["final"]), head(hidden["final_corrupt"]) if corrupt_logits else None,
-        first(hidden.get("sites")), first(hidden.get("sites_corrupt")), first(hidden.get("layers")), mask.bool(),
-        head(hidden["swapped"][:, 0]) if "swapped" in hidden else None, answer)
+    by_site = lambda key: hidden[key].transpose(0, 1) if key in hidden else None                                # (row, site, ...) -> (site, row, ...)
+    return Signals(head(clean), head(corrupt) if method.corrupt_kl else None, shared, by_site("sites"), by_site("sites_corrupt"), by_site("layers"), mask,
+        head(hidden["swapped"][:, 0]) if "swapped" in hidden else None, batch.correct_token_id)
 
 def _plan(teacher, student, method, c: DistillConfig) -> tuple[Wanted, Wanted]:
     "What the teacher and the student are asked for."
@@ -170,18 +174,18 @@ def distill(
 
     with world.main_process_first(): targets = teacher_targets(teacher, pairs, want_t, c.targets_dir) # the others find them in `targets_dir`
     lengths = pairs.attention_mask.sum(1).cpu()
-    def signals_of_teacher(rows, mask, swap=0):
-        kept, seq = {k: v[rows].to(device) for k, v in targets.items()}, mask.shape[1]
+    def signals_of_teacher(rows, batch, swap=0):
+        kept, seq = {k: v[rows].to(device) for k, v in targets.items()}, batch.clean_ids.shape[1]
         if "layers" in kept: kept["layers"] = kept["layers"][:, :, :seq]
         if everywhere: kept |= {k: kept[k][:, :seq] for k in ("final", "final_corrupt") if k in kept}
         if method.swaps: kept["swapped"] = kept["swapped"][:, swap:swap+1]
-        with torch.no_grad(): return _signals(kept, teacher, vocab, mask, method.pairs)
+        with torch.no_grad(): return _signals(kept, teacher, vocab, batch, method, everywhere)
     def signals_of_student(batch, swap=0):
-        return _signals(hidden_signals(student, batch, replace(want_s, swaps=want_s.swaps[swap:swap+1])), student, vocab, batch.attention_mask, method.pairs, batch.correct_token_id)
+        return _signals(hidden_signals(student, batch, replace(want_s, swaps=want_s.swaps[swap:swap+1])), student, vocab, batch, method, everywhere)
     def fit():                                                             # what the method needs from both models on all training pairs
         if method.reads == "nothing": return None
         with torch.no_grad():
-            chunks = [(signals_of_student(b), signals_of_teacher(slice(i, i+64), b.attention_mask)) for i in range(0, len(pairs) if method.reads == "sites" else 1, 64) for b in (pairs[i:i+64].to(device),)]
+            chunks = [(signals_of_student(b), signals_of_teacher(slice(i, i+64), b)) for i in range(0, len(pairs) if method.reads == "sites" else 1, 64) for b in (pairs[i:i+64].to(device),)]
         join = lambda which, dim=1: Signals(**{f: torch.cat([getattr(x[which], f) for x in chunks], dim) for f in ("sites", "sites_corrupt") if getattr(chunks[0][which], f) is not None}, layers=chunks[0][which].layers)
         return method.start(join(0), join(1), c.seed)
 
@@ -212,7 +216,7 @@ def distill(
         rows = batch_rows(step, len(pairs), c.batch, c.seed, lengths, c.buckets)[world.process_index::world.num_processes]
         batch, swap = pairs[rows].trimmed().to(device), step % max(len(want_s.swaps), 1)
         with cast():
-            s, t = signals_of_student(batch, swap), signals_of_teacher(rows, batch.attention_mask, swap)
+            s, t = signals_of_student(batch, swap), signals_of_teacher(rows, batch, swap)
             kl = method.answer_loss(s, t, c.temperature)
             own, log = method.loss(s, t, state)
         on = own is not None and not (later and step < round(c.w_warmup * c.steps))
@@ -240,9 +244,9 @@ def distill(
     if method.fits_w and c.steps:
         staleness = map_angle(state.w, fit().w)
     if folder and world.is_main_process: shutil.rmtree(folder, ignore_errors=True)
-    sides, clean = 2 if method.pairs else 1, float(lengths.float().mean())
+    clean = float(lengths.float().mean())
     both = clean + float((pairs.answer_pos - first_difference(pairs) + 1).float().mean()) if method.pairs else clean   # tokens of a packed pair
-    swaps, head = clean * len(want_t.swaps), (clean if everywhere else 1) * sides
+    swaps, head = clean * len(want_t.swaps), (both if everywhere else 2) if method.corrupt_kl else (clean if everywhere else 1)
     tokens = round((both + min(swaps, clean)) * c.batch * c.steps)
     flops = c.steps * step_flops(student, (both + min(swaps, clean)) * c.batch, head * c.batch, True) + step_flops(teacher, (both + swaps) * len(pairs), head * c.batch * c.steps, False)
     return DistillResult(student, history, time.time() - start, tokens, flops, staleness)
@@ -259,10 +263,10 @@ def plain_distill(student, teacher, pairs, method, config) -> list[float]:
             one = replace(batch, clean_ids=ids)
             hidden = hidden_signals(model, one, replace(wanted, corrupt=False))
             logits = model(ids, attention_mask=batch.attention_mask).logits[..., :vocab]
-            sides.append((hidden, logits if c.kl_at == "all" else logits[torch.arange(len(ids)), batch.answer_pos]))
+            sides.append((hidden, logits[batch.attention_mask.bool()] if c.kl_at == "all" else logits[torch.arange(len(ids)), batch.answer_pos]))
         (clean, z), (corrupt, z2) = sides
         t = lambda x: None if x is None else x.transpose(0, 1)
-        return Signals(z, z2, t(clean.get("sites")), t(corrupt.get("sites")), t(clean.get("layers")), batch.attention_mask.bool(), answer=batch.correct_token_id)
+        return Signals(z, z2, None, t(clean.get("sites")), t(corrupt.get("sites")), t(clean.get("layers")), batch.attention_mask.bool(), answer=batch.correct_token_id)
     with torch.no_grad(): state = method.start(signals(student, pairs, want_s), signals(teacher, pairs, want_t), c.seed) if method.reads != "nothing" else None
     trained = [p for n, p in student.named_parameters() if c.train_embeddings or n.startswith("model.layers.") or n == "model.norm.weight"]
     student.requires_grad_(False)
