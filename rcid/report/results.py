@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 import numpy as np
 from ..core.paths import read_json
+from ..eval.stats import paired_test
 from .claims import METRICS, bracketed, ceiling_claim, compare_claim, competence_claim, dissociation_claim, holm, null_claim, outcome, place, prose, verdict_claim
 from .figures import in_order, label
 from .tables import COMPANION_COLUMNS, MAIN_COLUMNS, count, escape, in_words, interval, listing, method_table, number, p_value, tabular
@@ -21,7 +22,7 @@ from .tables import COMPANION_COLUMNS, MAIN_COLUMNS, count, escape, in_words, in
 def read_matrix(folder: str | Path, stage: str,
     p=None # params: leave out what they do not ask for, such as what an earlier run left; None = keep all
 ) -> list[dict]:
-    "Every `<folder>/<stage>/<family>-<task>-<method>-<seed>.json` as a dictionary with its coordinates; empty is an error."
+    "Every `<folder>/<stage>/<family>-<task>-<method>-<seed>.json` as a dictionary with its coordinates; none at all, or one missing that the params ask for, is an error."
     cells = []
     for file in sorted((Path(folder)/stage).glob("*.json")):
         parts = file.stem.split("-")
@@ -30,6 +31,8 @@ def read_matrix(folder: str | Path, stage: str,
     if p:
         asked = {*p.cells, *((f, t, "undistilled", 0) for f, t, *_ in p.cells)}
         cells = [c for c in cells if (c["family"], c["task"], c["method"], c["seed"]) in asked]
+        missing = sorted("-".join(map(str, a)) for a in asked - {(c["family"], c["task"], c["method"], c["seed"]) for c in cells} if stage != "distill" or a[2] != "undistilled")
+        if cells and missing: raise FileNotFoundError(f"{Path(folder)/stage/missing[0]}.json is missing" + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else "") + ": run `dvc repro` to make it")
     if not cells: raise FileNotFoundError(f"no metrics in {Path(folder)/stage}: run `dvc repro` to make them")
     return cells
 
@@ -111,8 +114,15 @@ def run_tests(rows: list[dict], comparisons: list[tuple[str, str]], statistic, m
     for family, task in dict.fromkeys((r["family"], r["task"]) for r in rows):
         present = {r["method"] for r in rows if (r["family"], r["task"]) == (family, task)}
         for a, b in comparisons:
-            if {a, b} <= present: tests += [{"family": family, "task": task, "a": a, "b": b, "metric": m, "unit": unit, **statistic(family, task, a, b, m)} for m in metrics]
+            if {a, b} <= present: tests += [{"family": family, "task": task, "a": a, "b": b, "metric": m, "unit": unit, **statistic(family, task, a, b, m), "by_seed": _by_seed(rows, family, task, a, b, m)} for m in metrics]
     return holm(tests)
+
+def _by_seed(rows, family, task, a, b, metric) -> dict: # paired over seeds; undefined p with fewer than two, and its note says so
+    values = {r["method"]: r.get("seeds", {}).get(metric) or [] for r in rows if (r["family"], r["task"]) == (family, task)}
+    n = min(len(values[a]), len(values[b]))
+    pair = lambda m: [float("nan") if v is None else v for v in values[m][:n]]
+    t = paired_test(pair(a), pair(b), n_boot=1000)
+    return {k: None if isinstance(v, float) and v != v else v for k, v in dict(n=t.n, diff=t.mean_difference, p_t=t.p_t, p_sign_flip=t.p_sign_flip, p_smallest=t.p_smallest, dz=t.dz, note=t.note).items()}
 
 # %% ../../nbs/08_report/04_results.ipynb #0dc1b33d
 def against_claim(tests: list[dict], b: str = "undistilled", metric: str = "held_out") -> str:
@@ -142,18 +152,19 @@ def methods_table(rows: list[dict]) -> str: return method_table(rows, MAIN_COLUM
 def companions_table(rows: list[dict]) -> str: return method_table(rows, COMPANION_COLUMNS)
 
 def tests_table(tests: list[dict]) -> str:
-    "All comparisons, one line each with its three metrics."
+    "All comparisons, one line each with its three metrics; from three seeds on also a paired t test over them, at held-out sites."
     metrics = [m for m in METRICS if any(t["metric"] == m for t in tests)]
     heads = {"accuracy": "accuracy", "trained": "$r$, trained sites", "held_out": "$r$, held-out sites"}
-    body = []
+    body, several = [], any((t.get("by_seed") or {}).get("n", 0) > 2 for t in tests)     # fewer than three seeds test nothing
     for family, task in dict.fromkeys((t["family"], t["task"]) for t in tests):
         mine = [t for t in tests if (t["family"], t["task"]) == (family, task)]
         body.append(label(family) + (f", {escape(label(task))}" if len({t["task"] for t in tests}) > 1 else ""))
         for a, b in dict.fromkeys((t["a"], t["b"]) for t in mine):
             found = {t["metric"]: t for t in mine if (t["a"], t["b"]) == (a, b)}
+            seeds = [p_value(t["by_seed"]["p_t"]).replace("p = ", "").replace("p < ", "<") if (t := found.get("held_out")) and t.get("by_seed") else "--"] if several else []
             cells = [f"{number(t['diff'])} {interval(t['ci'])}, {p_value(t.get('p_holm', t['p'])).replace('p = ', '').replace('p < ', '<')}" if (t := found.get(m)) else "--" for m in metrics]
-            body.append([rf"\quad {label(a)} $-$ {label(b)}", *cells])
-    return tabular(["", *(heads[m] for m in metrics)], body, "l" + "r" * len(metrics))
+            body.append([rf"\quad {label(a)} $-$ {label(b)}", *cells, *seeds])
+    return tabular(["", *(heads[m] for m in metrics), *(["$p$, seeds"] if several else [])], body, "l" + "r" * (len(metrics) + several))
 
 def model_name(model: dict, file: str = "") -> str:
     "What a teacher is called: the weights file without its quantisation, or where it comes from."
