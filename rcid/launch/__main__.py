@@ -6,7 +6,7 @@
 __all__ = ['headline', 'rows', 'Lines', 'Screen', 'only_launcher', 'launch', 'status', 'main']
 
 # %% ../../nbs/09_launch/05_main.ipynb #95916f5e
-import argparse, fcntl, os, sys, time
+import argparse, fcntl, logging, os, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 from ..core.paths import read_json, root
@@ -122,6 +122,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--workers", type=int, help="how many at once (default: one per GPU, or what cores and memory allow)")
     args = parser.parse_args(argv)
     from dvc.exceptions import DvcException
+    logging.getLogger("dvc").setLevel(logging.ERROR)                      # what it would warn of, the launcher says itself
     try:
         if args.targets == ["status"]: print(*status(), sep="\n"); return 0
         if args.targets == ["check"]:

@@ -71,13 +71,8 @@ class Pipeline:
 
     def stale(self) -> list[str]:
         "Stages that DVC finds changed as things are now."
-        with self.locked(): return [n for n, s in self.stages.items() if self.changed(s)]
+        with self.locked(): return [n for n, s in self.stages.items() if s.changed()]
 
-    @staticmethod
-    def changed(stage) -> bool: return bool(stage.changed())
-
-# %% ../../nbs/09_launch/00_pipeline.ipynb #40eec811
-class Pipeline(Pipeline):
     def begin(self, name: str) -> Job | str:
         "Readies a stage: `same` (nothing to do), `cached` (its result came out of the run cache and is recorded), or the job to run."
         from dvc.repo.reproduce import _reproduce_stage
