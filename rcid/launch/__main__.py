@@ -13,6 +13,7 @@ from ..core.paths import read_json, root
 from .check import check
 from .local import Local
 from .pipeline import Pipeline
+from .slurm import Slurm
 from .schedule import Run, Stopped, last_line, minutes, one_line
 
 # %% ../../nbs/09_launch/05_main.ipynb #4186dae9
@@ -26,7 +27,7 @@ def headline(run: Run) -> str:
 def rows(run: Run) -> list[tuple[str, ...]]:
     "(worker, stage, time, left, last line of its log) of what runs now."
     now = time.time()
-    return [(run.where[n], n, minutes(now - run.since[n]), minutes(max(0.0, run.times.guess(n) - now + run.since[n])) if n in run.times.known else "",
+    return [(run.executor.where(n), n, minutes(now - run.since[n]), minutes(max(0.0, run.times.guess(n) - now + run.since[n])) if n in run.times.known else "",
              last_line(run.executor.log(n))) for n, s in run.state.items() if s == "running"]
 
 class Lines:
@@ -41,7 +42,7 @@ class Lines:
             print(headline(run), flush=True)
         else:
             state = run.state[name]
-            took = f" {minutes(time.time() - run.since[name])}" if state == "ran" else f" on {run.where[name]}" if state == "running" else ""
+            took = f" {minutes(time.time() - run.since[name])}" if state == "ran" else f" on {run.executor.where(name)}" if state == "running" else ""
             print(f"{state:8}{name}{took}" + (f": {run.why[name]}" if name in run.why else ""), flush=True)
         if name is None: self.last = time.time()
 
@@ -73,11 +74,11 @@ def only_launcher(folder: Path):
         except BlockingIOError: raise RuntimeError(f"another launcher is at work in {folder}: `python -m rcid.launch status` shows it") from None
         yield
 
-def launch(targets: tuple[str, ...] = (), workers: int | None = None, folder: str | Path | None = None) -> int:
+def launch(targets: tuple[str, ...] = (), workers: int | None = None, executor: str = "local", folder: str | Path | None = None) -> int:
     "Runs the stale stages among `targets` (all when empty); returns the exit status."
     folder = Path(folder or root()).resolve()
     with only_launcher(folder):
-        executor = Local(workers, folder/"logs"/"stages")
+        executor = Slurm(workers, folder) if executor == "slurm" else Local(workers, folder)
         with (Screen() if sys.stdout.isatty() else Lines()) as report:
             run = Run(Pipeline(folder, targets), executor, report)
             if not run.planned: print("nothing to do: dvc.lock is up to date"); return 0
@@ -118,8 +119,8 @@ def main(argv: list[str]) -> int:
     "The command line; returns the exit status."
     parser = argparse.ArgumentParser("python -m rcid.launch", description="Runs the stale stages of the pipeline in parallel; `status` and `check` only look.")
     parser.add_argument("targets", nargs="*", help="stages (with all that they need), or `status`, or `check`; everything when none is given")
-    parser.add_argument("--executor", choices=("local",), default="local")
-    parser.add_argument("--workers", type=int, help="how many at once (default: one per GPU, or what cores and memory allow)")
+    parser.add_argument("--executor", choices=("local", "slurm"), default="local", help="this host (default), or jobs of a SLURM cluster")
+    parser.add_argument("--workers", type=int, help="how many at once (default: one per GPU, or what cores and memory allow; 16 jobs of a cluster)")
     args = parser.parse_args(argv)
     from dvc.exceptions import DvcException
     logging.getLogger("dvc").setLevel(logging.ERROR)                      # what it would warn of, the launcher says itself
@@ -129,7 +130,7 @@ def main(argv: list[str]) -> int:
             lines, good = check()
             print(*lines, sep="\n")
             return int(not good)
-        return launch(tuple(args.targets), args.workers)
+        return launch(tuple(args.targets), args.workers, args.executor)
     except (DvcException, OSError, ValueError, RuntimeError) as e:
         print(f"rcid: {one_line(e)}", file=sys.stderr)
         return 1

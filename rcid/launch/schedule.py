@@ -55,7 +55,7 @@ class Run:
         self.pipeline, self.executor, self.report = pipeline, executor, report or (lambda run, event: None)
         self.times = Times(pipeline.root/"logs"/"launch"/"times.json")
         self.state = dict.fromkeys(pipeline.stages, "waiting")
-        self.why, self.where, self.since, self.begun = {}, {}, {}, time.time()
+        self.why, self.since, self.begun = {}, {}, time.time()
         parents = {n: [p for p in pipeline.parents[n] if p in self.state] for n in self.state}
         self.parents = parents
         stale = set(pipeline.stale())
@@ -88,7 +88,7 @@ class Run:
         self.report(self, name)
 
     def _write_state(self):
-        try: write_json(self.pipeline.root/"logs"/"launch"/"state.json", {"pid": os.getpid(), "state": {n: self.state[n] for n in self.planned}, "where": self.where,
+        try: write_json(self.pipeline.root/"logs"/"launch"/"state.json", {"pid": os.getpid(), "state": {n: self.state[n] for n in self.planned}, "where": {n: self.executor.where(n) for n in self.state if self.state[n] == "running"},
             "since": {n: int(t) for n, t in self.since.items()}, "why": self.why, "left": int(self.left())})
         except OSError: pass
 
@@ -97,7 +97,7 @@ class Run:
         from dvc.exceptions import DvcException
         while True:
             ready = [n for n in self.planned if self.state[n] == "waiting" and all(self.state[p] in DONE for p in self.parents[n])]
-            if not ready or not self.executor.room(): return
+            if not ready or not self.executor.room(): return self.executor.flush()
             name = max(ready, key=self.path.get)
             try: job = self.pipeline.begin(name)
             except (DvcException, OSError) as e:
@@ -105,7 +105,8 @@ class Run:
                 continue
             if isinstance(job, str): self._set(name, job)
             else:
-                self.since[name], self.where[name] = time.time(), self.executor.start(job)
+                self.since[name] = time.time()
+                self.executor.start(job)
                 self._set(name, "running")
 
     def _settle_ended(self):
