@@ -1,4 +1,4 @@
-# make setup | repro [SCALE=tiny|laptop|gpu|a100] | test | bench | lab | docs | tokenizers | params | clean
+# make setup | repro [SCALE=tiny|laptop|gpu|a100] [WORKERS=n] | test | bench | lab | docs | tokenizers | params | clean
 # Everything happens inside this folder (.venv, .workspaces, .dvc/cache); nothing global is changed.
 SHELL      := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -7,9 +7,11 @@ SCALE      ?= laptop
 BIN        := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
-export RCID_THREADS ?= 2
+export RCID_THREADS ?= 1
 export OMP_NUM_THREADS ?= $(RCID_THREADS)
 export PYTHONWARNINGS ?= ignore
+# WORKERS: one per GPU, or what cores and memory allow, unless given.
+LAUNCH = python -m rcid.launch$(if $(WORKERS), --workers $(WORKERS))
 say = @echo "== $(1)"
 
 # README.md is rendered from nbs/index.ipynb.
@@ -31,14 +33,13 @@ setup: .venv/.ready
 repro: setup
 ifeq ($(SCALE),laptop)
 	$(call say,pilot first: the teacher's effect heatmap; then everything (about half an hour on two cores))
-	@$(BIN)/python -m rcid.core.run plan
-	$(BIN)/dvc repro pilot
-	$(BIN)/dvc repro
+	$(LAUNCH) pilot
+	$(LAUNCH)
 	$(call say,done: paper/main.pdf)
 else
 	$(call say,scale $(SCALE) runs in .workspaces/$(SCALE); the committed results stay as they are)
 	@$(BIN)/python -m rcid.core.workspace $(SCALE)
-	cd .workspaces/$(SCALE) && export RCID_ROOT=$$PWD PYTHONPATH=$$PWD && dvc pull --quiet -r embedded data.dvc && python -m rcid.core.run plan && dvc repro
+	cd .workspaces/$(SCALE) && export RCID_ROOT=$$PWD PYTHONPATH=$$PWD && dvc pull --quiet -r embedded data.dvc && $(LAUNCH) pilot && $(LAUNCH)
 	$(call say,done: .workspaces/$(SCALE)/paper/main.pdf)
 endif
 

@@ -96,7 +96,7 @@ def workspace() -> Path:
     from rcid.core.workspace import make_workspace
     shutil.rmtree(ROOT/".workspaces"/"test", ignore_errors=True)
     folder = make_workspace("tiny", *TINY, name="test")
-    for command in (("pull", "data.dvc"), ("repro",)):
-        done = run(folder, sys.executable, "-m", "dvc", *command, PIP_NO_INDEX="1", HF_HUB_OFFLINE="1")
-        assert done.returncode == 0, f"dvc {' '.join(command)}: {output_of(done)}"
+    for command in (("dvc", "pull", "data.dvc"), ("rcid.launch", "--workers", "2")):
+        done = run(folder, sys.executable, "-m", *command, PIP_NO_INDEX="1", HF_HUB_OFFLINE="1", RCID_THREADS="1", OMP_NUM_THREADS="1")
+        assert done.returncode == 0, f"{' '.join(command)}: {output_of(done)}"
     return folder

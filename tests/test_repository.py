@@ -8,7 +8,7 @@ from rcid.core import load_params
 from rcid.core.params import Params
 from rcid.core.workspace import DEFAULT_SCALE, compose_params
 
-FLOORS = ("core", "models", "data", "causal", "align", "distill", "kv", "eval", "report")
+FLOORS = ("core", "models", "data", "causal", "align", "distill", "kv", "eval", "report", "launch")
 MODULES = [m for m in sorted(p.relative_to(ROOT).as_posix() for p in (ROOT/"rcid").rglob("*.py")) if not m.endswith('_modidx.py')]  # every module but the generated index
 SCALES = sorted(p.stem for p in (ROOT/"conf"/"scale").glob("*.yaml"))
 TOOL = str(Path(sys.executable).parent)

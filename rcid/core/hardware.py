@@ -29,4 +29,4 @@ def seed_all(seed: int, threads: int | None = None):
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.set_num_threads(threads or int(os.environ.get("RCID_THREADS", "2")))
+    torch.set_num_threads(threads or int(os.environ.get("RCID_THREADS", "1")))

@@ -7,7 +7,7 @@ __all__ = ['strip_notebook', 'run_notebook', 'code_view', 'write_code_views', 'm
            'progress', 'main']
 
 # %% ../../nbs/00_core/03_run.ipynb #d32ae094
-import json, os, re, subprocess, sys, time
+import json, os, re, subprocess, sys, tempfile, time
 from pathlib import Path
 from .params import load_params
 from .paths import read_json, root, whole_file, write_json
@@ -35,8 +35,8 @@ def run_notebook(name: str, **coordinates) -> Path:
     sys.modules.setdefault("rfc3987_syntax", None)                        # jsonschema's IRI checker compiles a grammar for a second; notebooks have no IRIs
     import papermill
     from jupyter_client.manager import AsyncKernelManager
-    class LocalKernel(AsyncKernelManager):                                 # local sockets: no TCP port that others on the node could reach
-        def __init__(self, *args, **kw): super().__init__(*args, **{**kw, "transport": "ipc"})
+    class LocalKernel(AsyncKernelManager):                                 # local sockets in a folder of its own: no TCP port that others could reach, no name that two kernels share
+        def __init__(self, *args, **kw): super().__init__(*args, **{**kw, "transport": "ipc", "ip": f"{sockets}/kernel"})
     source = root()/"nbs"/"experiments"/f"{name}.ipynb"
     if not source.exists(): raise FileNotFoundError(f"no experiment notebook {name!r} in nbs/experiments")
     label = "-".join(str(v) for v in coordinates.values()) or name
@@ -46,9 +46,10 @@ def run_notebook(name: str, **coordinates) -> Path:
     if set(coordinates) - known: raise ValueError(f"{name}.ipynb has no parameter {sorted(set(coordinates) - known)}: it takes {sorted(known)}")
     start = time.time()
     try:
-        papermill.execute_notebook(str(source), str(draft), parameters=coordinates, cwd=str(root()), kernel_name="python3",
-                                   progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
-                                   kernel_manager_class=LocalKernel)
+        with tempfile.TemporaryDirectory(prefix="rcid-") as sockets:
+            papermill.execute_notebook(str(source), str(draft), parameters=coordinates, cwd=str(root()), kernel_name="python3",
+                                       progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
+                                       kernel_manager_class=LocalKernel)
     except papermill.PapermillExecutionError as e:
         raise RuntimeError(f"{name} {label}: {e.ename}: {e.evalue} (see {draft.relative_to(root())})") from None
     with whole_file(record) as f:

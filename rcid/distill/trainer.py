@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..align.procrustes import map_angle
 from ..causal.effects import first_difference
 from ..causal.hooks import Site
-from ..core.paths import read_json, whole_folder, write_json
+from ..core.paths import SEAL, broken_seal, read_json, seal, whole_folder, write_json
 from ..data.pairs import ContrastiveDataset
 from .methods import Signals, get_method
 from .targets import Wanted, hidden_signals, model_hash, teacher_targets
@@ -127,13 +127,14 @@ def _save_checkpoint(folder: Path, fingerprint: str, step: int, history: list, t
     with whole_folder(folder) as new:
         save_file(tensors, new/"tensors.safetensors", metadata={"fingerprint": fingerprint})
         write_json(new/"progress.json", dict(fingerprint=fingerprint, step=step, history=history))
+        seal(new)
 
 def _load_checkpoint(folder: Path, fingerprint: str) -> tuple[int, list, dict[str, Tensor]] | None:
     from safetensors.torch import load_file
-    if not (folder/"progress.json").exists(): return None
+    if not (folder/SEAL).exists() or broken_seal(folder): return None       # absent or damaged: start again rather than trust it
     try:
         progress, tensors = read_json(folder/"progress.json"), load_file(folder/"tensors.safetensors")
-    except Exception: return None                                          # damaged: start again rather than trust it
+    except Exception: return None
     return (progress["step"], progress["history"], tensors) if progress["fingerprint"] == fingerprint else None
 
 def _restore(student, optimizer, state, tensors):

