@@ -103,6 +103,7 @@ class KvData(_Section):
     operations: str = "+-"
     largest: int = Field(10, ge=3)               # no number above it
     vocab: int = Field(900, ge=300)              # tokens of the tokenizer trained here
+    max_new: int = Field(40, gt=0)               # tokens of an answer in words, at most
     n_pretrain: int = Field(gt=0)                # problems that make teacher and initial student competent
     n_train: int = Field(gt=0)                   # problems of distillation
     n_test: int = Field(gt=3)

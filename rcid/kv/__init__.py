@@ -16,4 +16,4 @@ from .losses import StructuralKVLoss, MercatorKVLoss, AttentionWeighting, attent
 from .losses import kv_regression, kv_cosine, cka_loss, codi_loss, diagnose_losses, LossDiagnosis
 from .fusion import fuse, Fused, Router, router_regulariser, routing_report, teacher_prototype
 from .latent import LatentModel, with_latents
-from .methods import KV_METHODS, KVMethod, KVCourse
+from .methods import KV_METHODS, KVMethod, KVCourse, kv_method

@@ -45,7 +45,7 @@ def kv_rows(cells: list[dict]) -> list[dict]:
         mine = [c for c in cells if c["method"] == method]
         report = lambda key: [c["consistency"][key] for c in mine]
         z = lambda values: None if any(v is None for v in values) else fisher_mean(values)[0]
-        ends = np.mean([wilson(sum(c["right"]), len(c["right"])) for c in mine], 0).tolist()
+        ends = np.mean([wilson(c["right"].count("1"), len(c["right"])) for c in mine], 0).tolist()
         rows.append(dict(method=method, n_seeds=len(mine), accuracy=mean([c["accuracy"] for c in mine]), accuracy_ci=ends, words=mean([c["accuracy_words"] for c in mine]), seeds=[dict(accuracy=c["accuracy"], consistency=c["consistency"]["consistency"]) for c in mine],
             cosine={k: mean([c["cosine"][k] for c in mine]) for k in mine[0]["cosine"]}, consistency=z(report("consistency")), consistency_ci=[z(report("low")), z(report("high"))], null=[mean([n[e] for n in report("null")]) for e in ("low", "high")],
             undefined=sum(report("n_undefined")), concordance=mean(report("concordance_mean")), interchange=mean(report("iia_mean")), reading=mean([c["reading"]["accuracy"] for c in mine]), parameters=mine[0]["projector_parameters"], nan=sum(c["nan"] for c in mine),
@@ -66,11 +66,12 @@ def kv_tests(cells: list[dict], problems: list[dict], people, folder: str | Path
     folder, teacher, chains = Path(folder), None, chain_clusters(problems)
     of = lambda m: [c for c in cells if c["method"] == m]
     effects = lambda m: [load_file(folder/"effects"/f"{m}-{c['seed']}.safetensors")["effects"].astype(float) for c in of(m)]
+    right = lambda m: [np.array([*c["right"]]) == "1" for c in of(m)]
     tests = []
     for a, b in comparisons:
         if not of(a) or not of(b): continue
         if teacher is None: teacher = load_file(folder/"sites"/"teacher.safetensors")["effects"].astype(float)
-        tests += [dict(a=a, b=b, metric="accuracy", **accuracy_difference([c["right"] for c in of(a)], [c["right"] for c in of(b)], chains, n)),
+        tests += [dict(a=a, b=b, metric="accuracy", **accuracy_difference(right(a), right(b), chains, n)),
                   dict(a=a, b=b, metric="consistency", **consistency_difference(teacher, effects(a), effects(b), people, n))]
     return holm(tests)
 
