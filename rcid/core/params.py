@@ -56,7 +56,10 @@ class Sites(_Section):
 
 class Distill(_Section):
     steps: int = Field(ge=0)
+    match: Literal["steps", "flops"] = "steps"   # flops: every method gets the FLOPs that `standard_kd_pairs` needs for `steps`
     batch: int = Field(gt=0)                     # pairs a step
+    micro_batch: int | None = Field(None, gt=0)  # pairs in memory at once; null = the whole batch
+    checkpoint_gradients: bool = False           # recompute activations: less memory, a third more time
     lr: float = Field(gt=0)
     warmup: float = Field(0.1, ge=0, lt=1)       # share of the steps
     kl_weight: float = Field(1.0, ge=0)
@@ -66,6 +69,7 @@ class Distill(_Section):
     train_embeddings: bool = False
     bf16: bool | None = None                     # autocast; null = on an accelerator only
     w_warmup: float = Field(0.5, ge=0, lt=1)     # share of the steps before W is fitted, for w = procrustes_after_warmup
+    refit_every: int = Field(0, ge=0)            # steps between new fits of W (an ablation); 0 = W stays as fitted
     log_every: int = Field(20, gt=0)             # steps between points of the learning curve
     checkpoint_every: int = Field(40, gt=0)
 
