@@ -363,21 +363,32 @@ def test_a_notebook_that_raises(copy):
 
 # the real pipeline at tiny scale: `make faults`
 
-@pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("RCID_FAULTS") != "write", reason="ten minutes: make faults")
-def test_real_pipeline_killed_at_random_moments(workspace, tmp_path):
-    from conftest import TINY, environment
+SMALL = ("tasks=[ioi]", "core.families=[qwen3]", "core.methods=[standard_kd_pairs,fitnets,informed_fitnets,rcid]", "more.families=[llama]", "more.tasks=[ioi]", "more.methods=[standard_kd_pairs,rcid]", "seeds=[42]",
+         "models.llama.pretrain_steps=60", "models.qwen3.pretrain_steps=60", "models.llama.heal_steps=8", "models.qwen3.heal_steps=8", "models.qwen3.required=false", "eval.bootstrap=200",
+         "distill.steps=40", "distill.log_every=20", "distill.checkpoint_every=5")                       # every kind of stage, few steps
+QUIET = dict(PIP_NO_INDEX="1", HF_HUB_OFFLINE="1", RCID_THREADS="1", OMP_NUM_THREADS="1")
+
+
+def small_pipeline(name: str) -> Path:
     from rcid.core.workspace import make_workspace
-    shutil.rmtree(ROOT/".workspaces"/"faults", ignore_errors=True)
-    folder = make_workspace("tiny", *TINY, name="faults")
+    shutil.rmtree(ROOT/".workspaces"/name, ignore_errors=True)
+    folder = make_workspace("tiny", *SMALL, name=name)
     assert run(folder, sys.executable, "-m", "dvc", "pull", "-q", "data.dvc").returncode == 0
-    env = environment(folder, PIP_NO_INDEX="1", HF_HUB_OFFLINE="1", RCID_THREADS="1", OMP_NUM_THREADS="1")
-    hits = kill_at_random(folder, (sys.executable, "-m", "rcid.launch", "--workers", "2"), env, 24, 18.0, seed=11)
-    done = run(folder, sys.executable, "-m", "rcid.launch", "--workers", "2", PIP_NO_INDEX="1", HF_HUB_OFFLINE="1", RCID_THREADS="1", OMP_NUM_THREADS="1")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("RCID_FAULTS") != "write", reason="a quarter of an hour: make faults")
+def test_real_pipeline_killed_at_random_moments():
+    from conftest import environment
+    serial, folder = small_pipeline("undisturbed"), small_pipeline("faults")
+    done = run(serial, sys.executable, "-m", "dvc", "repro", **QUIET)
+    assert done.returncode == 0, output_of(done)
+    hits = kill_at_random(folder, (sys.executable, "-m", "rcid.launch", "--workers", "2"), environment(folder, **QUIET), 22, 16.0, seed=11)
+    done = run(folder, sys.executable, "-m", "rcid.launch", "--workers", "2", **QUIET)
     assert done.returncode == 0, output_of(done)
     files = lambda base: {p.relative_to(base).as_posix(): p.read_bytes() for part in ("metrics", "runs", "paper") for p in sorted((base/part).rglob("*")) if p.is_file()} | {"dvc.lock": (base/"dvc.lock").read_bytes()}
-    a, b = files(folder), files(workspace)
-    same = a == b
-    for _ in range(hits): note("kill -9 of launcher, worker or all, real pipeline at tiny scale", "same" if same else "wrong")
-    assert same, [n for n in {*a, *b} if a.get(n) != b.get(n)]
+    a, b = files(folder), files(serial)
+    for _ in range(hits): note("kill -9 of launcher, worker or all, real pipeline at tiny scale", "same" if a == b else "wrong")
+    assert a == b, [n for n in {*a, *b} if a.get(n) != b.get(n)]
     assert hits >= 20
