@@ -1,4 +1,4 @@
-# make setup | repro [SCALE=tiny|laptop|gpu|a100] [WORKERS=n] | test | slurm-test | faults | bench | lab | docs | tokenizers | params | clean
+# make setup | repro [SCALE=tiny|laptop|gpu|a100] [WORKERS=n] [EXECUTOR=slurm] | test | slurm-test | faults | bench | lab | docs | tokenizers | params | clean
 # Everything happens inside this folder (.venv, .workspaces, .dvc/cache); nothing global is changed.
 SHELL      := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -10,8 +10,8 @@ export TOKENIZERS_PARALLELISM := false
 export RCID_THREADS ?= 1
 export OMP_NUM_THREADS ?= $(RCID_THREADS)
 export PYTHONWARNINGS ?= ignore
-# WORKERS: one per GPU, or what cores and memory allow, unless given.
-LAUNCH = python -m rcid.launch$(if $(WORKERS), --workers $(WORKERS))
+# WORKERS: one per GPU, or what cores and memory allow, unless given. EXECUTOR: local or slurm.
+LAUNCH = python -m rcid.launch$(if $(EXECUTOR), --executor $(EXECUTOR))$(if $(WORKERS), --workers $(WORKERS))
 say = @echo "== $(1)"
 
 # README.md is rendered from nbs/index.ipynb.
