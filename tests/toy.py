@@ -12,6 +12,7 @@ def make(folder: Path, **params) -> Path:
     text = (folder/"params.yaml").read_text()
     for key, value in params.items(): text = "".join(f"{key}: {value}\n" if line.startswith(f"{key}:") else line for line in text.splitlines(True))
     (folder/"params.yaml").write_text(text)
+    shutil.copyfile(ROOT/".dvcignore", folder/".dvcignore")
     done = subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, output_of(done)
     return folder

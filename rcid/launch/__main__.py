@@ -13,7 +13,6 @@ from ..core.paths import read_json, root
 from .check import check
 from .local import Local
 from .pipeline import Pipeline
-from .slurm import Slurm
 from .schedule import Run, Stopped, last_line, minutes, one_line
 
 # %% ../../nbs/09_launch/05_main.ipynb #4186dae9
@@ -78,7 +77,10 @@ def launch(targets: tuple[str, ...] = (), workers: int | None = None, executor: 
     "Runs the stale stages among `targets` (all when empty); returns the exit status."
     folder = Path(folder or root()).resolve()
     with only_launcher(folder):
-        executor = Slurm(workers, folder) if executor == "slurm" else Local(workers, folder)
+        if executor == "slurm":
+            from rcid.launch.slurm import Slurm as Executor
+        else: Executor = Local
+        executor = Executor(workers, folder)
         with (Screen() if sys.stdout.isatty() else Lines()) as report:
             pipeline = Pipeline(folder, targets)
             if verify:

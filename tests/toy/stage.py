@@ -1,5 +1,5 @@
 "A stage of the toy pipeline: hashes a number so many times, slowly, with a checkpoint after every step."
-import hashlib, json, os, sys, time
+import hashlib, json, os, sys, tempfile, time
 from pathlib import Path
 
 PACE = float(os.environ.get("TOY_PACE", "0.1"))
@@ -7,8 +7,14 @@ PACE = float(os.environ.get("TOY_PACE", "0.1"))
 
 def write(path: str, text: str):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path + ".new").write_text(text)
-    os.replace(path + ".new", path)
+    handle, new = tempfile.mkstemp(dir=Path(path).parent, prefix=f".{Path(path).name}.")       # as rcid.core.paths.whole_file
+    try:
+        with open(handle, "w") as f: f.write(text)
+        os.chmod(new, 0o644)
+        os.replace(new, path)
+    except OSError:
+        os.unlink(new)
+        raise
 
 
 def train(name: str):
