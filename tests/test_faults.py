@@ -373,24 +373,26 @@ def lasting(base: Path) -> dict[str, bytes]:
 
 
 def kill_stages(workspace: Path, folder: Path, kills: int, seed: int = 11) -> list[str]:
-    "In a copy of a finished workspace: makes a stage of a random kind stale, runs, kills at a random moment (what was killed stays to be done); returns the stages."
+    "In a copy of a finished workspace: takes stages of every kind, last ones first, runs each again and kills at a random moment; returns those that were hit."
     from conftest import environment
     from rcid.launch import Pipeline
     shutil.copytree(workspace, folder, ignore=shutil.ignore_patterns("cache", "tmp", "logs", "__pycache__"))
-    pipeline, rng, hit = Pipeline(folder), random.Random(seed), []
-    kinds = {}
+    pipeline, rng, hit, kinds = Pipeline(folder), random.Random(seed), [], {}
     for name in pipeline.stages:
-        if name != "data.dvc": kinds.setdefault(name.partition("@")[0], []).append(name)
-    for i in range(3 * kills):
-        if len(hit) == kills: break
-        name = rng.choice(kinds[list(kinds)[i % len(kinds)]])
+        if name not in ("data.dvc", "code"): kinds.setdefault(name.partition("@")[0], []).append(name)
+    some = [rng.choice(names) for names in kinds.values()]
+    if kills < len(some): some = rng.sample(some, kills)
+    else: some += rng.sample([n for names in kinds.values() for n in names if n not in some], kills - len(some))
+    for name in sorted(some, key=list(pipeline.stages).index, reverse=True):
         for out in pipeline.stages[name].outs:
             path = Path(out.fs_path)
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         with open(folder/"killed.log", "a") as log:
-            process = subprocess.Popen((sys.executable, "-m", "rcid.launch", "--workers", "2"), cwd=folder, env=environment(folder, **QUIET), stdout=log, stderr=log, start_new_session=True)
-        limit = time.monotonic() + rng.uniform(1, 14)
-        while process.poll() is None and time.monotonic() < limit: time.sleep(0.01)
+            process = subprocess.Popen((sys.executable, "-m", "rcid.launch", "--workers", "2", name), cwd=folder, env=environment(folder, **QUIET), stdout=log, stderr=log, start_new_session=True)
+        limit, moment = time.monotonic() + 60, None
+        while process.poll() is None and time.monotonic() < (moment or limit):
+            if moment is None and marked(folder): moment = time.monotonic() + rng.uniform(0, 9)      # counted from the start of its worker
+            time.sleep(0.01)
         if process.poll() is not None: continue
         victims, what = marked(folder), rng.choice(("all", "launcher", "worker"))
         if what == "worker" and victims:
@@ -414,4 +416,4 @@ def test_real_pipeline_killed_at_random_moments(workspace, tmp_path):
     a, b = lasting(folder), lasting(workspace)
     for _ in hit: note("kill -9 of launcher, worker or all, real pipeline at tiny scale", "same" if a == b else "wrong")
     assert a == b, [n for n in {*a, *b} if a.get(n) != b.get(n)]
-    assert len(hit) == wanted
+    assert len(hit) >= 5 * wanted // 6                                      # some end before the moment comes
