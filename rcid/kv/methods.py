@@ -19,7 +19,7 @@ from ..causal.hooks import capture
 from ..data.reasoning import ReasoningDataset
 from ..distill.losses import divergence
 from ..distill.targets import kept_tensors, model_hash
-from ..distill.trainer import DistillConfig, step_flops
+from ..distill.plan import DistillConfig, step_flops
 from .aligner import AlignedKV, KVShape, MapProjectionAligner, kv_attention, pretrain_aligner
 from .cache import KVCache, forward_kv
 from .compress import compress_kv
