@@ -23,7 +23,8 @@ def table():
     yield
     if not FULL or not ROWS: return
     count = lambda outcomes: {"tried": len(outcomes), "same results": outcomes.count("same"), "refused in one line": outcomes.count("refused"), "wrong": sum(o not in ("same", "refused") for o in outcomes)}
-    TABLE.write_text(json.dumps({fault: count(outcomes) for fault, outcomes in ROWS.items()}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    old = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {}                          # a part of the tests renews its part of the table
+    TABLE.write_text(json.dumps(old | {fault: count(outcomes) for fault, outcomes in ROWS.items()}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
