@@ -78,13 +78,15 @@ def word_problems(
     style: str | None = None,         # words | equation | calculator (as GSM8K writes); None: all in turn
     steps: Sequence[int] = (2, 3),    # how many operations
     operations: str = "+-*/",         # which
-    largest: int = 50                 # no number above it
+    largest: int = 50,                # no number above it
+    people: str | None = None         # whose names, if not the split's: train | val | test | all (for a teacher, which is a language model)
 ) -> Iterator[Problem]:
     "An endless stream of distinct problems; an error when these settings have no more."
     if split not in SPLITS: raise ValueError(f"unknown split {split!r}: there are {list(SPLITS)}")
     if style is not None and style not in STYLES: raise ValueError(f"unknown style of reasoning {style!r}: there are {STYLES}")
     if not steps or min(steps) < 1 or not operations or set(operations) - set(EVENTS): raise ValueError(f"steps {tuple(steps)} must be at least 1, and operations {operations!r} some of {''.join(EVENTS)!r}")
-    names = [n for n in embedded("names")["first_names"] if split_of(n) == split]
+    if people not in (None, "all", *SPLITS): raise ValueError(f"unknown people {people!r}: there are {[*SPLITS, 'all']}")
+    names = [n for n in embedded("names")["first_names"] if people == "all" or split_of(n) == (people or split)]
     rng, seen, misses = random.Random(f"reasoning-{split}-{seed}-{tuple(steps)}-{operations}-{largest}"), set(), 0
     while misses < 50_000:
         misses += 1
