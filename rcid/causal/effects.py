@@ -95,6 +95,7 @@ def naive_effects(model: nn.Module, pairs: ContrastiveDataset,
 _restartable = WeakKeyDictionary()               # model -> {(attention, dtype, device): reason or None}
 
 def _why_not(model, pairs) -> str | None: # None if the engine can restart this model
+    if getattr(model, "several_passes", lambda ids: False)(pairs.clean_ids): return "it takes several passes over this input"   # latent places
     kind = (model.config._attn_implementation, model.dtype, model.device)
     seen = _restartable.setdefault(model, {})
     if kind not in seen:

@@ -7,7 +7,7 @@ __all__ = ['CUE', 'SEGMENTS', 'THINGS', 'STARTS', 'QUESTIONS', 'EVENTS', 'STYLES
            'extract_number', 'exact_match', 'segment_bounds', 'ReasoningDataset', 'encode_problems', 'load_reasoning']
 
 # %% ../../nbs/02_data/09_reasoning.ipynb #625879b9
-import random, re
+import hashlib, random, re
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Iterator, NamedTuple, Sequence
@@ -148,6 +148,12 @@ class ReasoningDataset:
 
     @property
     def answers(self) -> list[str]: return [p.value for p in self.problems]
+
+    def content_hash(self) -> str:
+        "SHA-256 of tokens and segments: two datasets with one hash are the same problems."
+        h = hashlib.sha256()
+        for t in (self.input_ids, self.attention_mask, self.segments, self.cue_pos): h.update(t.cpu().contiguous().numpy().tobytes())
+        return h.hexdigest()
 
     def at(self, segment: str) -> Bool[Tensor, "batch seq"]:
         "Which tokens are prompt, reasoning or answer."

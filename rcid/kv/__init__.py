@@ -15,3 +15,5 @@ from .aligner import MapProjectionAligner, AlignedKV, KVShape, layer_matrix, pre
 from .losses import StructuralKVLoss, MercatorKVLoss, AttentionWeighting, attention_weights, gather_weights, uniform_weights
 from .losses import kv_regression, kv_cosine, cka_loss, codi_loss, diagnose_losses, LossDiagnosis
 from .fusion import fuse, Fused, Router, router_regulariser, routing_report, teacher_prototype
+from .latent import LatentModel, with_latents
+from .methods import KV_METHODS, KVMethod, KVCourse
