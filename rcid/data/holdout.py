@@ -6,7 +6,7 @@
 __all__ = ['Told', 'told_problems', 'share_out', 'part_hash', 'check_parts', 'save_parts', 'load_parts']
 
 # %% ../../nbs/02_data/11_holdout.ipynb #09c396b2
-import hashlib
+import hashlib, json
 from pathlib import Path
 from typing import NamedTuple, Sequence
 from ..core.paths import read_json, write_json
@@ -49,7 +49,7 @@ def share_out(problems: Sequence[Told], shares: dict[str, float]) -> dict[str, l
         parts[next((n for n, (a, b) in bounds.items() if a <= at < b), list(bounds)[-1])].append(p)
     return parts
 
-def part_hash(problems: Sequence[Told]) -> str: return hashlib.sha256("\n".join(repr(tuple(p)) for p in problems).encode()).hexdigest()
+def part_hash(problems: Sequence[Told]) -> str: return hashlib.sha256("\n".join(json.dumps(p._asdict(), sort_keys=True) for p in problems).encode()).hexdigest()
 
 def check_parts(parts: dict[str, Sequence[Told]]):
     "Raises if two parts share a question."
