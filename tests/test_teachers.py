@@ -1,16 +1,14 @@
 """Several teachers: one in memory at a time, missing ones have no weight, order does not matter, and what is compared cost the same."""
-import copy, gc, json, re, weakref
+import copy, gc, json, weakref
 import pytest, torch
-from rcid.align import align_tokens, map_layers
+from rcid.align import map_layers
 from rcid.core import read_json
 from rcid.data.holdout import check_parts, load_parts, save_parts, share_out, told_problems
 from rcid.data.reasoning import encode_problems
-from rcid.data.stories import Reader, story_pairs
 from rcid.distill import DistillConfig, distill
 from rcid.distill.budget import Budget, check_equal
 from rcid.kv import fuse, with_latents
 from rcid.kv import teachers as teachers_module
-from rcid.kv.places import place_matrices
 from rcid.kv.several import FusedKV, Lessons, layer_cka_at_places, make_lessons, own_kv, routing
 from rcid.kv.teachers import Heard, Teacher, listen, recall
 from rcid.models import load_model, save_model, train_tokenizer

@@ -8,7 +8,6 @@ __all__ = ['DEPTHS', 'Lessons', 'layer_cka_at_places', 'own_kv', 'make_lessons',
 # %% ../../nbs/06_kv/13_several.ipynb #7473b1f4
 import hashlib
 from dataclasses import dataclass, field
-from typing import Sequence
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -19,7 +18,7 @@ from ..data.reasoning import ReasoningDataset
 from ..distill.budget import Budget, planned
 from ..distill.trainer import DistillConfig
 from .aligner import AlignedKV, KVShape, MapProjectionAligner, pretrain_aligner
-from .cache import KVCache, forward_kv
+from .cache import forward_kv
 from .fusion import Router, fuse, router_regulariser, teacher_prototype
 from .losses import token_mean
 from .places import place_matrices
