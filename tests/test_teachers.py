@@ -9,6 +9,7 @@ from rcid.distill import DistillConfig, distill
 from rcid.distill.budget import Budget, check_equal
 from rcid.kv import fuse, with_latents
 from rcid.kv import teachers as teachers_module
+from rcid.kv.places import TIMES
 from rcid.kv.several import FusedKV, Lessons, layer_cka_at_places, make_lessons, own_kv, routing
 from rcid.kv.teachers import Heard, Teacher, listen, recall
 from rcid.models import load_model, save_model, train_tokenizer
@@ -41,7 +42,7 @@ def always_right(monkeypatch): # an untrained teacher is missing everywhere; her
     real = teachers_module.recall
     def there(teacher, path, tokenizer):
         h = real(teacher, path, tokenizer)
-        return Heard(h.teacher, h.data, teachers_module.KVCache(h.cache.k, h.cache.v, h.data.attention_mask, h.cache.q, True), torch.ones_like(h.available))
+        return Heard(h.teacher, h.data, teachers_module.KVCache(h.cache.k, h.cache.v, h.data.attention_mask, h.cache.q, True), torch.ones_like(h.available), h.rope)
     return there
 
 
@@ -150,6 +151,15 @@ def test_cka_map_finds_the_layers_that_are_the_same(heard, student):
     weighted = map_layers(2, 3, "cka", cka=cka, top_k=2)
     assert all(abs(sum(w for _, w in row) - 1) < 1e-6 and row[0][0] == want for row, want in zip(weighted, [2, 0]))
     make_lessons(model, words, thought, {"b": heard["b"]}, layer_maps={"b": map_layers(2, 3, "cka", cka=cka, top_k=2)}, fit_steps=0)
+
+
+@pytest.mark.parametrize("time", TIMES)
+@pytest.mark.parametrize("projection", ("structured", "zspace"))
+def test_every_alignment_gives_targets(time, projection, heard, student, folders):
+    model, tokenizer, words, thought = student
+    voices = {n: heard[n] for n in ("a", "b")}
+    lessons = make_lessons(model, words, thought, voices, time, None, projection, tokenizer, {n: load(folders[n])[1] for n in voices}, fit_steps=0)
+    for t in lessons.targets.values(): assert t.k.isfinite().all() and t.v.isfinite().all() and t.mask.any(1).all() and not (t.mask & ~thought.attention_mask.bool()).any()
 
 
 @pytest.mark.parametrize("change", (dict(parts="k"), dict(parts="v"), dict(depth="shallow"), dict(depth="deep"), dict(vote="teacher", fusion="govern")))

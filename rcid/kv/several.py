@@ -72,7 +72,7 @@ def make_lessons(
     a, (k_s, v_s), targets, warped = get_adapter(student), own_kv(student, thought), {}, {}
     shape = KVShape(a.n_layers, a.n_kv_heads, a.head_dim)
     for name, h in heard.items():
-        places = place_matrices(time, h.data, words, thought, ((tokenizers or {}).get(name), tokenizer) if tokenizer is not None else (), h.teacher.before, h.cache, seed)
+        places = place_matrices(time, h.data, words, thought, ((tokenizers or {}).get(name), tokenizer) if tokenizer is not None else (), h.teacher.before, h.cache.rotated(h.rope) if time == "rkv" else h.cache, seed)
         mask = places.mask & h.available[:, None]
         if not mask.any(): raise ValueError(f"make_lessons: teacher {name} is missing for all {len(thought)} problems: train it longer, or leave it out")
         k, v = places(h.cache.k) * mask[:, None, None, :, None], places(h.cache.v) * mask[:, None, None, :, None]

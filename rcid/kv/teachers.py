@@ -18,6 +18,7 @@ from ..core.paths import read_json, sha256, write_json
 from ..data.holdout import Told, part_hash
 from ..data.reasoning import CUE, Problem, ReasoningDataset, encode_problems, extract_number
 from .cache import KVCache, forward_kv, load_kv, save_kv
+from .rope import Rope, rope_of
 from ..models.adapters import get_adapter
 from ..models.load import load_model
 
@@ -56,6 +57,7 @@ class Heard:
     data: ReasoningDataset
     cache: KVCache
     available: Bool[Tensor, "problem"]
+    rope: Rope | None = None       # how the teacher turns keys; attention needs it, their comparison does not
 
 def _key(teacher: Teacher, problems) -> str:
     weights = sorted(Path(teacher.folder).glob("*.safetensors"))
@@ -95,7 +97,7 @@ def listen(
     join = lambda f: torch.cat([f(p) for p in parts])
     cache = KVCache(join(lambda c: c.k), join(lambda c: c.v), data.attention_mask.bool() & available[:, None], q=join(lambda c: c.q), pre_rope=True, positions=join(lambda c: c.positions))
     save_kv(cache, path)
-    write_json(note, dict(key=key, available=available, sha256=sha256(path), problems=[tuple(p) for p in data.problems]))
+    write_json(note, dict(key=key, available=available, sha256=sha256(path), rope=vars(rope_of(model)), problems=[tuple(p) for p in data.problems]))
     del model
     gc.collect()
     return path
@@ -104,4 +106,4 @@ def recall(teacher: Teacher, path: str | Path, tokenizer) -> Heard:
     "What `listen` wrote, in float32; refuses a file that was changed."
     note = read_json(Path(path).with_suffix(".json"))
     cache = load_kv(path)
-    return Heard(teacher, encode_problems([Problem(*p) for p in note["problems"]], tokenizer), cache.to(torch.float32), torch.tensor(note["available"]))
+    return Heard(teacher, encode_problems([Problem(*p) for p in note["problems"]], tokenizer), cache.to(torch.float32), torch.tensor(note["available"]), Rope(torch.tensor(note["rope"]["inv_freq"]), note["rope"]["scaling"]))
