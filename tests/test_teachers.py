@@ -7,7 +7,8 @@ from rcid.data.holdout import check_parts, load_parts, save_parts, share_out, to
 from rcid.data.reasoning import encode_problems
 from rcid.distill import DistillConfig, distill
 from rcid.distill.budget import Budget, check_equal
-from rcid.kv import fuse, with_latents
+from rcid.kv import Router, fuse, router_regulariser, with_latents
+from rcid.kv.fusion import masked_share
 from rcid.kv import teachers as teachers_module
 from rcid.kv.places import TIMES
 from rcid.kv.several import FusedKV, Lessons, layer_cka_at_places, make_lessons, own_kv, routing
@@ -130,6 +131,14 @@ def test_a_missing_teacher_has_weight_0_and_a_problem_without_any_teaches_no_key
     w, there = routing(lessons)
     assert (w[:3, 1] == 0).all() and torch.allclose(w[1:3, 0], torch.ones(2)) and (w[0] == 0).all() and torch.allclose(w[3:].sum(1), torch.ones(len(w) - 3), atol=1e-5)
     assert not there[0].any()
+
+
+@pytest.mark.parametrize("entropy", (0., .1, -.1))
+def test_router_learns_with_missing_teachers(entropy):
+    router, available = Router(5), torch.tensor([[True, False], [True, True]])
+    weights = masked_share(router(torch.randn(2, 5), torch.randn(2, 5)), available)
+    router_regulariser(weights, available, entropy, .1).backward()
+    assert all(p.grad.isfinite().all() for p in router.parameters())
 
 
 def test_rotation_does_not_enter(folders, problems, tmp_path, student):
