@@ -7,6 +7,7 @@ __all__ = ['TIMES', 'overlap_rows', 'Places', 'place_matrices']
 
 # %% ../../nbs/06_kv/10_places.ipynb #f090f584
 from bisect import bisect_right
+from dataclasses import replace
 from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float
@@ -92,7 +93,8 @@ def place_matrices(
     elif how != "segment":
         n = int(thought.segments[0, 2] - thought.segments[0, 1])
         if cache is None: raise ValueError(f"place_matrices: {how} chooses among the teacher's tokens: pass its cache")
-        kept = compress_kv(cache, n, how, key_at=teacher.at("reasoning"), query_at=teacher.at("answer"), per="sample", seed=seed)
+        whole = replace(cache, mask=teacher.attention_mask.bool())        # a teacher that is missing for a problem has read it all the same
+        kept = compress_kv(whole, n, how, key_at=teacher.at("reasoning"), query_at=teacher.at("answer"), per="sample", seed=seed)
         place = thought.segments[:, 1:2].cpu() + torch.arange(n)
         one_hot = torch.nn.functional.one_hot(kept.index[:, 0, 0].cpu(), matrix.shape[2]).to(matrix.dtype) * kept.cache.mask.cpu()[..., None]
         matrix[torch.arange(len(teacher))[:, None], place] = one_hot
