@@ -7,7 +7,7 @@ from rcid.data.holdout import check_parts, load_parts, save_parts, share_out, to
 from rcid.data.reasoning import encode_problems
 from rcid.distill import DistillConfig, distill
 from rcid.distill.budget import Budget, check_equal
-from rcid.kv import Router, fuse, router_regulariser, with_latents
+from rcid.kv import KVCache, Router, fuse, router_regulariser, with_latents
 from rcid.kv.fusion import masked_share
 from rcid.kv import teachers as teachers_module
 from rcid.kv.places import TIMES
@@ -38,19 +38,14 @@ def folders(problems, tmp_path_factory):
 def load(folder): return load_model({"path": str(folder)}, dtype="float32", device="cpu")
 
 
-@pytest.fixture
-def always_right(monkeypatch): # an untrained teacher is missing everywhere; here it is there
-    real = teachers_module.recall
-    def there(teacher, path, tokenizer):
-        h = real(teacher, path, tokenizer)
-        return Heard(h.teacher, h.data, teachers_module.KVCache(h.cache.k, h.cache.v, h.data.attention_mask, h.cache.q, True), torch.ones_like(h.available), h.rope)
-    return there
-
-
-@pytest.fixture
-def heard(folders, problems, tmp_path, always_right):
-    voices = [Teacher("a", str(folders["a"]), "words"), Teacher("prompted", str(folders["a"]), "words", before="Think. "), Teacher("later", str(folders["a_later"]), "words"), Teacher("b", str(folders["b"]))]
-    return {t.name: always_right(t, listen(t, problems, tmp_path/f"{t.name}.safetensors"), load(t.folder)[1]) for t in voices}
+@pytest.fixture(scope="module")
+def heard(folders, problems, tmp_path_factory):
+    "Four teachers of three models. They are untrained, so they are missing everywhere; here they are there all the same."
+    folder, out = tmp_path_factory.mktemp("heard"), {}
+    for t in (Teacher("a", str(folders["a"]), "words"), Teacher("prompted", str(folders["a"]), "words", before="Think. "), Teacher("later", str(folders["a_later"]), "words"), Teacher("b", str(folders["b"]))):
+        h = recall(t, listen(t, problems, folder/f"{t.name}.safetensors"), load(t.folder)[1])
+        out[t.name] = Heard(t, h.data, KVCache(h.cache.k, h.cache.v, h.data.attention_mask, h.cache.q, True), torch.ones_like(h.available), h.rope)
+    return out
 
 
 @pytest.fixture
