@@ -993,5 +993,7 @@ d = { 'settings': { 'branch': 'main',
                                                                                                'rcid/report/teachers_results.py'),
                                               'rcid.report.teachers_results.teacher_tests': ( '08_report/teachers_results.html#teacher_tests',
                                                                                               'rcid/report/teachers_results.py'),
+                                              'rcid.report.teachers_results.voice_name': ( '08_report/teachers_results.html#voice_name',
+                                                                                           'rcid/report/teachers_results.py'),
                                               'rcid.report.teachers_results.voices_table': ( '08_report/teachers_results.html#voices_table',
                                                                                              'rcid/report/teachers_results.py')}}}

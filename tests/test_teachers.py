@@ -169,10 +169,17 @@ def test_every_alignment_gives_targets(time, projection, heard, student, folders
 @pytest.mark.parametrize("change", (dict(parts="k"), dict(parts="v"), dict(depth="shallow"), dict(depth="deep"), dict(vote="teacher", fusion="govern")))
 def test_ablations_change_the_loss_and_not_the_cost(change, heard, student):
     model, _, words, thought = student
-    lessons, c = make_lessons(model, words, thought, {n: heard[n] for n in ("a", "b")}, fit_steps=0), DistillConfig(steps=2, batch=8, lr=1e-3, log_every=1)
+    lessons, c = make_lessons(model, words, thought, {n: heard[n] for n in ("a", "b", "later")}, fit_steps=0), DistillConfig(steps=2, batch=8, lr=1e-3, log_every=1)
     def run(m): s = copy.deepcopy(model); return distill(s, s, lessons, m, c)
     whole, part = run(FusedKV(fusion=change.get("fusion", "fixed"))), run(FusedKV(**change))
     assert whole.history[-1]["method_loss"] != part.history[-1]["method_loss"] and (whole.tokens, whole.flops) == (part.tokens, part.flops)
+
+
+def test_two_voters_have_no_majority(heard, student):
+    model, _, words, thought = student
+    lessons, c = make_lessons(model, words, thought, {n: heard[n] for n in ("a", "b")}, fit_steps=0), DistillConfig(steps=2, batch=8, lr=1e-3, log_every=1)
+    def run(m): s = copy.deepcopy(model); return [p["loss"] for p in distill(s, s, lessons, m, c).history]
+    for vote in ("coordinate", "teacher"): assert max(abs(x - y) for x, y in zip(run(FusedKV()), run(FusedKV(fusion="govern", vote=vote)))) < 1e-6
 
 
 # bad input
