@@ -1,4 +1,4 @@
-# make setup | repro [SCALE=tiny|laptop|gpu|a100] [WORKERS=n] | test | bench | lab | docs | tokenizers | params | clean
+# make setup | repro [SCALE=tiny|laptop|gpu|a100] [WORKERS=n] [EXECUTOR=slurm] | test | slurm-test | faults | bench | lab | docs | tokenizers | params | clean
 # Everything happens inside this folder (.venv, .workspaces, .dvc/cache); nothing global is changed.
 SHELL      := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -10,12 +10,12 @@ export TOKENIZERS_PARALLELISM := false
 export RCID_THREADS ?= 1
 export OMP_NUM_THREADS ?= $(RCID_THREADS)
 export PYTHONWARNINGS ?= ignore
-# WORKERS: one per GPU, or what cores and memory allow, unless given.
-LAUNCH = python -m rcid.launch$(if $(WORKERS), --workers $(WORKERS))
+# WORKERS: one per GPU, or what cores and memory allow, unless given. EXECUTOR: local or slurm.
+LAUNCH = python -m rcid.launch$(if $(EXECUTOR), --executor $(EXECUTOR))$(if $(WORKERS), --workers $(WORKERS))
 say = @echo "== $(1)"
 
 # README.md is rendered from nbs/index.ipynb.
-.PHONY: setup repro test bench lab docs readme tokenizers params clean
+.PHONY: setup repro test slurm-test faults bench lab docs readme tokenizers params clean
 
 .venv/.ready: settings.ini setup.py pyproject.toml
 	$(call say,installing into .venv (about 2 minutes: torch for CPU, transformers, DVC, nbdev, JupyterLab))
@@ -48,6 +48,15 @@ test: setup
 	RCID_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(call say,tests (every experiment at tiny scale; needs no network))
 	$(BIN)/python -m pytest --durations=8
+
+slurm-test: setup
+	$(call say,the launcher on a real SLURM with four simulated GPUs (Debian packages slurm-wlm and munge; root))
+	@command -v slurmctld sbatch munged >/dev/null || apt-get install -y -qq --no-install-recommends slurm-wlm munge
+	$(BIN)/python -m pytest tests/test_slurm.py
+
+faults: setup
+	$(call say,every accident of tests/test_faults.py; writes tests/faults.json (half an hour))
+	RCID_FAULTS=write $(BIN)/python -m pytest tests/test_faults.py --durations=8
 
 bench: setup
 	$(call say,sweep and peers and distillation step and CKA: half an hour of CPU time on one thread; needs the laptop models (dvc repro heal@llama))

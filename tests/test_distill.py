@@ -6,7 +6,7 @@ from conftest import ROOT, run
 from rcid.causal import Site
 from rcid.core import read_json
 from rcid.data import load_pairs
-from rcid.distill import METHODS, RCID, DistillConfig, Wanted, distill, get_method, model_hash, plain_distill, teacher_targets
+from rcid.distill import METHODS, RCID, DistillConfig, Wanted, distill, get_method, model_hash, plain_distill, random_sites, run_cost, teacher_targets
 from rcid.distill.methods import Signals
 from rcid.models import shrink
 
@@ -135,6 +135,66 @@ def initial(toy):
     for model, layers in ((shrink(teacher, 2), CONFIG.layer_map), (teacher, {i: i for i in range(4)})):
         h = teacher_targets(model, pairs, Wanted(corrupt=True, sites=tuple(Site(layers[s.layer], s.role) for s in SITES)))
         yield {k: h[k].transpose(0, 1) for k in ("sites", "sites_corrupt")}
+
+
+@pytest.mark.parametrize("kl_at", ("answer", "all"))
+@pytest.mark.parametrize("method", ("sft", "standard_kd", "standard_kd_pairs", "fitnets", "informed_fitnets", "rcid", "diito"))
+def test_micro_batches_sum_up_to_the_batch(toy, method, kl_at):
+    config = replace(CONFIG, steps=3, batch=10, lr=1e-3, kl_at=kl_at)
+    whole = train(toy, method, config)
+    for small in (replace(config, micro_batch=4), replace(config, micro_batch=4, checkpoint_gradients=True)):
+        parts = train(toy, method, small)
+        for a, b in zip(parts.history, whole.history): assert a == pytest.approx(b, abs=2e-5)
+        other = parts.student.state_dict()
+        assert all(torch.allclose(p, other[n], atol=2e-4) for n, p in whole.student.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ("cka", "rcid_shuffled"))
+def test_methods_that_compare_pairs_need_the_whole_batch(toy, method):
+    with pytest.raises(ValueError, match="compares the pairs of a batch.*micro_batch"): train(toy, method, replace(CONFIG, micro_batch=4))
+
+
+def test_equal_flops_buy_more_of_a_cheaper_step(toy):
+    teacher, pairs = toy
+    student = shrink(teacher, 2)
+    budget = run_cost(student, teacher, pairs, "standard_kd_pairs", CONFIG)[1]
+    steps = {}
+    for method in ("standard_kd_pairs", "standard_kd", "sft", "rcid"):
+        result = train(toy, method, replace(CONFIG, steps=1, flops=budget))
+        one_more = run_cost(student, teacher, pairs, method, replace(CONFIG, steps=result.steps + 1))[1]
+        assert result.flops <= budget < one_more and result.history[-1]["step"] == result.steps
+        assert (result.tokens, result.flops) == run_cost(student, teacher, pairs, method, replace(CONFIG, steps=result.steps))
+        steps[method] = result.steps
+    assert steps["standard_kd_pairs"] == CONFIG.steps and steps["standard_kd"] == steps["sft"] > CONFIG.steps, steps
+    with pytest.raises(ValueError, match="budget of 10 FLOPs does not pay for"): train(toy, "rcid", replace(CONFIG, flops=10.))
+
+
+def test_refits_follow_the_student(toy, tmp_path):
+    "`refit_every` moves W, only where W is fitted; before the first refit nothing differs; a resumed run refits at the same steps."
+    once, often = (train(toy, "rcid", replace(CONFIG, refit_every=n)) for n in (0, 5))
+    assert once.history[:6] == often.history[:6] and once.history[6:] != often.history[6:]
+    assert often.flops > once.flops and 0 < often.staleness < once.staleness
+    for method in ("standard_kd", "fitnets", "rcid_identity"):
+        assert model_hash(train(toy, method).student) == model_hash(train(toy, method, replace(CONFIG, refit_every=5)).student), method
+    def trip(student, step):
+        if step == 9: raise KeyboardInterrupt
+        return {}
+    config = replace(CONFIG, refit_every=5, checkpoint_dir=str(tmp_path/"run"))
+    with pytest.raises(KeyboardInterrupt): train(toy, "rcid", config, probe=trip)
+    assert model_hash(train(toy, "rcid", config).student) == model_hash(often.student)
+
+
+def test_random_sites_are_beside_the_causal_ones(make_model, tokenizers):
+    teacher, pairs = make_model("qwen3", layers=8, d_model=32, heads=2, kv_heads=1, d_mlp=64), load_pairs("ioi", tokenizers["qwen3"], split="train", n=16)
+    causal = [Site(0, "s2"), Site(3, "s2"), Site(2, "end"), Site(5, "end")]
+    drawn = [random_sites(teacher, pairs, causal, seed) for seed in range(40)]
+    for sites in drawn:
+        assert sorted(s.role for s in sites) == ["end", "end", "s2", "s2"] and len(set(sites)) == 4
+        assert not set(sites) & {*causal, Site(7, "end")}
+    assert drawn[3] == random_sites(teacher, pairs, causal, 3) and len({tuple(s) for s in drawn}) > 20
+    assert {s.layer for sites in drawn for s in sites} == set(range(8))
+    assert {s.role for s in random_sites(teacher, pairs, [*causal, Site(4, "io"), Site(4, "s1")], 0)} == {"s2", "end"}     # before the change there is no difference
+    with pytest.raises(ValueError, match="no site beside"): random_sites(teacher, pairs, [Site(l, "end") for l in range(7)], 0)
 
 
 def test_trainer_never_asks_which_method_it_is(root):

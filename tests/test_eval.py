@@ -8,8 +8,10 @@ from conftest import ARCHS
 from rcid.causal import answer_logit_diff
 from rcid.data import load_pairs
 from rcid.eval import information_purity, ood_robustness, probe_purity, robustness_correlation, task_accuracy
+from rcid.eval.consistency import consistency
 from rcid.eval.purity import contrastive_features, control_labels, entity_split, task_label
 from rcid.eval.robustness import newcombe
+from rcid.eval.stats import fisher_mean, paired_test
 
 
 def refused(kind, words, f, *args, **kw):
@@ -229,3 +231,31 @@ def test_three_seeds_cannot_be_significant():
 
 
 def test_lengths_differ(): refused(ValueError, "3 consistencies, 2 degradations and 3 groups", robustness_correlation, [1, 2, 3], [1, 2], ["a"] * 3)
+
+
+# undefined is NaN, counted, and says why
+
+@pytest.mark.parametrize("constant", ("teacher", "student", "both"))
+def test_effects_without_variance_are_undefined_and_counted(constant):
+    rng = np.random.default_rng(0)
+    t, ld = rng.normal(size=(40, 4)), (rng.uniform(3, 6, 40), -rng.uniform(3, 6, 40))
+    s = t + .1 * rng.normal(size=t.shape)
+    for side in (t, s):
+        if constant == "both" or (side is t) == (constant == "teacher"): side[:, 1] = .7
+    r = consistency(t, s, ld, ld, n_boot=200, n_shuffles=200)
+    assert np.isnan([r.pearson[1], r.spearman[1], r.p[1], r.p_bh[1], r.sign_agreement[1]]).all() and r.n_undefined == 1
+    assert r.consistency == pytest.approx(fisher_mean([r.pearson[i] for i in (0, 2, 3)])[0]) and r.consistency > .9   # not 0 in the mean
+    nothing = consistency(t * 0, s, ld, ld, n_boot=200, n_shuffles=200)
+    assert np.isnan([nothing.consistency, nothing.low, nothing.high]).all() and nothing.n_undefined == 4
+
+
+@pytest.mark.parametrize("seeds, words", [(0, "0 pair"), (1, "1 pair")])
+def test_fewer_seeds_than_a_paired_test_needs(seeds, words):
+    r = paired_test(np.full(seeds, .9), np.full(seeds, .5))
+    assert np.isnan([r.p_t, r.p_sign_flip, r.low, r.high]).all() and r.n == seeds and "\n" not in r.note
+    assert words in r.note and "a paired test needs at least 2, run more seeds" in r.note
+
+
+def test_two_seeds_say_what_they_cannot_show():
+    r = paired_test([.9, .8], [.5, .5])
+    assert r.p_smallest == .5 == r.p_sign_flip                               # no result of two seeds is significant

@@ -259,6 +259,17 @@ def test_public_twins(tokenizer, form):
 
 @needs_data
 @pytest.mark.data
+@pytest.mark.parametrize("task, options", [("factual", dict(dataset="lre")), ("winogrande", dict(form="partial"))], ids=("facts", "twins"))
+def test_filter_on_public_pairs_goes_into_a_metrics_file(tokenizer, make_model, tmp_path, task, options):
+    if tokenizer.vocab_size < 10_000: pytest.skip("public data need a real vocabulary")
+    from rcid.core import read_json, write_json
+    model, p = make_model("llama", vocab=len(tokenizer), layers=1, d_model=16, heads=1, kv_heads=1, d_mlp=16), load_pairs(task, tokenizer, n=40, source="path", **options)
+    kept, counts = keep_correct(model, p)
+    assert task_accuracy(model, kept)["both"] == 1 and read_json(write_json(tmp_path/"m.json", counts)) == dict(kept=len(kept), dropped=40 - len(kept))
+
+
+@needs_data
+@pytest.mark.data
 def test_public_twins_differ_in_one_word_and_swap_their_answers():
     twins = winogrande.real_twins()
     assert len(twins) > 1500 and len({t.id for t in twins}) == len(twins)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Learner', 'Voice', 'Fusing', 'Teachers', 'Bench', 'Family', 'Lm', 'Data', 'Sites', 'Distill', 'Eval', 'Purity',
-           'Launch', 'Block', 'Params', 'load_params']
+           'Launch', 'Block', 'KvData', 'KvModel', 'KvTrain', 'Kv', 'Params', 'load_params']
 
 # %% ../../nbs/00_core/01_params.ipynb #2f21e9e0
 from collections import Counter
@@ -129,7 +129,10 @@ class Sites(_Section):
 
 class Distill(_Section):
     steps: int = Field(ge=0)
+    match: Literal["steps", "flops"] = "steps"   # flops: every method gets the FLOPs that `standard_kd_pairs` needs for `steps`
     batch: int = Field(gt=0)                     # pairs a step
+    micro_batch: int | None = Field(None, gt=0)  # pairs in memory at once; null = the whole batch
+    checkpoint_gradients: bool = False           # recompute activations: less memory, a third more time
     lr: float = Field(gt=0)
     warmup: float = Field(0.1, ge=0, lt=1)       # share of the steps
     kl_weight: float = Field(1.0, ge=0)
@@ -139,6 +142,7 @@ class Distill(_Section):
     train_embeddings: bool = False
     bf16: bool | None = None                     # autocast; null = on an accelerator only
     w_warmup: float = Field(0.5, ge=0, lt=1)     # share of the steps before W is fitted, for w = procrustes_after_warmup
+    refit_every: int = Field(0, ge=0)            # steps between new fits of W (an ablation); 0 = W stays as fitted
     log_every: int = Field(20, gt=0)             # steps between points of the learning curve
     checkpoint_every: int = Field(40, gt=0)
 
@@ -167,6 +171,51 @@ class Block(_Section):
     tasks: list[str] = Field(min_length=1)
     methods: list[str] = Field(min_length=1)
 
+# %% ../../nbs/00_core/01_params.ipynb #7c2e94b1
+class KvData(_Section):
+    "Reasoning problems of experiment 6."
+    dataset: Literal["word_problems", "gsm8k", "svamp"] = "word_problems"
+    source: Literal["embedded", "path", "hub"] = "embedded"
+    steps: list[int] = [2]                       # word_problems: operations of a problem
+    operations: str = "+-"
+    largest: int = Field(10, ge=3)               # no number above it
+    vocab: int = Field(900, ge=300)              # tokens of the tokenizer trained here
+    max_new: int = Field(40, gt=0)               # tokens of an answer in words, at most
+    n_pretrain: int = Field(gt=0)                # problems that make teacher and initial student competent
+    n_train: int = Field(gt=0)                   # problems of distillation
+    n_test: int = Field(gt=3)
+    n_pairs: int = Field(gt=3)                   # test pairs of causal consistency
+
+class KvModel(_Section):
+    "A model of experiment 6, and how it is trained here."
+    spec: dict[str, Any]                         # see `rcid.models.load_model`
+    steps: int = Field(ge=0)                     # 0: it is trained already
+    batch: int = Field(64, gt=0)
+    lr: float = Field(gt=0)
+
+class KvTrain(_Section):
+    "Distillation through keys and values."
+    steps: int = Field(ge=0)
+    batch: int = Field(gt=0)                     # problems a step
+    lr: float = Field(gt=0)
+    latents: int = Field(6, ge=1)                # places
+    iterations: int = Field(2, ge=0)             # Jacobi iterations
+    fit_steps: int = Field(40, ge=0)             # of the projector, before it is frozen
+    log_every: int = Field(20, gt=0)
+    checkpoint_every: int = Field(40, gt=0)
+
+class Kv(_Section):
+    "Experiment 6: keys and values of a teacher that reasons in words."
+    data: KvData
+    teacher: KvModel
+    student: KvModel
+    train: KvTrain
+    methods: list[str] = Field(min_length=1)     # of `rcid.kv.KV_METHODS`
+    seeds: list[int] = Field(min_length=1)
+    latent_token: str | None = None              # marks a place; null: the tokenizer's beginning of text, which word problems do not use
+    k: int = Field(6, gt=0)                      # sites at which consistency is measured
+
+# %% ../../nbs/00_core/01_params.ipynb #d50f8e2a
 class Params(_Section):
     "Everything `params.yaml` may say."
     scale: Literal["tiny", "laptop", "gpu", "a100"]
@@ -182,6 +231,7 @@ class Params(_Section):
     sites: Sites
     distill: Distill
     eval: Eval
+    kv: Kv
     purity: Purity = Purity()
     teachers: Teachers
     bench: Bench = Bench()

@@ -13,7 +13,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm import tqdm
 from .losses import divergence
-from .trainer import DistillConfig, batch_rows, lr_at
+from .plan import DistillConfig
+from .trainer import batch_rows, lr_at
 from ..models.adapters import common_vocab, get_adapter
 
 # %% ../../nbs/05_distill/04_language.ipynb #a8d41f42

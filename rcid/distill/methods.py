@@ -40,6 +40,8 @@ class StandardKD:
 
     swaps = False            # True: also the runs with a site's residual swapped, one site a step
     random_sites = False     # True: as many sites, same roles, other layers (a control)
+    whole_batch = False      # True: its loss compares the pairs of a batch with one another
+    answer_only = False      # True: the answer token is supervised even where the KL is at all tokens
     fits_late = False        # True: the own term starts only after `w_warmup` of the steps, on maps fitted then
     fits_w = False           # True: `start` fits an orthogonal map `w`, whose staleness is worth reporting
 
@@ -109,10 +111,12 @@ class RCID(StandardKD):
     pairs_kl: bool = False       # KL on the corrupt prompts too
     w: str = "procrustes"        # procrustes | procrustes_after_warmup | identity (equal widths, shared basis) | random
     shuffled: bool = False       # control: the teacher's differences of other pairs
-    random_sites: bool = False   # control: as many sites, same roles, random layers
+    random_sites: bool = False   # control: as many sites, same roles, other layers
     reads: str = "sites"
     pairs: bool = True
 
+    @property
+    def whole_batch(self): return self.shuffled
     @property
     def fits_late(self): return self.w == "procrustes_after_warmup"
     @property
@@ -139,6 +143,8 @@ class RCID(StandardKD):
 @dataclass(frozen=True)
 class SFT(StandardKD):
     "Cross-entropy on the correct answer; the teacher is not asked."
+    answer_only = True
+
     def answer_loss(self, s, t, temperature=1.0):
         last = slice(None) if len(s.logits) == len(s.answer) else s.mask.sum(1).cumsum(0) - 1   # at all tokens: the last row of each prompt
         return F.cross_entropy(s.logits[last].float(), s.answer)
@@ -147,6 +153,7 @@ class SFT(StandardKD):
 class CKA(StandardKD):
     "Raise the linear CKA of all mapped layers (Kornblith et al., 1905.00414); a batch's first tokens are left out, as sinks."
     reads: str = "layers"
+    whole_batch = True
 
     def loss(self, s, t, state):
         keep = s.mask & (s.mask.cumsum(1) > 1)

@@ -16,7 +16,7 @@ from .losses import StructuralKVLoss, MercatorKVLoss, AttentionWeighting, attent
 from .losses import kv_regression, kv_cosine, cka_loss, codi_loss, diagnose_losses, LossDiagnosis
 from .fusion import fuse, Fused, Router, router_regulariser, routing_report, teacher_prototype
 from .latent import LatentModel, with_latents
-from .methods import KV_METHODS, KVMethod, KVCourse
+from .methods import KV_METHODS, KVMethod, KVCourse, kv_method
 from .places import Places, place_matrices, overlap_rows
 from .teachers import Teacher, Heard, listen, recall
 from .zspace import ZSpace, fit_zspace

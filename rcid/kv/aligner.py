@@ -129,7 +129,7 @@ def pretrain_aligner(
         if not loss.isfinite(): raise ValueError(f"pretrain_aligner: the loss is not finite at step {step}: check the student's keys and values, or lower lr={lr}")
         optimizer.zero_grad(); loss.backward(); optimizer.step()
         history.append(loss.item())
-    aligner.freeze()
+    aligner.freeze().zero_grad()
     return history
 
 # %% ../../nbs/06_kv/05_aligner.ipynb #921b7bf4

@@ -13,7 +13,6 @@ from ..core.paths import read_json, root
 from .check import check
 from .local import Local
 from .pipeline import Pipeline
-from .slurm import Slurm
 from .schedule import Run, Stopped, last_line, minutes, one_line
 
 # %% ../../nbs/09_launch/05_main.ipynb #4186dae9
@@ -74,13 +73,19 @@ def only_launcher(folder: Path):
         except BlockingIOError: raise RuntimeError(f"another launcher is at work in {folder}: `python -m rcid.launch status` shows it") from None
         yield
 
-def launch(targets: tuple[str, ...] = (), workers: int | None = None, executor: str = "local", folder: str | Path | None = None) -> int:
+def launch(targets: tuple[str, ...] = (), workers: int | None = None, executor: str = "local", verify: bool = False, folder: str | Path | None = None) -> int:
     "Runs the stale stages among `targets` (all when empty); returns the exit status."
     folder = Path(folder or root()).resolve()
     with only_launcher(folder):
-        executor = Slurm(workers, folder) if executor == "slurm" else Local(workers, folder)
+        if executor == "slurm":
+            from rcid.launch.slurm import Slurm as Executor
+        else: Executor = Local
+        executor = Executor(workers, folder)
         with (Screen() if sys.stdout.isatty() else Lines()) as report:
-            run = Run(Pipeline(folder, targets), executor, report)
+            pipeline = Pipeline(folder, targets)
+            if verify:
+                for path in pipeline.damaged(): print(f"damaged {path}: is made again", flush=True)
+            run = Run(pipeline, executor, report)
             if not run.planned: print("nothing to do: dvc.lock is up to date"); return 0
             print(f"{len(run.planned)} of {len(run.state)} stages to look at, {len(executor.slots)} worker{'s' * (len(executor.slots) > 1)} on {executor.place}", flush=True)
             try: code = run.go()
@@ -121,6 +126,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("targets", nargs="*", help="stages (with all that they need), or `status`, or `check`; everything when none is given")
     parser.add_argument("--executor", choices=("local", "slurm"), default="local", help="this host (default), or jobs of a SLURM cluster")
     parser.add_argument("--workers", type=int, help="how many at once (default: one per GPU, or what cores and memory allow; 16 jobs of a cluster)")
+    parser.add_argument("--verify", action="store_true", help="read every output and compare its hash with dvc.lock (DVC alone trusts size and time)")
     args = parser.parse_args(argv)
     from dvc.exceptions import DvcException
     logging.getLogger("dvc").setLevel(logging.ERROR)                      # what it would warn of, the launcher says itself
@@ -130,7 +136,7 @@ def main(argv: list[str]) -> int:
             lines, good = check()
             print(*lines, sep="\n")
             return int(not good)
-        return launch(tuple(args.targets), args.workers, args.executor)
+        return launch(tuple(args.targets), args.workers, args.executor, args.verify)
     except (DvcException, OSError, ValueError, RuntimeError) as e:
         print(f"rcid: {one_line(e)}", file=sys.stderr)
         return 1

@@ -141,7 +141,12 @@ class Run:
             for s, handler in kept.items(): signal.signal(s, handler)
         return int("failed" in self.state.values())
 
-def one_line(e: Exception) -> str: return " ".join(str(e).split())
+def one_line(e: BaseException) -> str:
+    "The message, and the system's where that is the cause."
+    text, cause = " ".join(str(e).split()), e
+    while (cause := cause.__cause__ or cause.__context__):
+        if isinstance(cause, OSError) and cause.strerror and cause.strerror not in text: text += f" ({cause.strerror})"
+    return text
 
 def last_line(log: Path, size: int = 4096) -> str:
     "The last line of a log that says something, an error of rcid before others."

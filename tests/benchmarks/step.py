@@ -10,7 +10,8 @@ from common import STUDENT, TEACHER, pairs_of_20, save, show
 from peers import ENVS, run_peer
 from rcid.distill import DistillConfig, distill
 from rcid.distill.targets import pack_pairs
-from rcid.distill.trainer import lr_at, step_flops
+from rcid.distill.plan import step_flops
+from rcid.distill.trainer import lr_at
 from rcid.models import get_adapter, load_model
 from safetensors.torch import save_file
 
