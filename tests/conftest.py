@@ -87,7 +87,7 @@ def pairs(tokenizers) -> dict:
 
 
 TINY = ("tasks=[ioi,factual]", "core.methods=[standard_kd_pairs,fitnets,informed_fitnets,rcid]", "more.families=[qwen3]", "more.tasks=[factual]", "more.methods=[rcid]", "seeds=[42]", "models.llama.heal_steps=30", "models.qwen3.heal_steps=30",
-        "distill.steps=12", "distill.log_every=4", "distill.checkpoint_every=4", "eval.bootstrap=1000")
+        "distill.steps=12", "distill.log_every=4", "distill.checkpoint_every=4", "eval.bootstrap=1000", "teachers.run=[none,single_llama,fixed,learnable]")
 
 
 @pytest.fixture(scope="session")

@@ -17,3 +17,7 @@ from .losses import kv_regression, kv_cosine, cka_loss, codi_loss, diagnose_loss
 from .fusion import fuse, Fused, Router, router_regulariser, routing_report, teacher_prototype
 from .latent import LatentModel, with_latents
 from .methods import KV_METHODS, KVMethod, KVCourse, kv_method
+from .places import Places, place_matrices, overlap_rows
+from .teachers import Teacher, Heard, listen, recall
+from .zspace import ZSpace, fit_zspace
+from .several import FusedKV, Lessons, make_lessons, layer_cka_at_places, routing

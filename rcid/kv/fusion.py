@@ -41,7 +41,7 @@ def router_regulariser(
     "Keeps a router from going to one teacher for everything, or to all for each."
     fair = (available / available.sum(1, keepdim=True)).mean(0)
     imbalance = torch.where(fair > 0, (weights.mean(0) - fair).square() / torch.where(fair > 0, fair, 1), 0).sum()
-    return entropy * torch.special.entr(weights).sum(1).mean() + load * imbalance
+    return entropy * torch.special.entr(torch.where(weights > 0, weights, 1)).sum(1).mean() + load * imbalance      # at 0 its slope is infinite, and a missing teacher is there
 
 @torch.no_grad()
 def routing_report(weights: Float[Tensor, "batch teacher"], available: Bool[Tensor, "batch teacher"]) -> dict:

@@ -51,10 +51,10 @@ def save_model(model: nn.Module, tokenizer, folder: str | Path) -> Path:
     return Path(folder)
 
 # %% ../../nbs/01_models/02_load.ipynb #00c03e8f
-TINY = dict(layers=4, d_model=64, heads=4, kv_heads=2, head_dim=16, d_mlp=192, vocab=None, rope_theta=10_000.0, seed=0, tokenizer=None)
+TINY = dict(layers=4, d_model=64, heads=4, kv_heads=2, head_dim=16, d_mlp=192, vocab=None, rope_theta=10_000.0, rope=None, seed=0, tokenizer=None)
 
 def from_arch(spec: dict) -> tuple[nn.Module, object]:
-    "A randomly initialised model from `{arch: llama|qwen2|qwen3, layers, d_model, heads, kv_heads, head_dim, d_mlp, vocab, rope_theta, seed, tokenizer}`."
+    "A randomly initialised model from `{arch: llama|qwen2|qwen3, layers, d_model, heads, kv_heads, head_dim, d_mlp, vocab, rope_theta, rope, seed, tokenizer}`; `rope` is a scaling, e.g. {rope_type: linear, factor: 2}."
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     unknown = set(spec) - {"arch", *TINY}
     if unknown: raise ValueError(f"model spec has unknown keys {sorted(unknown)}: an arch spec takes {sorted(TINY)}")
@@ -62,7 +62,7 @@ def from_arch(spec: dict) -> tuple[nn.Module, object]:
     s = {**TINY, **spec}
     tokenizer = AutoTokenizer.from_pretrained(inside(s["tokenizer"])) if s["tokenizer"] else byte_tokenizer()
     sizes = dict(vocab_size=s["vocab"] or len(tokenizer), hidden_size=s["d_model"], intermediate_size=s["d_mlp"], num_hidden_layers=s["layers"],
-        num_attention_heads=s["heads"], num_key_value_heads=s["kv_heads"], rope_parameters={"rope_type": "default", "rope_theta": s["rope_theta"]},
+        num_attention_heads=s["heads"], num_key_value_heads=s["kv_heads"], rope_parameters={"rope_type": "default", "rope_theta": s["rope_theta"], **(s["rope"] or {})},
         max_position_embeddings=512, initializer_range=0.5 * s["d_model"]**-0.5, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     if s["arch"] != "qwen2": sizes["head_dim"] = s["head_dim"]             # Qwen2 has no such field
     with torch.random.fork_rng():
