@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from .trainer import DistillConfig, batch_rows, step_flops
+from .plan import DistillConfig, step_flops
+from .trainer import batch_rows
 
 # %% ../../nbs/05_distill/06_budget.ipynb #887a8378
 class Budget(NamedTuple):
