@@ -61,7 +61,7 @@ def local_tasks(
         if not base.exists(): raise ValueError(f"benchmark {name}: the harness has no {copy.yaml.format(subject)}; use another version of lm-eval, or leave the benchmark out")
         for split, rows in splits.items():
             files[split] = str(folder/f"{name}-{subject}-{split}.jsonl")
-            Path(files[split]).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+            Path(files[split]).write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
         config = dict(include=str(base), task="_".join(filter(None, (name, subject))), dataset_path="json", dataset_name=None, dataset_kwargs=dict(data_files=files, cache_dir=str(folder/"cache")))
         out.append(str(folder/f"{config['task']}.yaml"))
         Path(out[-1]).write_text(json.dumps(config), encoding="utf-8")      # JSON is YAML
@@ -88,7 +88,7 @@ def run_bench(
     source: str = "path",          # path (RCID_DATA_DIR) | hub
     limit: int | None = None,      # questions a task (of a subject); None: all
     batch_size: int = 8,
-    max_length: int = 1024         # tokens; longer prompts lose their beginning
+    max_length: int = 1024         # tokens, above the 256 that may be generated; longer prompts lose their beginning
 ) -> dict[str, dict]:              # benchmark -> {n, metric: value}
     "Scores of a model by lm-evaluation-harness."
     if source not in ("path", "hub"): raise ValueError(f"unknown bench.source {source!r}: use path or hub")

@@ -16,7 +16,7 @@ from ..align.cka import linear_cka
 from ..align.layers import map_layers
 from ..data.reasoning import ReasoningDataset
 from ..distill.budget import Budget, planned
-from ..distill.trainer import DistillConfig
+from ..distill.plan import DistillConfig
 from .aligner import AlignedKV, KVShape, MapProjectionAligner, pretrain_aligner
 from .cache import forward_kv
 from .fusion import Router, fuse, router_regulariser, teacher_prototype
