@@ -1,5 +1,5 @@
 """The launcher on one host: the results of a serial `dvc repro`, whatever the workers."""
-import time
+import re, time
 import pytest, toy
 
 FAST = {"TOY_PACE": "0.05"}
@@ -39,8 +39,7 @@ def test_an_input_that_changes_meanwhile(tmp_path, serial):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words, line", ((("nothing",), "rcid: .*nothing"), (("--workers", "0"), "rcid: 0 workers: use one or more"), (("--executor", "slurm"), "rcid: ")))
+@pytest.mark.parametrize("words, line", ((("nothing",), "rcid: .*nothing"), (("--workers", "0"), "rcid: 0 workers: use one or more"), (("--executor", "slurm"), "rcid: .*(srun|squeue)")))
 def test_what_cannot_run_is_said_in_a_line(tmp_path, words, line):
-    code, said = toy.launch(toy.make(tmp_path/"toy"), *words, PATH="/usr/bin:/bin") if words[0] != "--executor" else toy.launch(toy.make(tmp_path/"toy"), *words, PATH="/nowhere")
-    import re
+    code, said = toy.launch(toy.make(tmp_path/"toy"), *words, PATH="/nowhere")
     assert code == 1 and re.search(line, said.splitlines()[-1]) and "Traceback" not in said, said
