@@ -1,9 +1,13 @@
 """METHOD.md section 3: the identities of patching, and the fast path against the reference."""
+import re
 import pytest, torch
 from conftest import ARCHS, ROOT
 from rcid.causal import Site, all_positions, answer_logit_diff, causal_effects, naive_effects, read, write
 from rcid.causal.effects import first_difference, run_logit_diff
 from rcid.models import get_adapter, load_model
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 MODES, LENGTHS = ("noising", "denoising"), ("equal", "unequal")
 PATHS = {"fast": causal_effects, "naive": naive_effects}
@@ -44,6 +48,47 @@ def test_fast_equals_naive_at_every_position(model, some, mode):
     few, scale = some[:2].trimmed(), answer_logit_diff(model, some)[0].abs().mean()
     sites = all_positions(model, few)
     assert close(causal_effects(model, few, sites, mode=mode), naive_effects(model, few, sites, mode=mode), scale)
+
+
+def test_bfloat16_is_as_close_to_float32_as_the_oracle_is(model, some, mode):
+    half = type(model)(model.config).to(torch.bfloat16).eval()
+    half.load_state_dict(model.state_dict())
+    want, scale = naive_effects(model, some, mode=mode), answer_logit_diff(model, some)[0].abs().mean()
+    off = [float((effects(half, some, mode=mode) - want).abs().max() / scale) for effects in (naive_effects, causal_effects)]
+    assert 0 < off[1] <= 3 * off[0] + 0.01
+
+
+class LiveBytes(TorchDispatchMode):
+    "Bytes of the tensors that operations make and that are alive at the same time, parameters aside."
+    def __init__(self, model):
+        super().__init__()
+        self.old, self.live, self.peak = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}, {}, 0
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.live = {k: x for k, x in self.live.items() if not x[0].expired()}
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in self.old: self.live[t.untyped_storage()._cdata] = (StorageWeakRef(t.untyped_storage()), t.untyped_storage().nbytes())
+        self.peak = max(self.peak, sum(n for _, n in self.live.values()))
+        return out
+
+
+@pytest.mark.parametrize("attention, dtype", (("sdpa", torch.float32), ("eager", torch.float32), ("sdpa", torch.bfloat16)))
+def test_sweep_keeps_to_its_memory(model, pairs, attention, dtype):
+    other = type(model)(model.config).to(dtype).eval()
+    other.load_state_dict(model.state_dict()), other.set_attn_implementation(attention)
+    some = pairs[get_adapter(model).family]["unequal"][:3].trimmed()
+    sites = all_positions(other, some)[::3]
+    free = causal_effects(other, some, sites)                              # also: from now on the engine knows the model
+    def peak(memory):
+        with LiveBytes(other) as live: got = causal_effects(other, some, sites, memory=memory)
+        assert torch.allclose(got, free, atol=1e-5 if dtype == torch.float32 else 0.1)
+        return live.peak
+    unbound = peak(2**30)
+    with pytest.raises(ValueError, match="raise memory") as e: causal_effects(other, some, sites, memory=1000)
+    least = int(re.search(r"needs (\d+)", str(e.value))[1])
+    peaks = {memory: peak(memory) for memory in (least, 2 * least)}
+    assert all(got <= memory for memory, got in peaks.items()), peaks
+    assert peaks[least] < unbound
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -7,6 +7,7 @@ from rcid.causal import Site
 from rcid.core import read_json
 from rcid.data import load_pairs
 from rcid.distill import METHODS, RCID, DistillConfig, Wanted, distill, get_method, model_hash, plain_distill, random_sites, run_cost, teacher_targets
+from rcid.distill import targets
 from rcid.distill.methods import Signals
 from rcid.models import shrink
 
@@ -50,7 +51,7 @@ def test_cached_targets_equal_the_plain_loop(toy, method, kl_at):
 def test_targets_are_read_back_and_damage_is_noticed(toy, tmp_path):
     teacher, pairs = toy
     wanted = Wanted(corrupt=True, sites=SITES)
-    first = teacher_targets(teacher, pairs, wanted, tmp_path)
+    first = {k: v.clone() for k, v in teacher_targets(teacher, pairs, wanted, tmp_path).items()}   # out of the mapped file, which is damaged below
     (file,) = tmp_path.iterdir()
     def refuse(*_): raise AssertionError("the teacher ran again")
     handle = teacher.model.layers[0].register_forward_hook(refuse)
@@ -60,6 +61,38 @@ def test_targets_are_read_back_and_damage_is_noticed(toy, tmp_path):
     blob = bytearray(file.read_bytes()); blob[-5] ^= 0x40; file.write_bytes(blob)
     again = teacher_targets(teacher, pairs, wanted, tmp_path)
     assert all(torch.equal(first[k], again[k]) for k in first)
+
+
+@pytest.mark.parametrize("kl_at", ("answer", "all"))
+def test_recomputed_activations_and_buckets_change_no_loss(toy, kl_at):
+    config = replace(CONFIG, steps=4, batch=6, lr=1e-3, kl_at=kl_at)
+    losses = lambda **kw: [h["loss"] for h in train(toy, "rcid", replace(config, **kw)).history]
+    assert losses(checkpoint_gradients=True) == pytest.approx(losses(), abs=1e-6)
+    whole = dict(steps=2, batch=16)                                        # one batch holds all pairs: an order inside it is all that buckets can change
+    assert losses(buckets=2, **whole) == pytest.approx(losses(**whole), abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", ((torch.float16, 2e-3), (torch.bfloat16, 1e-2)))
+def test_targets_in_sixteen_bits(toy, tmp_path, dtype, tolerance):
+    wanted = Wanted(corrupt=True, sites=SITES)
+    half, whole = teacher_targets(*toy, wanted, tmp_path/"half", dtype=dtype), teacher_targets(*toy, wanted, tmp_path/"whole")
+    size = lambda name: sum(f.stat().st_size for f in (tmp_path/name).iterdir())
+    assert size("half") < 0.6 * size("whole")
+    assert all(half[k].dtype == dtype and torch.allclose(half[k].float(), whole[k], rtol=tolerance, atol=1e-4) for k in whole)
+
+
+def test_kept_targets_are_mapped_and_belong_to_model_data_and_code(toy, tmp_path, monkeypatch):
+    teacher, pairs = toy
+    wanted, names = Wanted(corrupt=True), lambda: {f.name for f in tmp_path.iterdir()}
+    teacher_targets(teacher, pairs, wanted, tmp_path)
+    kept = teacher_targets(teacher, pairs, wanted, tmp_path)
+    (first,) = names()
+    if sys.platform == "linux": assert first in open("/proc/self/maps").read() and kept   # `kept` is alive: its rows stay on disk until they are used
+    for change in (lambda: teacher_targets(teacher, pairs[:8], wanted, tmp_path), lambda: teacher_targets(teacher, pairs, Wanted(), tmp_path),
+                   lambda: teacher_targets(shrink(teacher, 2), pairs, wanted, tmp_path), lambda: teacher_targets(teacher, pairs, wanted, tmp_path, dtype=torch.bfloat16)):
+        before = names(); change(); assert len(names() - before) == 1
+    monkeypatch.setattr(targets, "_code_hash", lambda: "other code")
+    before = names(); teacher_targets(teacher, pairs, wanted, tmp_path); assert len(names() - before) == 1
 
 
 @pytest.mark.parametrize("method", ("standard_kd", "fitnets", "rcid"))

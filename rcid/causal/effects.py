@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from .engine import count_macs, evaluating, logit_difference, restart_error, sweep
+from .engine import count_macs, evaluating, logit_difference, restart_error, row_bytes, sweep
 from .hooks import Site, read, rows_of, write
 from ..data.pairs import ContrastiveDataset
 from ..models.adapters import get_adapter
@@ -107,12 +107,22 @@ def _why_not(model, pairs) -> str | None: # None if the engine can restart this 
             else: seen[kind] = None if error < (0.01 if model.dtype == torch.float32 else 0.1) else f"an unpatched restart is off by {error:.1g}"
     return seen[kind]
 
+def _budget(device) -> int: return 2**30 if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory//4
+
+def _shares(a, memory, seq, n_sites): # (pairs whose runs fit, bytes for a block at work)
+    size = a.model.dtype.itemsize
+    pair = (seq + 1)*a.n_layers*2*(a.d_model + a.n_kv_heads*a.head_dim)*size + n_sites*(a.d_model*(size + 20) + 96)
+    row = row_bytes(a, seq, seq)
+    if pair + row > memory: raise ValueError(f"memory = {memory} bytes: one pair of {seq} tokens at {n_sites} sites needs {pair + row}; raise memory or ask for fewer sites at once")
+    work = min(max(memory//4, row), memory - pair)
+    return (memory - work)//pair, work
+
 @torch.no_grad()
 def causal_effects(model: nn.Module, pairs: ContrastiveDataset,
     sites: list[Site] | None = None,             # None = all layers x roles of the pairs, layer-major
     mode: str = "noising",                       # noising: corrupt value into the clean run | denoising: the reverse
-    batch_size: int | None = None,               # pairs whose runs are kept at once; None = as many as `memory` holds
-    *, memory: int = 2**30,                      # bytes for kept residuals, keys, values and results
+    batch_size: int | None = None,               # most pairs whose runs are kept at once; None = as many as `memory` holds
+    *, memory: int | None = None,                # bytes beside the model; None = 1 GiB on a CPU, a quarter of an accelerator's memory
     tokens: int | None = None,                   # size of a block of patched rows; None = 512 on a CPU, 16384 on an accelerator
     skip_zero: bool = True                       # do not compute what is exactly zero (False: for benchmarks)
 ) -> Float[Tensor, "pair site"]:
@@ -125,11 +135,11 @@ def causal_effects(model: nn.Module, pairs: ContrastiveDataset,
             warnings.warn(f"causal_effects takes the slow path for this {a.family} model: {why}", stacklevel=2)
             return naive_effects(model, pairs, sites, mode, batch_size)
         length, last = p.answer_pos.cpu() + 1, a.n_layers - 1
-        kept = (int(length.max()) + 1)*a.n_layers*2*(a.d_model + a.n_kv_heads*a.head_dim)*model.dtype.itemsize
-        batch_size = batch_size or max(1, memory//(kept + len(sites)*a.d_model*(model.dtype.itemsize + 12)))
+        fit, work = _shares(a, memory or _budget(model.device), int(length.max()), len(sites))
+        batch_size = min(batch_size or fit, fit)
         effects = torch.zeros(len(p), len(sites), device=p.clean_ids.device)
         for rows in length.argsort(stable=True).split(batch_size):        # similar lengths together
-            effects[rows] = _batch_effects(model, p[rows], mode, layer, position[rows], last, tokens or (512 if model.device.type == "cpu" else 16384), skip_zero)
+            effects[rows] = _batch_effects(model, p[rows], mode, layer, position[rows], last, tokens or (512 if model.device.type == "cpu" else 16384), work, skip_zero)
     return effects
 
 def _needed(pairs, layer, position, last, skip_zero): # the (pair, site) that must be run, and the distinct (pair, layer, position) among them
@@ -137,10 +147,10 @@ def _needed(pairs, layer, position, last, skip_zero): # the (pair, site) that mu
     pair, site = ((position <= answer) & (layer < last) & ((position >= first) | (not skip_zero))).nonzero().T
     return pair, site, *torch.stack([pair, layer[site], position[pair, site]], 1).unique(dim=0, return_inverse=True)
 
-def _batch_effects(model, pairs, mode, layer, position, last, tokens, skip_zero):
+def _batch_effects(model, pairs, mode, layer, position, last, tokens, work, skip_zero):
     a, device, (base, source, sign) = get_adapter(model), pairs.clean_ids.device, _direction(mode, pairs)
     pair, site, runs, which = _needed(pairs, layer, position, last, skip_zero)
-    finals = sweep(model, base, source, pairs.answer_pos, first_difference(pairs), runs, tokens)
+    finals = sweep(model, base, source, pairs.answer_pos, first_difference(pairs), runs, tokens, work)
     ld = lambda final, rows: logit_difference(a, a.final_norm(final), pairs.correct_token_id[rows], pairs.wrong_token_id[rows])
     every, run = torch.arange(len(pairs), device=device), runs[:, 0].to(device)
     ld_base, ld_source, ld_run = ld(finals[0], every), ld(finals[1], every), ld(finals[2], run)

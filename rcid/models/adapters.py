@@ -42,15 +42,18 @@ class ModelAdapter:
         "The attention module of `layer`."
         return self.residual_site(layer).self_attn
 
+    def mask(self, sees: Bool[Tensor, "batch 1 query key"], like: Tensor) -> Tensor:
+        "A mask of truth values as the attention kernel wants it; only sdpa takes it as it is."
+        if self.model.config._attn_implementation == "sdpa": return sees
+        return torch.zeros(sees.shape, dtype=like.dtype, device=like.device).masked_fill_(~sees, torch.finfo(like.dtype).min)
+
     def trunk(self,
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: Int[Tensor, "batch seq"] | Bool[Tensor, "batch 1 seq seq"] | None = None, # 1 = token, 0 = padding on the right | who sees whom
         position_ids: Int[Tensor, "batch seq"] | None = None   # None: 0, 1, 2 ...
     ) -> Float[Tensor, "batch seq d_model"]:
         "Final hidden states after the final norm, without the LM head."
-        if attention_mask is not None and attention_mask.ndim == 4 and self.model.config._attn_implementation != "sdpa": # only sdpa takes a mask of truth values
-            dtype = self.embed.weight.dtype
-            attention_mask = torch.zeros(attention_mask.shape, dtype=dtype, device=input_ids.device).masked_fill_(~attention_mask, torch.finfo(dtype).min)
+        if attention_mask is not None and attention_mask.ndim == 4: attention_mask = self.mask(attention_mask, self.embed.weight)
         return self.model.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False).last_hidden_state
 
 def get_adapter(model: nn.Module) -> ModelAdapter:
