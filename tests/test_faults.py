@@ -1,6 +1,6 @@
 """Accidents: after each, a rerun ends with the results of an undisturbed run, or the launcher says in one line what is wrong. Nothing wrong is ever taken for good.
 
-`make faults` runs all of it, the kills on the real tiny pipeline included, and writes the table tests/faults.json.
+`make faults` runs all of it and writes the table tests/faults.json; the test suite runs a selection.
 """
 import json, os, random, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
@@ -11,6 +11,7 @@ from rcid.launch.local import end_all, marked
 TABLE = ROOT/"tests"/"faults.json"
 ROWS = {}                                        # fault -> outcomes
 FAST = {"TOY_PACE": "0.02"}
+FULL = os.environ.get("RCID_FAULTS") == "write"  # make faults
 
 
 def note(fault: str, outcome: str): ROWS.setdefault(fault, []).append(outcome)
@@ -20,9 +21,10 @@ def note(fault: str, outcome: str): ROWS.setdefault(fault, []).append(outcome)
 def table():
     "With RCID_FAULTS=write: the outcomes of this run, as the committed table."
     yield
-    if os.environ.get("RCID_FAULTS") != "write" or not ROWS: return
+    if not FULL or not ROWS: return
     count = lambda outcomes: {"tried": len(outcomes), "same results": outcomes.count("same"), "refused in one line": outcomes.count("refused"), "wrong": sum(o not in ("same", "refused") for o in outcomes)}
-    TABLE.write_text(json.dumps({fault: count(outcomes) for fault, outcomes in ROWS.items()}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    old = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {}                          # a part of the tests renews its part of the table
+    TABLE.write_text(json.dumps(old | {fault: count(outcomes) for fault, outcomes in ROWS.items()}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +39,19 @@ def undisturbed(tmp_path_factory) -> dict:
 def folder(tmp_path): return toy.make(tmp_path/"toy")
 
 
-@pytest.fixture
-def finished(folder, undisturbed):
+@pytest.fixture(scope="module")
+def finished_once(tmp_path_factory, undisturbed):
+    folder = toy.make(tmp_path_factory.mktemp("finished")/"toy")
     code, said = toy.launch(folder, "--workers", "2", TOY_PACE="0")
     assert code == 0 and toy.results(folder) == undisturbed, said
     return folder
+
+
+@pytest.fixture
+def finished(finished_once, tmp_path):
+    "A copy of a finished workspace; results and DVC's cache are still the same files."
+    subprocess.run(["cp", "-a", finished_once, tmp_path/"finished"], check=True)
+    return tmp_path/"finished"
 
 
 def converges(folder: Path, undisturbed: dict, fault: str, *args: str, **env: str) -> str:
@@ -136,7 +146,7 @@ def test_interrupted(folder, undisturbed, number):
 # two at once
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first, second", (("launch", "launch"), ("launch", "repro"), ("repro", "launch"), ("repro", "repro")))
+@pytest.mark.parametrize("first, second", (("launch", "launch"), ("launch", "repro"), ("repro", "launch"), ("repro", "repro"))[:None if FULL else 2])
 def test_two_at_once(folder, undisturbed, first, second):
     command = lambda what: [sys.executable, "-m", *(("rcid.launch", "--workers", "2") if what == "launch" else ("dvc", "repro"))]
     processes = []
@@ -167,7 +177,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part, kb", ((".dvc/cache", 24), (".dvc/cache", 48), ("out", 8), ("checkpoints", 8), ("metrics", 12)))
+@pytest.mark.parametrize("part, kb", ((".dvc/cache", 24), ("out", 8), (".dvc/cache", 48), ("checkpoints", 8), ("metrics", 12))[:None if FULL else 2])
 def test_disk_full(folder, undisturbed, small_disk, part, kb):
     disk = small_disk(folder/part, kb)
     code, said = toy.launch(folder, "--workers", "2", **FAST)
@@ -226,7 +236,7 @@ def rewrite(file: Path, blob: bytes, mode: int):
     file.chmod(mode)
 
 
-DAMAGED = ("out/train-a.txt", "out/source.txt", "metrics/train-b.json", "result.json")
+DAMAGED = ("out/train-a.txt", "metrics/train-b.json", "out/source.txt", "result.json")[:None if FULL else 2]
 
 
 @pytest.mark.slow
@@ -373,24 +383,26 @@ def lasting(base: Path) -> dict[str, bytes]:
 
 
 def kill_stages(workspace: Path, folder: Path, kills: int, seed: int = 11) -> list[str]:
-    "In a copy of a finished workspace: makes a stage of a random kind stale, runs, kills at a random moment (what was killed stays to be done); returns the stages."
+    "In a copy of a finished workspace: takes stages of every kind, last ones first, runs each again and kills at a random moment; returns those that were hit."
     from conftest import environment
     from rcid.launch import Pipeline
     shutil.copytree(workspace, folder, ignore=shutil.ignore_patterns("cache", "tmp", "logs", "__pycache__"))
-    pipeline, rng, hit = Pipeline(folder), random.Random(seed), []
-    kinds = {}
+    pipeline, rng, hit, kinds = Pipeline(folder), random.Random(seed), [], {}
     for name in pipeline.stages:
-        if name != "data.dvc": kinds.setdefault(name.partition("@")[0], []).append(name)
-    for i in range(3 * kills):
-        if len(hit) == kills: break
-        name = rng.choice(kinds[list(kinds)[i % len(kinds)]])
+        if name not in ("data.dvc", "code"): kinds.setdefault(name.partition("@")[0], []).append(name)
+    some = [rng.choice(names) for names in kinds.values()]
+    if kills < len(some): some = rng.sample(some, kills)
+    else: some += rng.sample([n for names in kinds.values() for n in names if n not in some], kills - len(some))
+    for name in sorted(some, key=list(pipeline.stages).index, reverse=True):
         for out in pipeline.stages[name].outs:
             path = Path(out.fs_path)
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         with open(folder/"killed.log", "a") as log:
-            process = subprocess.Popen((sys.executable, "-m", "rcid.launch", "--workers", "2"), cwd=folder, env=environment(folder, **QUIET), stdout=log, stderr=log, start_new_session=True)
-        limit = time.monotonic() + rng.uniform(1, 14)
-        while process.poll() is None and time.monotonic() < limit: time.sleep(0.01)
+            process = subprocess.Popen((sys.executable, "-m", "rcid.launch", "--workers", "2", name), cwd=folder, env=environment(folder, **QUIET), stdout=log, stderr=log, start_new_session=True)
+        limit, moment = time.monotonic() + 60, None
+        while process.poll() is None and time.monotonic() < (moment or limit):
+            if moment is None and marked(folder): moment = time.monotonic() + rng.uniform(0, 9)      # counted from the start of its worker
+            time.sleep(0.01)
         if process.poll() is not None: continue
         victims, what = marked(folder), rng.choice(("all", "launcher", "worker"))
         if what == "worker" and victims:
@@ -407,11 +419,11 @@ def kill_stages(workspace: Path, folder: Path, kills: int, seed: int = 11) -> li
 @pytest.mark.slow
 def test_real_pipeline_killed_at_random_moments(workspace, tmp_path):
     "A few kills; with `make faults` enough to meet every kind of stage."
-    folder, wanted = tmp_path/"faults", 24 if os.environ.get("RCID_FAULTS") == "write" else 3
+    folder, wanted = tmp_path/"faults", 24 if FULL else 3
     hit = kill_stages(workspace, folder, wanted)
     done = run(folder, sys.executable, "-m", "rcid.launch", "--workers", "2", **QUIET)
     assert done.returncode == 0, output_of(done)
     a, b = lasting(folder), lasting(workspace)
     for _ in hit: note("kill -9 of launcher, worker or all, real pipeline at tiny scale", "same" if a == b else "wrong")
     assert a == b, [n for n in {*a, *b} if a.get(n) != b.get(n)]
-    assert len(hit) == wanted
+    assert len(hit) >= 5 * wanted // 6                                      # some end before the moment comes

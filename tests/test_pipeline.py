@@ -52,8 +52,22 @@ def test_declared_params_are_the_ones_read(stage):
     if "cells" in used: used = used - {"cells"} | {"core", "more", "seeds"}                          # what the property is made of
     for key in used: assert key in top, f"{key} is read and not declared"
     for key in re.findall(p + r"models\[family\]\.(\w+)", code): assert f"models.${{item.family}}.{key}" in declared, f"models.{key} is read and not declared"
-    for key in re.findall(r"\bkv\.(\w+)", code): assert any(d == "kv" or d.startswith((f"kv.{key}", "kv.${item.")) for d in declared), f"kv.{key} is read and not declared"
+    for key in re.findall(r"(?<!rcid\.)\bkv\.(\w+)", code): assert any(d == "kv" or d.startswith((f"kv.{key}", "kv.${item.")) for d in declared), f"kv.{key} is read and not declared"
     for section, key in re.findall(p + r"(eval|sites|data|lm|distill|purity|core|more)\.(\w+)", code): assert {section, f"{section}.{key}"} & declared, f"{section}.{key} is read and not declared"
+
+
+@pytest.mark.parametrize("scale", sorted(f.stem for f in (ROOT/"conf"/"scale").glob("*.yaml")))
+def test_declared_params_are_written_down(scale, tmp_path):
+    from rcid.core.workspace import compose_params                          # a default of the schema is invisible to DVC: every key that a stage declares stands in conf/
+    compose_params(tmp_path/"params.yaml", f"scale={scale}")
+    p = yaml.load((tmp_path/"params.yaml").read_text(encoding="utf-8"))
+    load_params(tmp_path/"params.yaml")
+    for stage, s in STAGES.items():
+        for cell in cells_of(s, p):
+            for key in names(s.get("params", [])):
+                key = re.sub(r"\$\{item\.(\w+)\}", lambda m: str(cell[m[1]]), key)
+                try: functools.reduce(lambda d, k: d[k], key.split("."), p)
+                except (KeyError, TypeError): pytest.fail(f"stage {stage} declares {key}, which conf/ does not set at scale {scale}")
 
 
 def test_every_experiment_notebook_is_a_stage():
@@ -79,11 +93,15 @@ def coordinates(folder):
     "(stage, coordinates) of all matrix cells, from params.yaml."
     p = yaml.load((folder/"params.yaml").read_text(encoding="utf-8"))
     for name, s in STAGES.items():
-        cells = [{}]
-        for key, values in s.get("matrix", {}).items():
-            if isinstance(values, str): values = functools.reduce(lambda d, k: d[k], values[2:-1].split("."), p)
-            cells = [{**c, key: v} for c in cells for v in values]
-        for c in cells: yield name, c
+        for c in cells_of(s, p): yield name, c
+
+
+def cells_of(stage, p):
+    cells = [{}]
+    for key, values in stage.get("matrix", {}).items():
+        if isinstance(values, str): values = functools.reduce(lambda d, k: d[k], values[2:-1].split("."), p)
+        cells = [{**c, key: v} for c in cells for v in values]
+    return cells
 
 
 def expected(folder, kind):

@@ -19,7 +19,7 @@ from ..causal.hooks import capture
 from ..data.reasoning import ReasoningDataset
 from ..distill.losses import divergence
 from ..distill.targets import kept_tensors, model_hash
-from ..distill.plan import DistillConfig, step_flops
+from ..distill.trainer import DistillConfig, step_flops
 from .aligner import AlignedKV, KVShape, MapProjectionAligner, kv_attention, pretrain_aligner
 from .cache import KVCache, forward_kv
 from .compress import compress_kv
@@ -34,6 +34,7 @@ from ..models.adapters import common_vocab, get_adapter
 class KVMethod:
     "Cross-entropy on the answer after latent places and on the teacher's reasoning, plus the terms with a weight above 0."
     latents: int = 6               # M places; 0: the question, then the answer
+    a_answer: float = 1.0          # cross-entropy on the answer after the places
     a_cot: float = 1.0             # cross-entropy on reasoning and answer in words
     a_kl: float = 0.0              # KL to the teacher (which read the reasoning) at the tokens of the answer
     a_codi: float = 0.0            # hidden states at the last token of the cue
@@ -57,6 +58,7 @@ class KVMethod:
     def __post_init__(self):
         for name, known in (("loss", ("mse", "smooth_l1", "mercator", "structural")), ("projection", ("structured", "flat")), ("time", ("warp", "rkv", "crop", "random", "uniform")), ("places", ("all", "latents")), ("weights", ("none", "teacher", "student"))):
             if getattr(self, name) not in known: raise ValueError(f"KVMethod: unknown {name}={getattr(self, name)!r}, use {', '.join(known)}")
+        if not (self.thinks or self.a_cot): raise ValueError("KVMethod: every weight is 0: nothing to learn from")
         if self.latents < 0: raise ValueError(f"KVMethod: latents={self.latents} must not be negative")
         if not self.latents and (self.places == "latents" or self.time != "warp"): raise ValueError("KVMethod: latents=0 leaves no places to match: use places='all' and time='warp', or latents above 0")
         if self.time != "warp" and self.attends: raise ValueError("KVMethod: kept tokens differ between heads, so that they have no attention of their own: use a_attn=0, weights='none', or time='warp'")
@@ -66,6 +68,9 @@ class KVMethod:
 
     @property
     def matches(self) -> bool: return bool(self.a_kv or self.a_cka)
+
+    @property
+    def thinks(self) -> bool: return bool(self.a_answer or self.a_kl or self.a_codi or self.matches) # False: only words are trained on
 
     def course(self, student, teacher, data, c: DistillConfig): return KVCourse(self, student, teacher, data, c)
 
@@ -237,8 +242,10 @@ class KVCourse:
         m, a = self.method, get_adapter(self.student)
         rows = rows.tolist() if isinstance(rows, Tensor) else list(rows)
         data, thought = self.data[rows].to(self.device), self.thought[rows].to(self.device)
-        final, own, at_cue = self.of_student(thought)
-        parts = {"answer": self._ce(a, final, thought, thought.at("answer"))}
+        parts = {}
+        if m.thinks:
+            final, own, at_cue = self.of_student(thought)
+            parts["answer"] = self._ce(a, final, thought, thought.at("answer"))
         if m.a_cot: parts["cot"] = self._ce(a, a.trunk(data.input_ids, data.attention_mask), data, data.at("reasoning") | data.at("answer"))
         if m.a_kl:
             s, vocab = self._answer_rows(final, thought), common_vocab(self.teacher, self.student)
@@ -269,14 +276,14 @@ class KVCourse:
         m, parts = self.method, self.parts(rows, step, state)
         weighted = lambda names: sum(getattr(m, f"a_{n}") * parts[n] for n in names if n in parts)
         own = weighted(("codi", "kv", "cka")) if m.matches or m.a_codi else None
-        return parts["answer"] + weighted(("cot", "kl")), own, {k: v.detach() for k, v in parts.items()}
+        return weighted(("answer", "cot", "kl")), own, {k: v.detach() for k, v in parts.items()}
 
     def budget(self) -> tuple[int, float]:
         "Tokens that the student sees (a token once a pass), and FLOPs of both models; the teacher speaks once on every problem."
         m, c, mean = self.method, self.c, lambda x: float(x.float().mean())
         rounds = getattr(self.student.model, "iterations", 0) if m.latents else 0
-        thought = mean(self.thought.attention_mask.sum(1)) + rounds * mean(self.thought.segments[:, 2] - 1)
-        cot, answer = (mean(self.lengths) if m.a_cot else 0), mean(self.data.segments[:, 3] - self.data.segments[:, 2])
+        thought = mean(self.thought.attention_mask.sum(1)) + rounds * mean(self.thought.segments[:, 2] - 1) if m.thinks else 0
+        cot, answer = (mean(self.lengths) if m.a_cot else 0), (mean(self.data.segments[:, 3] - self.data.segments[:, 2]) if m.thinks else 0)
         head = answer + (mean(self.data.segments[:, 3] - self.data.segments[:, 1]) if m.a_cot else 0)
         asked = m.matches or m.a_codi or m.a_kl
         return round((thought + cot) * c.batch * c.steps), c.steps * step_flops(self.student, (thought + cot) * c.batch, head * c.batch, True) + (step_flops(self.teacher, mean(self.lengths) * len(self.data), 0, False) if asked else 0)

@@ -55,11 +55,14 @@ class Screen:
     def __exit__(self, *exc): self.live.__exit__(*exc)
     def __call__(self, run: Run, name: str | None):
         from rich.table import Table
+        from rich.text import Text
         if name and run.state[name] in ("ran", "cached", "failed"): self.live.console.print(f"{run.state[name]:8}{name}" + (f": {run.why[name]}" if name in run.why else ""), markup=False, highlight=False)
         if name is None and time.time() - self.last < 1: return
         self.last = time.time()
-        table = Table(*("worker", "stage", "time", "left", "last line"), title=headline(run), expand=True)
-        for row in rows(run): table.add_row(*row)
+        table = Table(title=headline(run), expand=True)
+        for column in ("worker", "stage", "time", "left"): table.add_column(column, no_wrap=True)
+        table.add_column("last line", ratio=1, no_wrap=True)
+        for row in rows(run): table.add_row(*map(Text, row))              # Text: brackets of a progress bar are no markup
         self.live.update(table)
 
 # %% ../../nbs/09_launch/05_main.ipynb #e8e150d8

@@ -119,6 +119,7 @@ class Pipeline:
         from dvc.repo.reproduce import _reproduce_stage
         from dvc.rwlock import rwlock
         from dvc.stage.cache import RunCacheNotFoundError, _can_hash
+        from dvc_data.hashfile.hash_info import HashInfo
         stage = self.stages[name]
         with self.locked():
             if not stage.changed(): return "same"
@@ -126,14 +127,18 @@ class Pipeline:
                 _reproduce_stage(stage)
                 return "same"
             stage.remove_outs(ignore_remove=False, force=False)
-            stage.save_deps()
-            entry = self.repo.stage_cache._load(stage) if _can_hash(stage) else None
-            self._drop_damaged([o["md5"] for o in (entry or {}).get("outs", []) if "md5" in o])
+            if all(o.hash_info for o in stage.outs) and not stage.changed_stage() and stage.deps_cached():
+                self._drop_damaged([o.hash_info.value for o in stage.outs])   # only outputs are missing: as in dvc.lock
+            else:
+                stage.save_deps()
+                for out in stage.outs: out.hash_info = HashInfo()             # those of dvc.lock belong to other inputs
+                entry = self.repo.stage_cache._load(stage) if _can_hash(stage) else None
+                self._drop_damaged([o["md5"] for o in (entry or {}).get("outs", []) if "md5" in o])
             try:
                 self.repo.stage_cache.restore(stage)
                 self._record(stage)
                 return "cached"
-            except RunCacheNotFoundError: pass
+            except RunCacheNotFoundError: stage.save_deps()
             hold = ExitStack()
             hold.enter_context(rwlock(self.repo.tmp_dir, self.repo.fs, f"rcid.launch {name}", [d.fs_path for d in stage.deps], [o.fs_path for o in stage.outs],
                                       self.repo.config["core"].get("hardlink_lock", False)))

@@ -142,7 +142,7 @@ def mechanism_claim(rows: list[dict], tests: list[dict], alpha: float = .05) -> 
     kv = [r for r in rows if r["method"].startswith(("kv_", "kava")) and r["consistency"] is not None]
     if not kv: return "Consistency is defined for no student that was distilled through keys and values."
     above = [r for r in kv if None not in (r["consistency_ci"][0], r["null"][1]) and r["consistency_ci"][0] > r["null"][1]]
-    first = f"Consistency lies above the shuffled-pair null for {in_words(len(above))} of {in_words(len(kv))} students distilled through keys and values"
+    first = f"Consistency lies above the shuffled-pair null for {in_words(len(above)) if above else 'none'} of {in_words(len(kv))} students distilled through keys and values"
     against = [t for t in tests if t["metric"] == "consistency" and t["b"] == "latent_sft" and t["a"].startswith(("kv_", "kava"))]
     if not against: return first + "; this run does not compare them with cross-entropy only."
     kinds = {k: [kv_prose(t["a"]) for t in against if outcome(t, alpha) == k] for k in ("higher", "lower", "same", "untested")}
