@@ -105,7 +105,7 @@ def _kill(pid: int):
 @pytest.mark.slow
 def test_killed_at_random_moments(folder, undisturbed):
     hits = 0
-    for round_ in range(6):
+    for round_ in range(15):                                                # a quick machine ends before some kills: go on until there are enough
         for part in ("dvc.lock", "out", "metrics", "result.json", ".dvc/cache", "checkpoints"):
             shutil.rmtree(folder/part, ignore_errors=True)
             if (folder/part).is_file(): (folder/part).unlink()
