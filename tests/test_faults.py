@@ -417,9 +417,10 @@ def kill_stages(workspace: Path, folder: Path, kills: int, seed: int = 11) -> li
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not FULL, reason="it runs the whole tiny pipeline once more, eight minutes: `make faults`")
 def test_real_pipeline_killed_at_random_moments(workspace, tmp_path):
-    "A few kills; with `make faults` enough to meet every kind of stage."
-    folder, wanted = tmp_path/"faults", 24 if FULL else 3
+    "Enough kills to meet every kind of stage."
+    folder, wanted = tmp_path/"faults", 24
     hit = kill_stages(workspace, folder, wanted)
     done = run(folder, sys.executable, "-m", "rcid.launch", "--workers", "2", **QUIET)
     assert done.returncode == 0, output_of(done)
