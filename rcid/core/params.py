@@ -22,6 +22,7 @@ class Learner(_Strict):
     spec: dict[str, Any]                         # a model spec, see `rcid.models.load_model`
     steps: int = Field(0, ge=0)                  # next-token steps on word problems; 0: it is trained already
     vocab: int = Field(500, ge=300)              # of the tokenizer that is trained with it
+    dtype: Literal["float32", "bfloat16"] | None = None # None: float32 where it is trained here, else as the device likes it
     style: Literal["words", "equation", "calculator"] = "equation" # of the reasoning it is trained on
 
 class Voice(_Strict):
@@ -56,6 +57,7 @@ class Teachers(_Strict):
     problems: int = Field(ge=50)                 # drawn in all
     shares: dict[Literal["teacher", "student", "val", "test"], float] # of the problems, disjoint
     largest: int = Field(ge=5)                   # number in a problem
+    numerals: Literal["digits", "words"] = "words" # words: up to twenty, one token each for most tokenizers
     places: int = Field(4, ge=1)                 # latent places of the student between question and answer
     lessons: int = Field(gt=3)                   # problems that the student learns from
     pairs: int = Field(ge=4)                     # contrastive stories for the mechanism

@@ -8,7 +8,7 @@ __all__ = ['Reader', 'story_row', 'story_pairs']
 # %% ../../nbs/02_data/12_stories.ipynb #20351d09
 import random, re
 from typing import NamedTuple, Sequence
-from .holdout import Told
+from .holdout import SPELLED, Told
 from .pairs import ContrastiveDataset, Row, build_pairs
 from .reasoning import CUE
 
@@ -19,20 +19,24 @@ class Reader(NamedTuple):
     before: str = ""     # an instruction in front of it
     between: str = ""    # what stands between question and cue, e.g. latent places
 
+_NUMBER = rf"\d+|\b(?:{'|'.join(SPELLED)})\b"
+def _number(word: str) -> int: return int(word) if word.isdigit() else SPELLED.index(word)
+
 def story_row(problem: Told, before: str = "", between: str = "", largest: int = 50, seed: int = 0) -> Row | None:
     "The pair of a problem of one step; None where there is no other number with another answer up to `largest`."
-    numbers = list(re.finditer(r"\d+", problem.prompt))
+    numbers = list(re.finditer(_NUMBER, problem.prompt))
     if problem.kind not in ("+", "-") or len(numbers) != 2: return None
-    a, b = (int(m[0]) for m in numbers)
+    a, b, value = (_number(x) for x in (numbers[0][0], numbers[1][0], problem.value))
+    say = str if problem.value.isdigit() else SPELLED.__getitem__
     answer = {c: a + c if problem.kind == "+" else a - c for c in range(1, largest + 1)}
-    if str(answer.get(b)) != problem.value: return None
+    if answer.get(b) != value: return None
     others = [c for c, v in answer.items() if c != b and 1 <= v <= largest]
     if not others: return None
     c = random.Random(f"story-{seed}-{problem.prompt}").choice(others)
     low, high = numbers[1].span()
     text = lambda prompt: f"{before}{prompt}{between}\n{CUE}"
     at = lambda start, end: (start + len(before), end + len(before))
-    return Row(text(problem.prompt), text(problem.prompt[:low] + str(c) + problem.prompt[high:]), f" {problem.value}", f" {answer[c]}",
+    return Row(text(problem.prompt), text(problem.prompt[:low] + say(c) + problem.prompt[high:]), f" {problem.value}", f" {say(answer[c])}",
         dict(first=at(*numbers[0].span()), second=at(low, high), asked=at(len(problem.prompt) - 1, len(problem.prompt))), ("second",), "+-".index(problem.kind), (a, b))
 
 def story_pairs(

@@ -24,7 +24,7 @@ def planned(student: nn.Module, c: DistillConfig, lengths: Int[Tensor, "problem"
     "The budget of a run on data of these lengths, with the LM head on `head` rows of each."
     rows = torch.cat([batch_rows(step, len(lengths), c.batch, c.seed, lengths, c.buckets) for step in range(c.steps)]) if c.steps else torch.empty(0, dtype=torch.long)
     tokens, heads = int(lengths[rows].sum()), int(head[rows].sum())
-    return Budget(c.steps, tokens, step_flops(student, tokens, heads, True))
+    return Budget(c.steps, tokens, step_flops(student, tokens, heads, True, trains_head=c.train_embeddings))
 
 def check_equal(budgets: dict[str, Budget]):
     "Raises unless all runs have the same budget."

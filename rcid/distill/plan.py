@@ -86,11 +86,20 @@ def plan_signals(student: nn.Module, teacher: nn.Module, pairs: ContrastiveDatas
     return tuple(Wanted(corrupt, tuple(x), everywhere=everywhere, swaps=tuple(x) if method.swaps else ()) for x in (sites, own))
 
 # %% ../../nbs/05_distill/05_plan.ipynb #f1464591
-def step_flops(model: nn.Module, tokens: int, head_rows: int, backward: bool) -> float:
-    "FLOPs of a step: 2 a weight and token forward, twice that backward; the head only on the rows it runs on."
+def step_flops(
+    model: nn.Module, tokens: int,
+    head_rows: int,                      # the LM head runs only on these
+    backward: bool,
+    last_rows: int | None = None,        # the last layer runs only on these, its keys and values on all tokens; None = all tokens
+    trains_head: bool = False            # a frozen head only passes gradients on
+) -> float:
+    "FLOPs of a step: 2 a weight and token forward, twice that backward."
     a = get_adapter(model)
-    trunk = sum(p.numel() for p in a.layers.parameters())
-    return (2 * trunk * tokens + 2 * a.vocab * a.d_model * head_rows) * (3 if backward else 1)
+    size = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())
+    last, attention = a.layers[-1], a.attention(a.n_layers - 1)
+    rest = size(last) - size(attention.k_proj, attention.v_proj)
+    trunk = (size(a.layers) - rest) * tokens + rest * (tokens if last_rows is None else last_rows)
+    return 2.0 * trunk * (3 if backward else 1) + 2.0 * a.vocab * a.d_model * head_rows * (1 + backward * (1 + trains_head))
 
 def run_cost(student: nn.Module, teacher: nn.Module, pairs: ContrastiveDataset, method, c: DistillConfig) -> tuple[int, float]:
     "(tokens that the student is trained on, FLOPs of both models) of a run of `c.steps` steps."
@@ -101,7 +110,9 @@ def run_cost(student: nn.Module, teacher: nn.Module, pairs: ContrastiveDataset, 
     swaps = clean * len(want_t.swaps)
     tokens, head = both + min(swaps, clean), (both if want_s.everywhere else 2) if method.corrupt_kl else (clean if want_s.everywhere else 1)
     maps = get_adapter(student).d_model * get_adapter(teacher).d_model * (len(want_s.layers) * clean + len(want_s.sites) * (1 + method.pairs))
-    each = step_flops(student, tokens * c.batch, head * c.batch, True) + step_flops(teacher, 0, head * c.batch, False) + 6 * maps * c.batch
+    whole = want_s.everywhere or get_adapter(student).n_layers - 1 in want_s.read_layers or c.checkpoint_gradients
+    last = None if whole else (1 + want_s.corrupt + min(swaps, clean)) * c.batch
+    each = step_flops(student, tokens * c.batch, head * c.batch, True, last, c.train_embeddings) + step_flops(teacher, 0, head * c.batch, False) + 6 * maps * c.batch
     fits = 0 if method.reads == "nothing" else 1 + method.fits_late + ((c.steps - 1) // c.refit_every if c.refit_every and method.fits_w else 0)
     rows = len(pairs) if method.reads == "sites" else min(64, len(pairs))
     fit = step_flops(student, tokens * rows, head * rows, False) + step_flops(teacher, 0, head * rows, False)

@@ -7,10 +7,11 @@ __all__ = ['Packed', 'pack_pairs', 'final_at', 'Wanted', 'hidden_signals', 'mode
 
 # %% ../../nbs/05_distill/02_targets.ipynb #f9eedb54
 import hashlib, inspect
+from importlib.metadata import version
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
-import torch, transformers
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -78,7 +79,7 @@ def hidden_signals(model: nn.Module, pairs: ContrastiveDataset, wanted: Wanted) 
     "`final`, `sites`, `layers` (and `final_corrupt`, `sites_corrupt`, `swapped`) of one batch of pairs; gradients flow."
     a, row, seq = get_adapter(model), torch.arange(len(pairs), device=pairs.clean_ids.device), pairs.clean_ids.shape[1]
     packed = pack_pairs(pairs) if wanted.corrupt else _clean_rows(pairs)
-    whole = wanted.everywhere or getattr(model, "is_gradient_checkpointing", False) or a.n_layers - 1 in wanted.read_layers or bool(set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"})
+    whole = wanted.everywhere or a.recomputes or a.n_layers - 1 in wanted.read_layers or bool(set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"})
     at, there = (lambda h, pos: h[row, pos]), (lambda pos: packed.corrupt[row, pos])                                          # there: the same place in the corrupt run
     answers = torch.stack([pairs.answer_pos, there(pairs.answer_pos)] if wanted.corrupt else [pairs.answer_pos], 1)
     with capture(model, wanted.read_layers) as hidden:
@@ -138,7 +139,7 @@ def kept_tensors(
 
 def _code_hash() -> str: # of what computes a hidden state: these modules and the libraries
     return hashlib.sha256(b"".join(Path(inspect.getsourcefile(f)).read_bytes() for f in (hidden_signals, first_difference, Past, capture, get_adapter) if inspect.getsourcefile(f) and Path(inspect.getsourcefile(f)).exists())
-        + f"{torch.__version__} {transformers.__version__}".encode()).hexdigest()
+        + f"{torch.__version__} {version('transformers')}".encode()).hexdigest()
 
 def teacher_targets(
     teacher: nn.Module, pairs: ContrastiveDataset, wanted: Wanted,

@@ -286,4 +286,4 @@ class KVCourse:
         cot, answer = (mean(self.lengths) if m.a_cot else 0), (mean(self.data.segments[:, 3] - self.data.segments[:, 2]) if m.thinks else 0)
         head = answer + (mean(self.data.segments[:, 3] - self.data.segments[:, 1]) if m.a_cot else 0)
         asked = m.matches or m.a_codi or m.a_kl
-        return round((thought + cot) * c.batch * c.steps), c.steps * step_flops(self.student, (thought + cot) * c.batch, head * c.batch, True) + (step_flops(self.teacher, mean(self.lengths) * len(self.data), 0, False) if asked else 0)
+        return round((thought + cot) * c.batch * c.steps), c.steps * step_flops(self.student, (thought + cot) * c.batch, head * c.batch, True, trains_head=c.train_embeddings) + (step_flops(self.teacher, mean(self.lengths) * len(self.data), 0, False) if asked else 0)

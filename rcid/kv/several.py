@@ -52,8 +52,8 @@ def layer_cka_at_places(teacher: tuple[Tensor, Tensor], student: tuple[Tensor, T
 
 @torch.no_grad()
 def own_kv(student: nn.Module, thought: ReasoningDataset, batch: int = 64) -> tuple[Tensor, Tensor]:
-    "The student's own keys (before RoPE) and values."
-    parts = [forward_kv(student, thought.input_ids[i:i+batch], thought.attention_mask[i:i+batch], pre_rope=True)[1] for i in range(0, len(thought), batch)]
+    "The student's own keys (before RoPE) and values, on the CPU."
+    parts = [forward_kv(student, *(t[i:i+batch].to(student.device) for t in (thought.input_ids, thought.attention_mask)), pre_rope=True)[1].to("cpu") for i in range(0, len(thought), batch)]
     return torch.cat([p.k for p in parts]), torch.cat([p.v for p in parts])
 
 def _pooled(v: Tensor, mask: Tensor) -> Tensor: return (v * mask[:, None, None, :, None]).sum(3).flatten(1) / mask.sum(1, keepdim=True).clamp_min(1)
@@ -139,19 +139,19 @@ class FusedCourse:
 
     def start(self) -> nn.Module | None:
         "The router, if one is learned."
-        self.state = Router(self.lessons.features.shape[1], seed=self.c.seed) if self.method.fusion == "learnable" and self.lessons.targets else None
+        self.state = Router(self.lessons.features.shape[1], seed=self.c.seed).to(self.student.device) if self.method.fusion == "learnable" and self.lessons.targets else None
         return self.state
 
     def fused(self, rows, seq: int, own: tuple[Tensor, Tensor]):
         "Fused keys, values and weights for problems that each have a teacher."
-        m, lessons = self.method, self.lessons
-        t = [(x.k[rows][..., :seq, :], x.v[rows][..., :seq, :], x.mask[rows][:, :seq]) for x in lessons.targets.values()]
-        kw = dict(how=m.fusion, weights=m.weights, features=lessons.features[rows], prototypes=torch.stack(list(lessons.prototypes.values())), temperature=m.temperature, router=self.state, vote=m.vote)
+        m, lessons, to = self.method, self.lessons, self.student.device
+        t = [(x.k[rows][..., :seq, :].to(to), x.v[rows][..., :seq, :].to(to), x.mask[rows][:, :seq].to(to)) for x in lessons.targets.values()]
+        kw = dict(how=m.fusion, weights=m.weights, features=lessons.features[rows].to(to), prototypes=torch.stack(list(lessons.prototypes.values())).to(to), temperature=m.temperature, router=self.state, vote=m.vote)
         return tuple(fuse([x[i] for x in t], [x[2] for x in t], student=own[i] if m.fusion == "govern" else None, **kw) for i in (0, 1))
 
     def terms(self, rows: Int[Tensor, "batch"], step: int, state: nn.Module | None) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         m, rows = self.method, torch.as_tensor(rows)
-        thought = self.lessons.thought[rows.tolist()]
+        thought = self.lessons.thought[rows.tolist()].to(self.student.device)
         final, own = forward_kv(self.student, thought.input_ids, thought.attention_mask, pre_rope=True, check=False)
         want = thought.at("answer")[:, 1:]
         ce = F.cross_entropy(get_adapter(self.student).lm_head(final[:, :-1][want]).float(), thought.input_ids[:, 1:][want])
@@ -159,11 +159,11 @@ class FusedCourse:
         available = torch.stack([t.mask[rows].any(1) for t in self.lessons.targets.values()], 1)
         some = available.any(1)
         if not some.any(): return ce, ce * 0, {}
-        k, v = own.k[some], own.v[some]
+        k, v = (x[some.to(x.device)] for x in (own.k, own.v))
         fused = self.fused(rows[some], own.seq, (k, v))
         parts = {f"kv_{p}": _cosine_distance(s[:, self.layers], f.target[:, self.layers], f.mask) for p, s, f in zip("kv", (k, v), fused) if p in m.parts}
         loss = m.a_kv * sum(parts.values()) / len(parts)
-        if state is not None: loss = loss + router_regulariser(fused[0].weights, available[some], m.entropy, m.load)
+        if state is not None: loss = loss + router_regulariser(fused[0].weights, available[some].to(own.k.device), m.entropy, m.load)
         weights = {f"weight_{n}": w for n, w in zip(self.lessons.targets, (fused[0].weights + fused[1].weights).detach().mean(0) / 2)}
         return ce, loss, {n: x.detach() for n, x in parts.items()} | weights
 
@@ -180,7 +180,7 @@ def routing(lessons: Lessons) -> tuple[Float[Tensor, "problem teacher"], Bool[Te
     out, seq = torch.zeros(available.shape), lessons.thought.input_ids.shape[1]
     for rows in available.any(1).nonzero()[:, 0].split(64):
         t = lessons.thought
-        own = forward_kv(course.student, t.input_ids[rows], t.attention_mask[rows], pre_rope=True)[1]
+        own = forward_kv(course.student, *(x[rows].to(course.student.device) for x in (t.input_ids, t.attention_mask)), pre_rope=True)[1]
         fused = course.fused(rows, seq, (own.k, own.v))
-        out[rows] = (fused[0].weights + fused[1].weights) / 2
+        out[rows] = ((fused[0].weights + fused[1].weights) / 2).cpu()
     return out, available

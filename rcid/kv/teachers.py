@@ -16,7 +16,7 @@ from torch import Tensor
 from ..align.tokens import byte_spans
 from ..core.paths import read_json, sha256, write_json
 from ..data.holdout import Told, part_hash
-from ..data.reasoning import CUE, Problem, ReasoningDataset, encode_problems, extract_number
+from ..data.reasoning import CUE, Problem, ReasoningDataset, encode_problems
 from .cache import KVCache, forward_kv, load_kv, save_kv
 from .rope import Rope, rope_of
 from ..models.adapters import get_adapter
@@ -46,8 +46,8 @@ class Teacher:
         ids = tokenizer(p.prompt + "\n", return_tensors="pt")["input_ids"].to(model.device)
         out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=self.temperature, top_k=0, max_new_tokens=self.longest, pad_token_id=tokenizer.pad_token_id)
         text = tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
-        reasoning, cue, _ = text.partition(f"\n{CUE}")
-        return p._replace(reasoning=reasoning.strip()) if cue and reasoning.strip() and extract_number(text) == p.value else None
+        reasoning, _, said = text.partition(f"\n{CUE}")
+        return p._replace(reasoning=reasoning.strip()) if reasoning.strip() and said.split()[:1] == [p.value] else None
 
 # %% ../../nbs/06_kv/11_teachers.ipynb #3dbf2d75
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class Heard:
     available: Bool[Tensor, "problem"]
     rope: Rope | None = None       # how the teacher turns keys; attention needs it, their comparison does not
 
-def _key(teacher: Teacher, problems) -> str:
+def _key(teacher: Teacher, problems, *how) -> str:
     weights = sorted(Path(teacher.folder).glob("*.safetensors"))
     if not weights: raise FileNotFoundError(f"teacher {teacher.name}: no weights in {teacher.folder}: run `dvc repro` to make them, or mend the path")
-    return hashlib.sha256(repr((replace(teacher, name="", folder=""), [sha256(w) for w in weights], part_hash(problems))).encode()).hexdigest()
+    return hashlib.sha256(repr((replace(teacher, name="", folder=""), [sha256(w) for w in weights], part_hash(problems), how)).encode()).hexdigest()
 
 def _tokenized(teacher: Teacher, read, problems, tokenizer) -> ReasoningDataset: # refuses a tokenizer that does not keep the text
     whole = [p or q.styled(teacher.style, teacher.before) for p, q in zip(read, problems)]
@@ -75,27 +75,31 @@ def _tokenized(teacher: Teacher, read, problems, tokenizer) -> ReasoningDataset:
 def listen(
     teacher: Teacher, problems: Sequence[Told],
     path: str | Path,              # of the safetensors file; what was read goes beside it as JSON
-    dtype: torch.dtype = torch.float16, batch: int = 32,
+    layers: Sequence[int] | None = None,  # the ones to write; None: all
+    queries: bool = True,
+    dtype: torch.dtype = torch.float16,   # on disk
+    batch: int = 32,
+    computed: str | None = "float32",     # dtype of the model; None: as the device likes it
     device: str | None = None
 ) -> Path:
     "Writes what a teacher says about every problem, or leaves a file that already does."
     path, note = Path(path), Path(path).with_suffix(".json")
-    key = _key(teacher, problems)
+    key = _key(teacher, problems, layers and list(layers), queries, dtype, computed)
     if path.exists() and note.exists() and read_json(note)["key"] == key: return path
-    model, tokenizer = load_model({"path": teacher.folder}, dtype="float32", device=device)
+    model, tokenizer = load_model({"path": teacher.folder}, dtype=computed, device=device)
     read = teacher.read(problems, model, tokenizer)
     data, parts, right = _tokenized(teacher, read, problems, tokenizer), [], []
     head = get_adapter(model).lm_head
     for i in range(0, len(data), batch):
         ids, mask = (t[i:i+batch].to(model.device) for t in (data.input_ids, data.attention_mask))
-        final, cache = forward_kv(model, ids, mask, queries=True, pre_rope=True)
+        final, cache = forward_kv(model, ids, mask, queries=queries, pre_rope=True)
         cue = data.cue_pos[i:i+batch]
         row = torch.arange(len(ids), device=model.device)
         right.append((head(final[row, cue.to(model.device)]).argmax(-1) == ids[row, cue.to(model.device) + 1]).cpu())
-        parts.append(cache.to("cpu").to(dtype))
+        parts.append((cache if layers is None else cache.layers(list(layers))).to("cpu").to(dtype))
     available = torch.cat(right) & torch.tensor([p is not None for p in read])
     join = lambda f: torch.cat([f(p) for p in parts])
-    cache = KVCache(join(lambda c: c.k), join(lambda c: c.v), data.attention_mask.bool() & available[:, None], q=join(lambda c: c.q), pre_rope=True, positions=join(lambda c: c.positions))
+    cache = KVCache(join(lambda c: c.k), join(lambda c: c.v), data.attention_mask.bool() & available[:, None], q=join(lambda c: c.q) if queries else None, pre_rope=True, positions=join(lambda c: c.positions))
     save_kv(cache, path)
     write_json(note, dict(key=key, available=available, sha256=sha256(path), rope=vars(rope_of(model)), problems=[tuple(p) for p in data.problems]))
     del model

@@ -42,6 +42,11 @@ class ModelAdapter:
         "The attention module of `layer`."
         return self.residual_site(layer).self_attn
 
+    @property
+    def recomputes(self) -> bool:
+        "Is gradient checkpointing on? A layer then keeps no keys and values."
+        return any(getattr(m, "gradient_checkpointing", False) for m in (self.model.model, *self.layers))
+
     def mask(self, sees: Bool[Tensor, "batch 1 query key"], like: Tensor) -> Tensor:
         "A mask of truth values as the attention kernel wants it; only sdpa takes it as it is."
         if self.model.config._attn_implementation == "sdpa": return sees

@@ -9,18 +9,14 @@ __all__ = ['METRICS', 'UNITS', 'PROSE', 'WORDS', 'holm', 'outcome', 'prose', 'co
 
 # %% ../../nbs/08_report/02_claims.ipynb #784cf19a
 import numpy as np
+from ..eval.stats import holm as adjusted
 from .figures import in_order, label
 from .tables import in_words, interval, listing, number, p_value, percent
 
 # %% ../../nbs/08_report/02_claims.ipynb #55213aec
 def holm(tests: list[dict]) -> list[dict]:
-    "The same tests with `p_holm` added: Holm's step-down correction over the list (Holm, 1979); undefined p stay undefined and do not count."
-    defined = sorted((i for i, t in enumerate(tests) if t.get("p") is not None), key=lambda i: tests[i]["p"])
-    out, worst = [{**t, "p_holm": None} for t in tests], 0.
-    for rank, i in enumerate(defined):
-        worst = max(worst, min(1., (len(defined) - rank) * tests[i]["p"]))
-        out[i]["p_holm"] = worst
-    return out
+    "The same tests with `p_holm` added: Holm's correction over the list; undefined p stay undefined and do not count."
+    return [{**t, "p_holm": None if np.isnan(p) else float(p)} for t, p in zip(tests, adjusted([np.nan if t.get("p") is None else t["p"] for t in tests]))]
 
 # %% ../../nbs/08_report/02_claims.ipynb #ceced46a
 METRICS = {"accuracy": "task accuracy", "trained": "consistency at the sites trained on", "held_out": "consistency at held-out sites", "consistency": "consistency"}

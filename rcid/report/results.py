@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 import numpy as np
 from ..core.paths import read_json
+from ..eval import stats
 from ..eval.stats import paired_test
 from .claims import METRICS, bracketed, ceiling_claim, compare_claim, competence_claim, dissociation_claim, holm, null_claim, outcome, place, prose, verdict_claim
 from .figures import in_order, label
@@ -42,8 +43,8 @@ def read_families(folder: str | Path, stage: str, families) -> dict[str, dict]:
 
 def fisher_mean(values) -> float | None:
     "Mean of correlations through Fisher's z; undefined ones are left out, and none defined gives `None`."
-    z = [np.arctanh(np.clip(v, -.999999, .999999)) for v in values if v is not None]
-    return float(np.tanh(np.mean(z))) if z else None
+    mean, _ = stats.fisher_mean([np.nan if v is None else v for v in values])
+    return None if np.isnan(mean) else mean
 
 def _mean(values):
     values = [v for v in values if v is not None]
