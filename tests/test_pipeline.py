@@ -52,7 +52,7 @@ def test_declared_params_are_the_ones_read(stage):
     if "cells" in used: used = used - {"cells"} | {"core", "more", "seeds"}                          # what the property is made of
     for key in used: assert key in top, f"{key} is read and not declared"
     for key in re.findall(p + r"models\[family\]\.(\w+)", code): assert f"models.${{item.family}}.{key}" in declared, f"models.{key} is read and not declared"
-    for key in re.findall(r"(?<!rcid\.)\bkv\.(\w+)", code): assert any(d == "kv" or d.startswith((f"kv.{key}", "kv.${item.")) for d in declared), f"kv.{key} is read and not declared"
+    for key in re.findall(r"(?<![\w./\x22])kv\.(\w+)", code): assert any(d == "kv" or d.startswith((f"kv.{key}", "kv.${item.")) for d in declared), f"kv.{key} is read and not declared"
     for section, key in re.findall(p + r"(eval|sites|data|lm|distill|purity|core|more)\.(\w+)", code): assert {section, f"{section}.{key}"} & declared, f"{section}.{key} is read and not declared"
 
 

@@ -59,8 +59,9 @@ def test_malicious_caches_are_not_used(malicious, make_model, pairs, tmp_path):
     from rcid.distill.trainer import _load_checkpoint
     blob, trap = malicious
     model, some = make_model("llama"), pairs["llama"]["equal"]
-    whole = teacher_targets(model, some, Wanted(False), tmp_path/"targets")
+    whole = {k: v.clone() for k, v in teacher_targets(model, some, Wanted(False), tmp_path/"targets").items()}   # what it returns is mapped from the file
     (kept,) = (tmp_path/"targets").glob("*.safetensors")
+    kept.unlink()
     kept.write_bytes(blob)
     assert all(v.equal(whole[k]) for k, v in teacher_targets(model, some, Wanted(False), tmp_path/"targets").items())
     save_pairs(some, tmp_path/"pairs")

@@ -78,7 +78,7 @@ def hidden_signals(model: nn.Module, pairs: ContrastiveDataset, wanted: Wanted) 
     "`final`, `sites`, `layers` (and `final_corrupt`, `sites_corrupt`, `swapped`) of one batch of pairs; gradients flow."
     a, row, seq = get_adapter(model), torch.arange(len(pairs), device=pairs.clean_ids.device), pairs.clean_ids.shape[1]
     packed = pack_pairs(pairs) if wanted.corrupt else _clean_rows(pairs)
-    whole = wanted.everywhere or a.n_layers - 1 in wanted.read_layers or bool(set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"})
+    whole = wanted.everywhere or getattr(model, "is_gradient_checkpointing", False) or a.n_layers - 1 in wanted.read_layers or bool(set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"})
     at, there = (lambda h, pos: h[row, pos]), (lambda pos: packed.corrupt[row, pos])                                          # there: the same place in the corrupt run
     answers = torch.stack([pairs.answer_pos, there(pairs.answer_pos)] if wanted.corrupt else [pairs.answer_pos], 1)
     with capture(model, wanted.read_layers) as hidden:

@@ -44,12 +44,11 @@ class _Trunk(nn.Module):
         if at[:, 0].any(): raise ValueError(f"row {int(at[:, 0].nonzero()[0])} begins with a latent place: a thought needs a token before it")
         words = self.embed_tokens(input_ids)
         size = torch.linalg.vector_norm(self.embed_tokens.weight.detach(), dtype=torch.float32) / self.embed_tokens.weight.numel()**.5
-        n, x = int(at.any(0).nonzero()[-1]), words                                         # nothing after the last place but one is needed
-        mask = attention_mask if attention_mask is None else attention_mask[:, :n] if attention_mask.ndim == 2 else attention_mask[..., :n, :n]
-        for _ in range(self.iterations):
-            h = self.trunk[0](inputs_embeds=x[:, :n], attention_mask=mask, position_ids=position_ids if position_ids is None else position_ids[:, :n], use_cache=False).last_hidden_state
+        x = words
+        for _ in range(self.iterations):                                                   # whole rows, so that a hook finds its position in every pass
+            h = self.trunk[0](inputs_embeds=x, attention_mask=attention_mask, position_ids=position_ids, use_cache=False).last_hidden_state[:, :-1]
             h = (size * nn.functional.rms_norm(h.float(), h.shape[-1:])).to(words.dtype)
-            x = torch.where(at[..., None], nn.functional.pad(h, (0, 0, 1, words.shape[1] - n - 1)), words)
+            x = torch.where(at[..., None], nn.functional.pad(h, (0, 0, 1, 0)), words)
         return x
 
     def forward(self, input_ids: Int[Tensor, "batch seq"], attention_mask=None, position_ids=None, past_key_values=None, use_cache=False):

@@ -19,7 +19,7 @@ from ..causal.hooks import capture
 from ..data.reasoning import ReasoningDataset
 from ..distill.losses import divergence
 from ..distill.targets import kept_tensors, model_hash
-from ..distill.trainer import DistillConfig, step_flops
+from ..distill.plan import DistillConfig, step_flops
 from .aligner import AlignedKV, KVShape, MapProjectionAligner, kv_attention, pretrain_aligner
 from .cache import KVCache, forward_kv
 from .compress import compress_kv
@@ -282,7 +282,7 @@ class KVCourse:
         "Tokens that the student sees (a token once a pass), and FLOPs of both models; the teacher speaks once on every problem."
         m, c, mean = self.method, self.c, lambda x: float(x.float().mean())
         rounds = getattr(self.student.model, "iterations", 0) if m.latents else 0
-        thought = mean(self.thought.attention_mask.sum(1)) + rounds * mean(self.thought.segments[:, 2] - 1) if m.thinks else 0
+        thought = (1 + rounds) * mean(self.thought.attention_mask.sum(1)) if m.thinks else 0
         cot, answer = (mean(self.lengths) if m.a_cot else 0), (mean(self.data.segments[:, 3] - self.data.segments[:, 2]) if m.thinks else 0)
         head = answer + (mean(self.data.segments[:, 3] - self.data.segments[:, 1]) if m.a_cot else 0)
         asked = m.matches or m.a_codi or m.a_kl

@@ -41,7 +41,7 @@ def _numbers(test: dict) -> str:
     p = ("Holm-corrected " if "p_holm" in test else "") + p_value(test.get("p_holm", test.get("p")))
     return f"difference {number(test['diff'])} {interval(test['ci'])}, {p}"
 
-PROSE = {"standard_kd_pairs": "StandardKD on pairs", "rcid_identity": "RCID with $W=I$", "undistilled": "the undistilled student"}
+PROSE = {"standard_kd_pairs": "StandardKD on pairs", "rcid_identity": "RCID with $W=I$", "rcid_random_sites": "RCID at random sites", "rcid_shuffled": "RCID with shuffled pairs", "rcid_random_w": "RCID with a random $W$", "rcid_warmup": "RCID with a late $W$", "undistilled": "the undistilled student"}
 WORDS = {"higher": ("was higher", "for {a} than for {b}"), "lower": ("was lower", "for {a} than for {b}"), "same": ("did not differ detectably", "between {a} and {b}"),
          "untested": ("could not be compared", "between {a} and {b}")}
 

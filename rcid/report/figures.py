@@ -139,9 +139,9 @@ def method_intervals(rows: list[dict]) -> Figure:
     "Accuracy and consistency of every method with intervals, a band of panels per family (and task)."
     groups = list(dict.fromkeys((r["family"], r.get("task", "")) for r in rows))
     tasks = {g[1] for g in groups}
-    per_group = max(len({r["method"] for r in rows if (r["family"], r.get("task", "")) == g}) for g in groups)
+    tall = [0.23 * len({r["method"] for r in rows if (r["family"], r.get("task", "")) == g}) + 0.55 for g in groups]   # inches: every method takes the same room
     with style():
-        fig, axes = panels(len(groups), 2, height=0.23 * per_group + 0.55, sharey="row", width_ratios=[1, 1.35])
+        fig, axes = panels(len(groups), 2, height=sum(tall) / len(tall), sharey="row", width_ratios=[1, 1.35], height_ratios=tall)
         for (left, right), group in zip(axes, groups):
             mine = {r["method"]: r for r in rows if (r["family"], r.get("task", "")) == group}
             order = in_order(mine)[::-1]
