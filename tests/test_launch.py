@@ -18,7 +18,7 @@ def test_each_gpu_has_one_worker(tmp_path, serial):
     code, said = toy.launch(folder, **FAST, CUDA_VISIBLE_DEVICES="0,2,5,7")
     assert code == 0 and "4 workers on GPU" in said and toy.results(folder) == serial, said
     trail = toy.trail(folder)
-    assert [t["gpu"] for t in trail[:4]] == ["0", "2", "5", "7"] and {t["gpu"] for t in trail} == {"0", "2", "5", "7"}
+    assert {t["gpu"] for t in trail} == {"0", "2", "5", "7"}                # which one writes first is up to the machine
     assert "up to date" in toy.dvc(folder, "repro") and toy.launch(folder)[1].startswith("nothing to do")
     code, said = toy.launch(folder, "--workers", "5", CUDA_VISIBLE_DEVICES="0,1")
     assert code == 1 and "5 workers and 2 GPUs: one worker needs one GPU" in said

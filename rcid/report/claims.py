@@ -89,9 +89,9 @@ def competence_claim(rows: list[dict], bar: float = .9) -> str:
     rows = _distilled(rows)
     low = [r for r in rows if r["accuracy"] < bar]
     worst = min(rows, key=lambda r: r["accuracy"])
-    if not low: return f"All {in_words(len(rows))} distilled students reach {percent(bar, 0)} accuracy on held-out names (lowest: {_names([worst], rows)}, {percent(worst['accuracy'])})."
-    if len(low) == len(rows): return f"No distilled student reaches {percent(bar, 0)} accuracy on held-out names (highest: {percent(max(r['accuracy'] for r in rows))}); what follows is about incompetent students."
-    return f"{in_words(len(rows) - len(low)).capitalize()} of {in_words(len(rows))} distilled students reach {percent(bar, 0)} accuracy on held-out names; {_names(low, rows)} {'does' if len(low) == 1 else 'do'} not (lowest {percent(worst['accuracy'])})."
+    if not low: return f"All {in_words(len(rows))} distilled students reach {percent(bar, 0)} accuracy on held-out names and subjects (lowest: {_names([worst], rows)}, {percent(worst['accuracy'])})."
+    if len(low) == len(rows): return f"No distilled student reaches {percent(bar, 0)} accuracy on held-out names and subjects (highest: {percent(max(r['accuracy'] for r in rows))}); what follows is about incompetent students."
+    return f"{in_words(len(rows) - len(low)).capitalize()} of {in_words(len(rows))} distilled students reach {percent(bar, 0)} accuracy on held-out names and subjects; {_names(low, rows)} {'does' if len(low) == 1 else 'do'} not (lowest {percent(worst['accuracy'])})."
 
 def null_claim(rows: list[dict], part: str = "held_out") -> str:
     "Which distilled students' consistency lies above the shuffled-pair null: lower end of the interval above the band."

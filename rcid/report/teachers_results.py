@@ -174,7 +174,6 @@ def routing_figure(rows: list[dict], cells: list[dict], voices: dict[str, dict])
         if len(names) > 1:
             for r in rows:
                 right.plot(r["consistency"][names[0]], r["consistency"][names[1]], "o", color="#7f7f7f" if r["setting"] == "none" else "#000000")
-                right.annotate(say(r["setting"]), (r["consistency"][names[0]], r["consistency"][names[1]]), xytext=(3, 2), textcoords="offset points", fontsize=5.5)
             right.set(xlabel=f"consistency with {label(names[0])}", ylabel=f"consistency with {label(names[1])}")
             right.axline((0, 0), slope=1, color="#bbbbbb", linewidth=.6, zorder=0)
         for n, c in zip(names, colours): left.plot([], [], "s", color=c, label=voice_name(n))
