@@ -59,7 +59,7 @@ faults: setup
 	RCID_FAULTS=write $(BIN)/python -m pytest tests/test_faults.py --durations=8
 
 bench: setup
-	$(call say,sweep and peers and distillation step and CKA: half an hour of CPU time on one thread; needs the laptop models (dvc repro heal@llama))
+	$(call say,sweep and peers and distillation step and CKA and start-up: half an hour of CPU time on one thread; needs the laptop teacher (dvc repro models@llama))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/run.py
 
 lab: setup

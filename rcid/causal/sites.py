@@ -99,11 +99,12 @@ def rank_agreement(
     estimate: Float[Tensor, "layer role"], exact: Float[Tensor, "layer role"], # scores of the same sites; NaN on either side is left out
     k: int = 8
 ) -> dict[str, float]:
-    "Spearman correlation of two score tables, and the share of the exact top k that the estimate's top k holds."
+    "Spearman correlation of two score tables; of the exact top k, the share of sites (`recall`) and of effect (`captured`) that the estimate's top k holds."
     from scipy.stats import spearmanr
     both = estimate.isfinite() & exact.isfinite()
     x, y = estimate[both].cpu(), exact[both].cpu()
     if len(x) < 2: raise ValueError(f"only {len(x)} sites have both scores: nothing to rank")
     k = min(k, len(x))
     top = [set(v.argsort(descending=True, stable=True)[:k].tolist()) for v in (x, y)]
-    return dict(spearman=float(spearmanr(x, y).statistic), recall=len(top[0] & top[1])/k, k=k, n_sites=len(x))
+    effect = [float(y[list(t)].double().sum()) for t in top]
+    return dict(spearman=float(spearmanr(x, y).statistic), recall=len(top[0] & top[1])/k, captured=effect[0]/effect[1] if effect[1] else 1.0, k=k, n_sites=len(x))

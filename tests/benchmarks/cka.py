@@ -6,12 +6,11 @@ import argparse, tempfile
 from pathlib import Path
 import torch
 from cka_forms import features, gram_form, products
-from common import STUDENT, TEACHER, cpu, in_units_of, peak_memory, save, show
+from common import cpu, in_units_of, peak_memory, save, show, with_student
 from peers import ENVS, run_peer
 from rcid.align import layer_cka
 from rcid.align.cka import _feature_inner, _hsic, _ratio, naive_cka
 from rcid.causal import Site, read
-from rcid.models import load_model
 from safetensors.torch import save_file
 
 
@@ -36,7 +35,7 @@ def against_peers(envs):
 
 
 def of_models():
-    (teacher, _), (student, _) = load_model(TEACHER), load_model(STUDENT)
+    teacher, student, _ = with_student()
     ids = torch.randint(100, 40_000, (64, 65), generator=torch.Generator().manual_seed(0))          # the first token of a row is left out: 4096 rows
     peak, (seconds, got) = peak_memory(lambda: cpu(lambda: layer_cka(teacher, student, [dict(input_ids=ids)])))
     some = ((0, 0), (12, 4), (29, 9))

@@ -5,7 +5,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE/"results.json"
-TEACHER, STUDENT = (f"artifacts/models/llama/{name}" for name in ("teacher", "student"))
+TEACHER = "artifacts/models/llama/teacher"
 SHAPE = dict(layers=30, d_model=576, heads=9, kv_heads=3, head_dim=64, d_mlp=1536, vocab=49152)   # SmolLM2-135M's
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
@@ -38,6 +38,13 @@ def peak_memory(f):
     return status("VmHWM") - before, out
 
 
+def with_student():
+    "Teacher, a fresh copy of ten of its layers (what weights a step moves does not change what it costs), and the tokenizer."
+    from rcid.models import load_model, shrink
+    teacher, tokenizer = load_model(TEACHER)
+    return teacher, shrink(teacher, 10), tokenizer
+
+
 def full_forward(model, pairs):
     "The unit: one plain forward of the clean prompts, with the logits of every token."
     def run():
@@ -67,13 +74,14 @@ def machine():
     "Where the numbers come from."
     import transformers
     name = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), platform.processor())
-    return dict(cpu=name, cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return dict(cpu=name, system=f"{platform.system()} {platform.machine()}", cores=os.cpu_count(), memory_gib=memory, threads=torch.get_num_threads(), torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version())
 
 
-def save(part, data):
-    "Puts one benchmark's numbers into results.json, with the machine they come from."
+def save(part, data, keep=False):
+    "Puts one benchmark's numbers into results.json, with the machine they come from; `keep`: beside those it has already."
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results[part] = data | {"machine": machine()}
+    results[part] = (results.get(part, {}) if keep else {}) | data | {"machine": machine()}
     short = lambda x: float(f"{x:.4g}") if isinstance(x, float) else {k: short(v) for k, v in x.items()} if isinstance(x, dict) else [short(v) for v in x] if isinstance(x, list) else x
     RESULTS.write_text(json.dumps(short(results), indent=1, sort_keys=True) + "\n")
 

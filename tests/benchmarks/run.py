@@ -1,10 +1,10 @@
-"""All benchmarks, one after the other, each in its own process: python tests/benchmarks/run.py [sweep] [peers] [step] [cka]
+"""All benchmarks, one after the other, each in its own process: python tests/benchmarks/run.py [sweep] [peers] [step] [cka] [startup]
 
-Prints every table, then a summary, and writes results.json beside this file. One thread unless OMP_NUM_THREADS says otherwise. About half an hour of CPU time; peers need the package index once."""
+Prints every table, then a summary, and writes results.json beside this file; a part that is named alone replaces only its own numbers there. One thread unless OMP_NUM_THREADS says otherwise. About half an hour of CPU time; peers need the package index once."""
 import json, os, subprocess, sys
 from common import HERE, RESULTS, show
 
-PARTS = ("sweep", "peers", "step", "cka")
+PARTS = ("sweep", "peers", "step", "cka", "startup")
 
 
 def summary(results):
@@ -13,6 +13,7 @@ def summary(results):
     rows += [dict(what=f"sweep: {r['tool']}, {r['variant']}", unit="forwards", here=r["forwards"], floor=results["peers"]["floor"] if r["variant"] != "exact zeros left out" else None) for r in results.get("peers", {}).get("rows", [])]
     rows += [dict(what=f"step, KL at {r['kl_at']}: {r['step']}", unit="plain steps", here=r["cost"], floor=r.get("floor")) for r in results.get("step", {}).get("rows", [])]
     rows += [dict(what=f"CKA, n = {r['n']}: {r['tool']}", unit="products X'Y", here=r["cost"], error=r["error"]) for r in results.get("cka", {}).get("rows", [])]
+    rows += [dict(what=f"start: {r['notebook']} notebook", unit="s", here=r["cpu_seconds"]) for r in results.get("startup", {}).get("rows", [])]
     return rows
 
 

@@ -1,18 +1,18 @@
-"""A distillation step against a plain loop and TRL: python tests/benchmarks/step.py [--rounds 2] [--steps 3] [--envs FOLDER]
+"""A distillation step against a plain loop and TRL: python tests/benchmarks/step.py [--rounds 3] [--steps 4] [--quick] [--envs FOLDER]
 
 Teacher SmolLM2-135M, ten-layer student, 16 clean + 16 corrupt prompts x 20 tokens; CPU time of a step, plain loop = 1.00. All train the same parameters in fp32.
+Runs are interleaved: a round runs each of them once, and a cost is the median over rounds of the ratio to the plain loop of that round.
 The parts are switched on one after the other in the plain loop; the last rows are `rcid.distill.distill` itself, which also packs both prompts of a pair into one row."""
 import argparse, json, statistics, tempfile, time
 from pathlib import Path
 import torch
 import plain_step
-from common import STUDENT, TEACHER, pairs_of_20, save, show
+from common import TEACHER, pairs_of_20, peak_memory, save, show, with_student
 from peers import ENVS, run_peer
 from rcid.distill import DistillConfig, distill
 from rcid.distill.targets import pack_pairs
-from rcid.distill.plan import step_flops
 from rcid.distill.trainer import lr_at
-from rcid.models import get_adapter, load_model
+from rcid.models import get_adapter
 from safetensors.torch import save_file
 
 PARTS = ("cached", "joined", "head_at_answer", "fused")
@@ -27,18 +27,38 @@ def ours(student, teacher, pairs, config):
     return [h["loss"] for h in result.history[1:]], [b - a for a, b in zip(times[1:], times[2:])]
 
 
+def flops(model, tokens, head_rows, backward, answers=None):
+    "Counted by hand: 2 a weight and token forward, twice that backward; a frozen head only passes gradients on; in the last layer only keys and values for tokens that are no answers."
+    a = get_adapter(model)
+    size = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())
+    last, kv = size(a.layers[-1]), size(a.attention(a.n_layers - 1).k_proj, a.attention(a.n_layers - 1).v_proj)
+    trunk = (size(a.layers) - last + kv) * tokens + (last - kv) * (tokens if answers is None else answers)
+    return 2 * trunk * (3 if backward else 1) + 2 * a.vocab * a.d_model * head_rows * (1 + backward)
+
+
+def of_trl(student, pairs, lrs, o):
+    "TRL's rows, or a note."
+    with tempfile.TemporaryDirectory() as tmp:
+        student.save_pretrained(f"{tmp}/student")
+        save_file(dict(clean=pairs.clean_ids, corrupt=pairs.corrupt_ids, answer=pairs.answer_pos), f"{tmp}/pairs.safetensors")
+        Path(tmp, "job.json").write_text(json.dumps(dict(teacher=str(Path(TEACHER).resolve()), student=f"{tmp}/student", lrs=lrs, rounds=o.rounds)))
+        return run_peer("peer_trl.py", "trl", TRL, tmp, f"{tmp}/trl.json", envs=o.envs)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=2), parser.add_argument("--steps", type=int, default=3), parser.add_argument("--envs", default=ENVS)
+    parser.add_argument("--rounds", type=int, default=3), parser.add_argument("--steps", type=int, default=4), parser.add_argument("--envs", default=ENVS), parser.add_argument("--quick", action="store_true", help="only the plain loop and rcid")
     o = parser.parse_args(argv)
-    (teacher, tokenizer), (student, _) = load_model(TEACHER), load_model(STUDENT)
+    teacher, student, tokenizer = with_student()
     pairs, weights = pairs_of_20(tokenizer, 16, split="train"), {k: v.clone() for k, v in student.state_dict().items()}
-    config = lambda kl_at, bf16=False: DistillConfig(steps=o.steps + 1, batch=len(pairs), lr=1e-4, kl_at=kl_at, log_every=1, checkpoint_every=10**9, bf16=bf16)
+    config = lambda kl_at, **more: DistillConfig(**dict(steps=o.steps + 1, batch=len(pairs), lr=1e-4, kl_at=kl_at, log_every=1, checkpoint_every=10**9, bf16=False) | more)
     lrs = [lr_at(i, config("answer")) for i in range(o.steps + 1)]
     plain = lambda everywhere, n=0: lambda: plain_step.run(student, teacher, pairs.clean_ids, pairs.corrupt_ids, pairs.answer_pos, lrs, everywhere, **{p: True for p in PARTS[:n]})
-    runs = {("answer", NAMES[n]): plain(False, n) for n in range(len(NAMES))} | {("answer", "rcid"): lambda: ours(student, teacher, pairs, config("answer"))} | {
-        ("all tokens", "plain loop"): plain(True), ("all tokens", "rcid"): lambda: ours(student, teacher, pairs, config("all")),
-        ("answer", "rcid, bf16"): lambda: ours(student, teacher, pairs, config("answer", True)), ("all tokens", "rcid, bf16"): lambda: ours(student, teacher, pairs, config("all", True))}
+    fast = lambda kl_at, **more: lambda: ours(student, teacher, pairs, config(kl_at, **more))
+    runs = {(kl_at, name): f for kl_at in ("answer", "all tokens") for everywhere in (kl_at != "answer",) for name, f in {
+        "plain loop": plain(everywhere), "rcid": fast(kl_at.split()[0]), "rcid, targets in float16": fast(kl_at.split()[0], targets_dtype="float16"), "rcid, bf16": fast(kl_at.split()[0], bf16=True)}.items()}
+    runs |= {("answer", NAMES[n]): plain(False, n) for n in range(1, len(NAMES))}
+    if o.quick: runs = {k: f for k, f in runs.items() if k[1] in ("plain loop", "rcid")}
     seconds, losses = {k: [] for k in runs}, {}
     for _ in range(o.rounds):
         for key, f in runs.items():
@@ -46,24 +66,28 @@ def main(argv=None):
             losses[key], s = f()
             seconds[key].append(statistics.median(s[1:] if len(s) > o.steps else s))                # the first step fills caches
             print(*key, f"{seconds[key][-1]:.2f} s", flush=True)
+    peaks = {}
+    for key, f in {("answer", "plain loop"): plain(False), ("answer", "rcid"): fast("answer"), ("answer", "rcid, gradient checkpointing"): fast("answer", checkpoint_gradients=True)}.items():
+        student.load_state_dict(weights), student.zero_grad()
+        peaks[key] = peak_memory(f)[0] / 2**20
 
-    packed, tokens, head = pack_pairs(pairs).ids.numel(), 2 * pairs.clean_ids.numel(), {"answer": 2 * len(pairs), "all tokens": 2 * pairs.clean_ids.numel()}
-    counted = lambda trunk, rows, known: step_flops(student, trunk, rows, True) + (2 * rows * get_adapter(teacher).vocab * get_adapter(teacher).d_model if known else step_flops(teacher, tokens, tokens, False))
+    packed, tokens, head = pack_pairs(pairs).ids.numel(), 2 * pairs.clean_ids.numel(), {"answer": 2 * len(pairs), "all tokens": pack_pairs(pairs).ids.numel()}
+    teacher_head = lambda rows: 2 * rows * get_adapter(teacher).vocab * get_adapter(teacher).d_model
+    unit = flops(student, tokens, tokens, True) + flops(teacher, tokens, tokens, False)
+    floor = lambda kl_at: (flops(student, packed, head[kl_at], True, answers=head[kl_at] if kl_at == "answer" else None) + teacher_head(head[kl_at])) / unit
     rows = []
-    for kl_at, name in runs:
-        unit = seconds[kl_at, "plain loop"]
-        fast = name.startswith("rcid")
-        rows.append(dict(kl_at=kl_at, step=name, cost=statistics.median(a / b for a, b in zip(seconds[kl_at, name], unit)), seconds=statistics.median(seconds[kl_at, name]),
-            floor=counted(packed, packed if kl_at == "all tokens" else head[kl_at], True) / counted(tokens, tokens, False) if fast else None,
+    for kl_at, name in sorted(runs, key=lambda k: (k[0] != "answer", k[1].startswith("rcid"))):
+        ratios = [a / b for a, b in zip(seconds[kl_at, name], seconds[kl_at, "plain loop"])]
+        rows.append(dict(kl_at=kl_at, step=name, cost=statistics.median(ratios), least=min(ratios), most=max(ratios), seconds=statistics.median(seconds[kl_at, name]), floor=floor(kl_at) if name == "rcid" else None,
             loss_difference=None if "bf16" in name else max(abs(a - b) for a, b in zip(losses[kl_at, name], losses[kl_at, "plain loop"]))))
-    with tempfile.TemporaryDirectory() as tmp:
-        save_file(dict(clean=pairs.clean_ids, corrupt=pairs.corrupt_ids, answer=pairs.answer_pos), f"{tmp}/pairs.safetensors")
-        Path(tmp, "job.json").write_text(json.dumps(dict(teacher=str(Path(TEACHER).resolve()), student=str(Path(STUDENT).resolve()), lrs=lrs, rounds=o.rounds)))
-        got, note = run_peer("peer_trl.py", "trl", TRL, tmp, f"{tmp}/trl.json", envs=o.envs)
+    memory = [dict(kl_at=kl_at, step=name, peak_mib=peak) for (kl_at, name), peak in peaks.items()]
+    student.load_state_dict(weights)
+    got, note = (None, "step: a quick run, without the parts one after the other and without trl") if o.quick else of_trl(student, pairs, lrs, o)
     rows += got or []
     if note: print(note)
     show("A distillation step in plain steps (CPU time); floor: FLOPs counted by hand over the plain step's", rows)
-    save("step", dict(rows=rows, notes=[note] if note else [], losses=losses["answer", "plain loop"], pairs=len(pairs), tokens=pairs.clean_ids.shape[1], packed_tokens=packed, plain_tokens=tokens, rounds=o.rounds, steps=o.steps))
+    show("Memory of a run above the loaded models", memory)
+    save("step", dict(rows=rows, memory=memory, notes=[note] if note else [], losses=losses["answer", "plain loop"], pairs=len(pairs), tokens=pairs.clean_ids.shape[1], packed_tokens=packed, plain_tokens=tokens, rounds=o.rounds, steps=o.steps))
 
 
 if __name__ == "__main__": main()

@@ -1,4 +1,4 @@
-"""The patching sweep against the naive loop and its hand-counted floor: python tests/benchmarks/sweep.py [repeats of the first three rows]
+"""The patching sweep against the naive loop and its hand-counted floor: python tests/benchmarks/sweep.py [repeats] [costs] [errors] [prefilter] [memory]
 
 CPU process time in units of one full forward of the same batch, which runs in between. Needs artifacts/models/llama/teacher (`dvc repro models@llama`)."""
 import sys
@@ -30,40 +30,59 @@ def difference(model, pairs, sites, mode="noising"):
     return float((causal_effects(model, pairs, sites, mode) - naive_effects(model, pairs, sites, mode)).abs().max() / scale)
 
 
-def main(repeats=3):
-    model, tokenizer = load_model(TEACHER)
+def costs(model, tokenizer, pairs, repeats):
+    "Every model and sweep beside its floor."
     ioi = load_pairs("ioi", tokenizer, n=32)
     ioi = replace(ioi, key_positions={r: ioi.key_positions[r] for r in ROLES}).trimmed()
-    pairs = pairs_of_20(tokenizer)
-    sites = all_sites(model, pairs)
     rows = swept("SmolLM2-135M", model, pairs, repeats) + swept("SmolLM2-135M, the project's IOI", model, ioi, 1)
-
-    errors = [dict(model="SmolLM2-135M", mode=mode, pairs=4, sites=len(s), error=difference(model, pairs[:4], s, mode)) for mode, s in (("noising", sites), ("denoising", sites[1::4]))]
-    few = sites[5::10]                                                    # three sites of every role
+    for arch in ("qwen3", "qwen2"): rows += swept(f"{arch}, random weights", load_model(dict(arch=arch, **SHAPE), dtype="float32")[0], pairs, repeats)
+    rows += swept("SmolLM2-135M, bf16", load_model(TEACHER, dtype=torch.bfloat16)[0], pairs, 1)
+    few = all_sites(model, pairs)[5::10]                                  # three sites of every role
     naive, _, _ = in_units_of(full_forward(model, pairs), lambda: naive_effects(model, pairs, few), 1)
-    estimate, exact = (score_sites(model, pairs, score) for score in ("atp", "effect"))
-    atp = rank_agreement(estimate, exact) | dict(forwards=in_units_of(full_forward(model, pairs), lambda: attribution_effects(model, pairs), repeats)[0])
+    sites = len(all_sites(model, pairs))
+    naive = dict(forwards=naive / len(few) * sites, measured_sites=len(few), sites=sites)
+    show("Sweep, in forwards of the same 32 pairs", rows), show("The naive loop", [naive])
+    return dict(rows=rows, naive=naive, pairs=len(pairs))
 
-    memory = []
-    for budget in (2**30, 2**26):
-        peak, _ = peak_memory(lambda: causal_effects(model, pairs, memory=budget))
-        memory.append(dict(sweep="layers x s1, s2, end", budget_mib=budget / 2**20, peak_mib=peak / 2**20))
-    effects, scale = causal_effects(model, pairs), float(answer_logit_diff(model, pairs)[0].abs().mean())
-    half, _ = load_model(TEACHER, dtype=torch.bfloat16)
-    rows += swept("SmolLM2-135M, bf16", half, pairs, 1)
-    rounded = causal_effects(half, pairs)
-    bf16 = dict(from_fp32=float((rounded - effects).abs().max()) / scale, naive_from_fp32=float((naive_effects(half, pairs[:4], sites[1::4]) - effects[:4, 1::4]).abs().max()) / scale)
-    del half
+
+def errors(model, tokenizer, pairs, repeats):
+    "Largest differences from the oracle; bf16 against fp32."
+    sites = all_sites(model, pairs)
+    rows = [dict(model="SmolLM2-135M", mode=mode, pairs=4, sites=len(s), error=difference(model, pairs[:4], s, mode)) for mode, s in (("noising", sites), ("denoising", sites[1::4]))]
     for arch in ("qwen3", "qwen2"):
         other, _ = load_model(dict(arch=arch, **SHAPE), dtype="float32")
-        rows += swept(f"{arch}, random weights", other, pairs, 1)
-        errors.append(dict(model=f"{arch}, random weights", mode="noising", pairs=4, sites=len(sites[1::4]), error=difference(other, pairs[:4], sites[1::4])))
-    show("Sweep, in forwards of the same 32 pairs", rows)
-    show("Largest difference from the naive oracle, share of mean |LD|", errors)
-    show("Attribution patching against exact effects, layer x role", [atp])
-    show("Memory above the loaded model", memory)
-    print(f"naive loop: {naive / len(few) * len(sites):.0f} forwards for {len(sites)} sites, measured on {len(few)}; bf16 differs from fp32 by {bf16['from_fp32']:.1e} of mean |LD| (its own naive loop by {bf16['naive_from_fp32']:.1e})")
-    save("sweep", dict(rows=rows, errors=errors, atp=atp, memory=memory, bf16=bf16, naive=dict(forwards=naive / len(few) * len(sites), measured_sites=len(few), sites=len(sites)), pairs=len(pairs)))
+        rows.append(dict(model=f"{arch}, random weights", mode="noising", pairs=4, sites=len(sites[1::4]), error=difference(other, pairs[:4], sites[1::4])))
+    half, scale, effects = load_model(TEACHER, dtype=torch.bfloat16)[0], float(answer_logit_diff(model, pairs)[0].abs().mean()), causal_effects(model, pairs)
+    bf16 = dict(from_fp32=float((causal_effects(half, pairs) - effects).abs().max()) / scale, naive_from_fp32=float((naive_effects(half, pairs[:4], sites[1::4]) - effects[:4, 1::4]).abs().max()) / scale)
+    show("Largest difference from the naive oracle, share of mean |LD|", rows), show("bf16 against fp32, share of mean |LD|", [bf16])
+    return dict(errors=rows, bf16=bf16)
 
 
-if __name__ == "__main__": main(*map(int, sys.argv[1:]))
+def prefilter(model, tokenizer, pairs, repeats):
+    "Attribution patching: its cost, and how well it ranks."
+    estimate, exact = (score_sites(model, pairs, score=score) for score in ("atp", "effect"))
+    forwards = in_units_of(full_forward(model, pairs), lambda: attribution_effects(model, pairs), repeats)[0]
+    rows = [rank_agreement(estimate, exact, k) | dict(forwards=forwards) for k in (8, 16, 24)]
+    show("Attribution patching against exact effects, layer x role", rows)
+    return dict(atp=rows)
+
+
+def memory(model, tokenizer, pairs, repeats):
+    "Peaks under three budgets."
+    causal_effects(model, pairs[:1])                                      # what a first call sets up is not counted
+    rows = [dict(sweep="layers x s1, s2, end", budget_mib=budget / 2**20, peak_mib=peak_memory(lambda: causal_effects(model, pairs, memory=budget))[0] / 2**20) for budget in (2**30, 2**27, 2**26)]
+    show("Memory above the loaded model", rows)
+    return dict(memory=rows)
+
+
+PARTS = dict(costs=costs, errors=errors, prefilter=prefilter, memory=memory)
+
+
+def main(*wanted):
+    repeats = next((int(w) for w in wanted if w.isdigit()), 3)
+    model, tokenizer = load_model(TEACHER)
+    pairs = pairs_of_20(tokenizer)
+    for name in [w for w in wanted if not w.isdigit()] or PARTS: save("sweep", PARTS[name](model, tokenizer, pairs, repeats), keep=True)
+
+
+if __name__ == "__main__": main(*sys.argv[1:])
