@@ -27,7 +27,7 @@ def story_row(problem: Told, before: str = "", between: str = "", largest: int =
     numbers = list(re.finditer(_NUMBER, problem.prompt))
     if problem.kind not in ("+", "-") or len(numbers) != 2: return None
     a, b, value = (_number(x) for x in (numbers[0][0], numbers[1][0], problem.value))
-    say = str if problem.value.isdigit() else SPELLED.__getitem__
+    say, largest = (str, largest) if problem.value.isdigit() else (SPELLED.__getitem__, min(largest, len(SPELLED) - 1))
     answer = {c: a + c if problem.kind == "+" else a - c for c in range(1, largest + 1)}
     if answer.get(b) != value: return None
     others = [c for c, v in answer.items() if c != b and 1 <= v <= largest]

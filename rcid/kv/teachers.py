@@ -89,13 +89,12 @@ def listen(
     model, tokenizer = load_model({"path": teacher.folder}, dtype=computed, device=device)
     read = teacher.read(problems, model, tokenizer)
     data, parts, right = _tokenized(teacher, read, problems, tokenizer), [], []
-    head = get_adapter(model).lm_head
+    head, numbers = get_adapter(model).lm_head, data.input_ids.gather(1, data.cue_pos[:, None] + 1).unique()
     for i in range(0, len(data), batch):
         ids, mask = (t[i:i+batch].to(model.device) for t in (data.input_ids, data.attention_mask))
         final, cache = forward_kv(model, ids, mask, queries=queries, pre_rope=True)
-        cue = data.cue_pos[i:i+batch]
-        row = torch.arange(len(ids), device=model.device)
-        right.append((head(final[row, cue.to(model.device)]).argmax(-1) == ids[row, cue.to(model.device) + 1]).cpu())
+        row, cue = torch.arange(len(ids), device=model.device), data.cue_pos[i:i+batch].to(model.device)
+        right.append(numbers[head(final[row, cue])[:, numbers].argmax(-1).cpu()] == ids[row, cue + 1].cpu())
         parts.append((cache if layers is None else cache.layers(list(layers))).to("cpu").to(dtype))
     available = torch.cat(right) & torch.tensor([p is not None for p in read])
     join = lambda f: torch.cat([f(p) for p in parts])

@@ -153,7 +153,7 @@ def several_table(rows: list[dict], voices: dict[str, dict]) -> str:
 def voices_table(bases: dict[str, dict], voices: dict[str, dict]) -> str:
     "The models of experiment 7."
     rope = lambda b: f"{b['rope']['rope_theta']:,.0f}".replace(",", r"\,") + ("" if b["rope"]["rope_type"] == "default" else f", {b['rope']['rope_type']} {b['rope'].get('factor', '')}")
-    row = lambda n, b: [n, str(b["layers"]), str(b["d_model"]), f"{b['heads']}/{b['kv_heads']}", str(b["head_dim"]), rope(b), count(b["vocab"]), b["style"], number(b["top1"])]
+    row = lambda n, b: [n, str(b["layers"]), str(b["d_model"]), f"{b['heads']}/{b['kv_heads']}", str(b["head_dim"]), rope(b), count(b["vocab"]), b["style"], f"{number(b['accuracy'])} / {number(b['top1'])}"]
     return tabular(["", "layers", "width", "heads", "head size", r"RoPE", "vocabulary", "reasoning", "accuracy"], [row("student" if n == "student" else f"{label(n)} teacher" + ("" if b["steps"] else ", pretrained"), b) for n, b in bases.items()], "lrrrrrrlr")
 
 def routing_figure(rows: list[dict], cells: list[dict], voices: dict[str, dict]) -> Figure:

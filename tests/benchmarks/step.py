@@ -9,10 +9,9 @@ import torch
 import plain_step
 from common import TEACHER, pairs_of_20, peak_memory, save, show, with_student
 from peers import ENVS, run_peer
-from rcid.distill import DistillConfig, distill
+from rcid.distill import DistillConfig, distill, step_flops
 from rcid.distill.targets import pack_pairs
 from rcid.distill.trainer import lr_at
-from rcid.models import get_adapter
 from safetensors.torch import save_file
 
 PARTS = ("cached", "joined", "head_at_answer", "fused")
@@ -25,15 +24,6 @@ def ours(student, teacher, pairs, config):
     times = []
     result = distill(student, teacher, pairs, "standard_kd_pairs", config, probe=lambda *_: times.append(time.process_time()) or {})
     return [h["loss"] for h in result.history[1:]], [b - a for a, b in zip(times[1:], times[2:])]
-
-
-def flops(model, tokens, head_rows, backward, answers=None):
-    "Counted by hand: 2 a weight and token forward, twice that backward; a frozen head only passes gradients on; in the last layer only keys and values for tokens that are no answers."
-    a = get_adapter(model)
-    size = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())
-    last, kv = size(a.layers[-1]), size(a.attention(a.n_layers - 1).k_proj, a.attention(a.n_layers - 1).v_proj)
-    trunk = (size(a.layers) - last + kv) * tokens + (last - kv) * (tokens if answers is None else answers)
-    return 2 * trunk * (3 if backward else 1) + 2 * a.vocab * a.d_model * head_rows * (1 + backward)
 
 
 def of_trl(student, pairs, lrs, o):
@@ -56,7 +46,7 @@ def main(argv=None):
     plain = lambda everywhere, n=0: lambda: plain_step.run(student, teacher, pairs.clean_ids, pairs.corrupt_ids, pairs.answer_pos, lrs, everywhere, **{p: True for p in PARTS[:n]})
     fast = lambda kl_at, **more: lambda: ours(student, teacher, pairs, config(kl_at, **more))
     runs = {(kl_at, name): f for kl_at in ("answer", "all tokens") for everywhere in (kl_at != "answer",) for name, f in {
-        "plain loop": plain(everywhere), "rcid": fast(kl_at.split()[0]), "rcid, targets in float16": fast(kl_at.split()[0], targets_dtype="float16"), "rcid, bf16": fast(kl_at.split()[0], bf16=True)}.items()}
+        "plain loop": plain(everywhere), "rcid": fast(kl_at.split()[0]), "rcid, bf16": fast(kl_at.split()[0], bf16=True)}.items()}
     runs |= {("answer", NAMES[n]): plain(False, n) for n in range(1, len(NAMES))}
     if o.quick: runs = {k: f for k, f in runs.items() if k[1] in ("plain loop", "rcid")}
     seconds, losses = {k: [] for k in runs}, {}
@@ -72,9 +62,8 @@ def main(argv=None):
         peaks[key] = peak_memory(f)[0] / 2**20
 
     packed, tokens, head = pack_pairs(pairs).ids.numel(), 2 * pairs.clean_ids.numel(), {"answer": 2 * len(pairs), "all tokens": pack_pairs(pairs).ids.numel()}
-    teacher_head = lambda rows: 2 * rows * get_adapter(teacher).vocab * get_adapter(teacher).d_model
-    unit = flops(student, tokens, tokens, True) + flops(teacher, tokens, tokens, False)
-    floor = lambda kl_at: (flops(student, packed, head[kl_at], True, answers=head[kl_at] if kl_at == "answer" else None) + teacher_head(head[kl_at])) / unit
+    unit = step_flops(student, tokens, tokens, True) + step_flops(teacher, tokens, tokens, False)
+    floor = lambda kl_at: (step_flops(student, packed, head[kl_at], True, last_rows=head[kl_at] if kl_at == "answer" else None) + step_flops(teacher, 0, head[kl_at], False)) / unit
     rows = []
     for kl_at, name in sorted(runs, key=lambda k: (k[0] != "answer", k[1].startswith("rcid"))):
         ratios = [a / b for a, b in zip(seconds[kl_at, name], seconds[kl_at, "plain loop"])]
