@@ -56,16 +56,19 @@ def lr_at(step: int, c: DistillConfig) -> float:
     return c.lr * ((step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(c.steps - warm, 1))))
 
 # %% ../../nbs/05_distill/03_trainer.ipynb #9d543da4
+def _head(model: nn.Module, vocab: int, h: Tensor) -> Tensor: return (head := get_adapter(model).lm_head)(h.to(next(head.parameters()).dtype))[..., :vocab]
+
 def _signals(hidden: dict[str, Tensor], model: nn.Module, vocab: int, batch: ContrastiveDataset, method, everywhere: bool) -> Signals:
     mask, clean, corrupt, shared = batch.attention_mask.bool(), hidden["final"], hidden.get("final_corrupt"), None
     if everywhere:                                                         # the head runs once on every distinct token
         t, first = torch.arange(mask.shape[1], device=mask.device), first_difference(batch)[:, None]
         clean, shared = clean[mask], (t < first)[mask].float()
         if corrupt is not None: corrupt = corrupt[(t + first < mask.sum(1, keepdim=True))[:, :corrupt.shape[1]]]
-    head = lambda h: get_adapter(model).lm_head(h.to(next(get_adapter(model).lm_head.parameters()).dtype))[..., :vocab]
+    rows = [clean, *([corrupt] if method.corrupt_kl else []), *([hidden["swapped"][:, 0]] if "swapped" in hidden else [])]
+    logits = hidden["logits"].unbind(1) if "logits" in hidden else _head(model, vocab, torch.cat(rows)).split([len(r) for r in rows])   # one call: its weights are read once
     by_site = lambda key: hidden[key].transpose(0, 1) if key in hidden else None                                # (row, site, ...) -> (site, row, ...)
-    return Signals(head(clean), head(corrupt) if method.corrupt_kl else None, shared, by_site("sites"), by_site("sites_corrupt"), by_site("layers"), mask,
-        head(hidden["swapped"][:, 0]) if "swapped" in hidden else None, batch.correct_token_id)
+    return Signals(logits[0], logits[1] if method.corrupt_kl else None, shared, by_site("sites"), by_site("sites_corrupt"), by_site("layers"), mask,
+        logits[-1] if "swapped" in hidden else None, batch.correct_token_id)
 
 # %% ../../nbs/05_distill/03_trainer.ipynb #c3bce729
 def _save_checkpoint(folder: Path, fingerprint: str, step: int, history: list, trained: dict[str, Tensor], optimizer, state: nn.Module | None):
@@ -111,6 +114,9 @@ class PairCourse:
         self.vocab, self.everywhere, self.device = common_vocab(teacher, student), self.want_s.everywhere, next(student.parameters()).device
         self.lengths = pairs.attention_mask.sum(1).cpu()
         with PartialState().main_process_first(): self.targets = teacher_targets(teacher, pairs, self.want_t, c.targets_dir) # the others find them in `targets_dir`
+        sides = ["final", *(["final_corrupt"] if method.corrupt_kl else [])]
+        if self.device.type == "cpu" and not (self.everywhere or method.swaps) and len(sides) * len(pairs) * self.vocab <= 2**26:               # 256 MB of float32: there, reading logits is cheaper than the head
+            with torch.no_grad(): self.targets["logits"] = torch.cat([_head(teacher, self.vocab, h) for h in torch.stack([self.targets[k] for k in sides], 1).split(64)])
 
     def of_teacher(self, rows, batch, swap=0) -> Signals:
         kept, seq = {k: v[rows].to(self.device) for k, v in self.targets.items()}, batch.clean_ids.shape[1]
