@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest, torch
 from conftest import ROOT
 from rcid.align import align_tokens, byte_spans, character_iou, cross_kl, group_rows, merge_probs, shared_vocabulary, token_weights, uld_loss
+from rcid.data.holdout import told_problems
+from rcid.data.stories import Reader, story_pairs
 from rcid.models.tokenizers import REAL, real_tokenizer, train_tokenizer
 
 SCRIPTS = {"latin": (0x41, 0x5A), "latin_extended": (0xC0, 0x24F), "greek": (0x391, 0x3C9), "cyrillic": (0x410, 0x44F), "armenian": (0x561, 0x586), "hebrew": (0x5D0, 0x5EA),
@@ -239,3 +241,10 @@ def test_cross_kl_against_a_slow_sum(small):
             q, p = (torch.stack([*c, (1 - sum(c)).clamp_min(1e-7)]) for c in zip(*pairs))
             want.append((p * (p / q).log()).sum())
         assert torch.allclose(cross_kl(s, t, g, shared).double(), torch.stack(want), atol=1e-4)
+
+
+def test_real_tokenizers_read_the_same_stories_when_numbers_are_words(real):
+    readers, told = {n: Reader(t) for n, t in real.items()}, told_problems(n=80, steps=(1,), operations="+-", largest=20)
+    with pytest.raises(ValueError, match="only .* of 20 stories fit"): story_pairs(told, {"qwen3": readers["qwen3"]}, n=20, largest=20)     # it splits digits
+    pairs = story_pairs([t.spelled() for t in told], readers, n=20, largest=20)
+    assert all(len(p) == 20 and ((p.clean_ids != p.corrupt_ids).sum(1) == 1).all() for p in pairs.values())

@@ -79,7 +79,7 @@ def kv_tests(cells: list[dict], problems: list[dict], people, folder: str | Path
 def kv_table(rows: list[dict]) -> str:
     "Experiment 6: one line a method."
     by, body = {r["method"]: r for r in rows}, []
-    cell = lambda x, ci, digits=2: number(x, digits) + (f" {interval(ci, digits)}" if interval(ci) != "--" else "")
+    cell = lambda x, ci, digits=2: number(x, digits) + (f"~{interval(ci, digits)}".replace(", ", ",~") if interval(ci) != "--" else "")
     known = {m: l for group in KV_GROUPS.values() for m, l in group.items()}
     for group, methods in [*KV_GROUPS.items(), ("others", {m: m.replace("_", " ") for m in by if m not in known})]:
         if not (here := [m for m in methods if m in by]): continue
@@ -87,8 +87,8 @@ def kv_table(rows: list[dict]) -> str:
         for m in here:
             r = by[m]
             body.append([rf"\quad {methods[m]}", count(r["parameters"]), cell(r["accuracy"], r["accuracy_ci"]), number(r["words"]), number(r["cosine"]["k_all"]), number(r["cosine"]["v_all"]), cell(r["consistency"], r["consistency_ci"]),
-                         number(r["interchange"]), count(r["undefined"]), number(r["grad_norm"], 1), count(r["nan"])])
-    return tabular(["", "projector", "exact match", "in words", r"$\cos K$", r"$\cos V$", "$r$", "interch.", "undef.", r"$\max \lVert g \rVert$", "NaN"], body, "lrrrrrrrrrr")
+                         count(r["undefined"]), number(r["grad_norm"], 1), count(r["nan"])])
+    return tabular(["", "projector", "exact match", "in words", r"$\cos K$", r"$\cos V$", "$r$", "undef.", r"$\max \lVert g \rVert$", "NaN"], body, "lrrrrrrrrr")
 
 def kv_tests_table(tests: list[dict]) -> str:
     body = []

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMPARED', 'say', 'voice_name', 'read_students', 'read_voices', 'of_setting', 'student_rows', 'consistency_with',
-           'comparisons', 'teacher_tests', 'teacher_claims', 'several_table', 'voices_table', 'routing_figure',
-           'several_values']
+           'comparisons', 'teacher_tests', 'teacher_claims', 'several_table', 'teacher_tests_table', 'voices_table',
+           'routing_figure', 'several_values']
 
 # %% ../../nbs/08_report/08_teachers_results.ipynb #20d1c0ef
 from pathlib import Path
@@ -23,15 +23,16 @@ from .tables import count, interval, listing, number, p_value, percent, tabular
 # %% ../../nbs/08_report/08_teachers_results.ipynb #c77ee421
 def say(setting: str) -> str:
     "What a setting is called in print."
-    special = {"none": "no teacher", "fixed": "fixed", "fixed_index": "fixed, hard index", "fixed_cka": "fixed, CKA layers", "fixed_three": "fixed, three teachers", "govern": "gradient vote of three", "govern_teacher": "gradient vote of three, by teacher", "fixed_zspace": "fixed, latent space"}
+    special = {"none": "no teacher", "fixed": "fixed", "fixed_index": "fixed (hard index)", "fixed_cka": "fixed (CKA layers)", "fixed_three": "fixed (three teachers)", "govern": "gradient vote of three", "govern_teacher": "gradient vote of three (by teacher)", "fixed_zspace": "fixed (latent space)"}
     if setting in special: return special[setting]
     if setting.startswith("single_"): return f"{label(setting[7:])} alone"
-    return setting.replace("_", ", ", 1).replace("_", " ")
+    name, _, how = setting.partition("_")
+    return name + (f" ({how.replace('_', ' ')})" if how else "")
 
 def voice_name(name: str) -> str:
     "What a teacher is called in print: its model and, where it is one, how it is used."
     model, _, use = name.partition("_")
-    return label(model) + (f", {use}" if use else "")
+    return label(model) + (f" ({use})" if use else "")
 
 def read_students(settings: list[str], seeds: list[int], folder: str | Path = ".") -> list[dict]:
     "The students of the run with their effects; refuses students that did not cost the same."
@@ -111,12 +112,18 @@ _VERB = {"higher": "was higher", "lower": "was lower", "same": "did not differ d
 
 def _numbers(t) -> str: return f" (difference {number(t['diff'])} {interval(t['ci'])}, Holm-corrected {p_value(t['p_holm'])})" if t["p_holm"] is not None else ""
 
+def _pooled(group) -> str: # of tests that found nothing
+    if len(group) == 1: return _numbers(group[0])
+    low, high, p = min(t["diff"] for t in group), max(t["diff"] for t in group), min(t["p_holm"] for t in group)
+    return f" (differences from {number(low)} to {number(high)}, all Holm-corrected $p \\ge {np.floor(100 * p) / 100:.2f}$)"
+
 def _compared(mine: list[dict], what: str) -> str:
     if not mine: return f"{what[0].upper() + what[1:]} was not compared: this run lacks one of the settings."
-    parts = []
-    for t in mine:
-        kind = outcome(t)
-        parts.append(f"{_VERB[kind]} {'between' if kind in ('same', 'untested') else 'with'} {say(t['a'])} {'and' if kind in ('same', 'untested') else 'than with'} {say(t['b'])}{_numbers(t)}")
+    of = lambda *kinds: [t for t in mine if outcome(t) in kinds]
+    between = lambda group: "between " + " or between ".join(f"{say(t['a'])} and {say(t['b'])}" for t in group)
+    parts = [f"{_VERB[outcome(t)]} with {say(t['a'])} than with {say(t['b'])}{_numbers(t)}" for t in of("higher", "lower")]
+    if same := of("same"): parts.append(f"{_VERB['same']} {between(same)}{_pooled(same)}")
+    if untested := of("untested"): parts.append(f"{_VERB['untested']} {between(untested)}")
     return f"{what[0].upper() + what[1:]} {'; it '.join(parts)}."
 
 def teacher_claims(rows: list[dict], tests: list[dict], voices: dict[str, dict]) -> dict[str, str]:
@@ -137,6 +144,7 @@ def teacher_claims(rows: list[dict], tests: list[dict], voices: dict[str, dict])
         x, y = leans[0]["a"], leans[0]["b"]
         words = [f"the students of {listing(g)} {text}" for g, text in ((groups["higher"], f"were more consistent with {label(x)} than with {label(y)}"), (groups["lower"], f"were more consistent with {label(y)} than with {label(x)}"),
                  (groups["same"], "leaned to neither teacher detectably"), (groups["untested"], "could not be tested")) if g]
+        if len(groups["same"]) == len(leans): words = [f"in none of the {len(leans)} settings did the students lean to one teacher detectably"]
         claims["several.lean"] = "; ".join(words)[0].upper() + "; ".join(words)[1:] + "."
     better = [t for t in find(singles + fusions, "accuracy") if outcome(t) == "higher"]
     claims["several.verdict"] = ("No fusion beat what it was compared with on accuracy." if not better else "On accuracy, " + listing([say(t["a"]) + " beat " + say(t["b"]) for t in better]) + ".")
@@ -149,6 +157,14 @@ def several_table(rows: list[dict], voices: dict[str, dict]) -> str:
     header = ["", "accuracy", *(rf"$C$ {voice_name(n)}" for n in voices), *(f"weight {voice_name(n)}" for n in voices), *(["benchmarks"] * bench)]
     body = [[say(r["setting"]), number(r["accuracy"]), *(number(r["consistency"][n]) for n in voices), *(number(r["weights"].get(n)) for n in voices), *([number(r["bench"])] * bench)] for r in rows]
     return tabular(header, body, "l" + "r" * (len(header) - 1))
+
+def teacher_tests_table(tests: list[dict], voices: dict[str, dict]) -> str:
+    "A line a comparison: difference, interval and Holm-corrected p, of accuracy and of the consistency with each teacher."
+    metrics, body = ["accuracy", *voices], []
+    for a, b in dict.fromkeys((t["a"], t["b"]) for t in tests if t["metric"] != "lean"):
+        found = {t["metric"]: t for t in tests if (t["a"], t["b"]) == (a, b)}
+        body.append([f"{say(a)} $-$ {say(b)}", *(f"{number(t['diff'])} {interval(t['ci'])}, {number(t['p_holm'])}" for t in (found[m] for m in metrics))])
+    return tabular(["", "accuracy", *(rf"$C$ {voice_name(n)}" for n in voices)], body, "l" + "r" * len(metrics))
 
 def voices_table(bases: dict[str, dict], voices: dict[str, dict]) -> str:
     "The models of experiment 7."
