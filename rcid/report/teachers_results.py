@@ -43,7 +43,7 @@ def read_students(settings: list[str], seeds: list[int], folder: str | Path = ".
             file = Path(folder)/"artifacts"/"kv_fuse"/f"{s}-{seed}"/"effects.safetensors"
             if not file.exists(): raise FileNotFoundError(f"{file} is missing: run `dvc repro` (or `dvc checkout`) to make it")
             stored = load_file(file)
-            cells.append(cell | dict(effects=stored["effects"].astype(float), right=stored["ld_clean"] > 0))
+            cells.append(cell | dict(effects=stored["effects"].astype(float), right=stored["right"] > 0))
     for seed in seeds: check_equal({c["setting"]: Budget(**c["budget"]) for c in cells if c["seed"] == seed})   # seeds differ in the problems they draw
     return cells
 
@@ -115,7 +115,8 @@ def _numbers(t) -> str: return f" (difference {number(t['diff'])} {interval(t['c
 def _pooled(group) -> str: # of tests that found nothing
     if len(group) == 1: return _numbers(group[0])
     low, high, p = min(t["diff"] for t in group), max(t["diff"] for t in group), min(t["p_holm"] for t in group)
-    return f" (differences from {number(low)} to {number(high)}, all Holm-corrected $p \\ge {np.floor(100 * p) / 100:.2f}$)"
+    span = f"differences from {number(low)} to {number(high)}" if number(low) != number(high) else f"difference {number(low)} each"
+    return f" ({span}, all Holm-corrected $p \\ge {np.floor(100 * p) / 100:.2f}$)"
 
 def _compared(mine: list[dict], what: str) -> str:
     if not mine: return f"{what[0].upper() + what[1:]} was not compared: this run lacks one of the settings."
@@ -191,6 +192,7 @@ def routing_figure(rows: list[dict], cells: list[dict], voices: dict[str, dict])
             for r in rows:
                 right.plot(r["consistency"][names[0]], r["consistency"][names[1]], "o", color="#7f7f7f" if r["setting"] == "none" else "#000000")
             right.set(xlabel=f"consistency with {label(names[0])}", ylabel=f"consistency with {label(names[1])}")
+            right.margins(.2)
             right.axline((0, 0), slope=1, color="#bbbbbb", linewidth=.6, zorder=0)
         for n, c in zip(names, colours): left.plot([], [], "s", color=c, label=voice_name(n))
         fig.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=len(names))
