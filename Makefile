@@ -32,7 +32,7 @@ setup: .venv/.ready
 
 repro: setup
 ifeq ($(SCALE),laptop)
-	$(call say,pilot first: the teacher's effect heatmap; then everything (about fifty minutes on two cores))
+	$(call say,pilot first: the teacher's effect heatmap; then everything (about forty minutes on two cores))
 	$(LAUNCH) pilot
 	$(LAUNCH)
 	$(call say,done: paper/main.pdf)
