@@ -1,4 +1,4 @@
-# make setup | repro [SCALE=tiny|laptop|gpu|a100] [WORKERS=n] [EXECUTOR=slurm] | test | slurm-test | faults | bench | lab | docs | tokenizers | params | clean
+# make setup | repro [SCALE=tiny|laptop|gpu|a100] [SET="distill.steps=60 ..."] [WORKERS=n] [EXECUTOR=slurm] | test | slurm-test | faults | bench | lab | docs | tokenizers | params | clean
 # Everything happens inside this folder (.venv, .workspaces, .dvc/cache); nothing global is changed.
 SHELL      := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 export RCID_THREADS ?= 1
 export OMP_NUM_THREADS ?= $(RCID_THREADS)
 export PYTHONWARNINGS ?= ignore
-# WORKERS: one per GPU, or what cores and memory allow, unless given. EXECUTOR: local or slurm.
+# WORKERS: one per GPU, or what cores and memory allow, unless given. EXECUTOR: local or slurm. SET: params unlike the scale's.
 LAUNCH = python -m rcid.launch$(if $(EXECUTOR), --executor $(EXECUTOR))$(if $(WORKERS), --workers $(WORKERS))
 say = @echo "== $(1)"
 
@@ -32,13 +32,14 @@ setup: .venv/.ready
 
 repro: setup
 ifeq ($(SCALE),laptop)
+	$(if $(SET),$(error SET is for the other scales: params.yaml of laptop is committed, so change conf/scale/laptop.yaml and run make params))
 	$(call say,pilot first: the teacher's effect heatmap; then everything (about forty minutes on two cores))
 	$(LAUNCH) pilot
 	$(LAUNCH)
 	$(call say,done: paper/main.pdf)
 else
 	$(call say,scale $(SCALE) runs in .workspaces/$(SCALE); the committed results stay as they are)
-	@$(BIN)/python -m rcid.core.workspace $(SCALE)
+	@$(BIN)/python -m rcid.core.workspace $(SCALE) $(SET)
 	cd .workspaces/$(SCALE) && export RCID_ROOT=$$PWD PYTHONPATH=$$PWD && dvc pull --quiet -r embedded data.dvc && $(LAUNCH) pilot && $(LAUNCH)
 	$(call say,done: .workspaces/$(SCALE)/paper/main.pdf)
 endif

@@ -17,10 +17,12 @@ DEFAULT_SCALE = "laptop"
 def compose_params(target: str | Path, *overrides: str):
     "Writes the params of `conf/` with Hydra overrides (e.g. `scale=tiny`, `distill.steps=5`) to `target`."
     from dvc.utils.hydra import compose_and_dump
+    from hydra.errors import HydraException
     scales = sorted(f.stem for f in (root()/"conf"/"scale").glob("*.yaml"))
     for o in overrides:
         if o.startswith("scale=") and o[6:] not in scales: raise ValueError(f"unknown scale {o[6:]!r}: there are {', '.join(scales)}")
-    compose_and_dump(str(target), str(root()/"conf"), None, "config", "", list(overrides))
+    try: compose_and_dump(str(target), str(root()/"conf"), None, "config", "", list(overrides))
+    except HydraException as e: raise ValueError(f"cannot set {', '.join(overrides)}: {' '.join(str(e).split())}") from None
 
 # %% ../../nbs/00_core/04_workspace.ipynb #cb3d0922
 COMMITTED = ("metrics", "paper/figures", "paper/tables", "paper/main.pdf", "paper/values.tex", "dvc.lock", "params.yaml") # results and settings of the default scale
@@ -48,6 +50,7 @@ def make_workspace(
 
 def main(argv: list[str]):
     "`params [override ...]` writes params.yaml; `SCALE [override ...]` makes a workspace and prints its path."
+    if not argv: sys.exit("rcid: name a scale, e.g. python -m rcid.core.workspace tiny distill.steps=5")
     try:
         if argv[0] == "params": compose_params(root()/"params.yaml", *(argv[1:] or [f"scale={DEFAULT_SCALE}"]))
         else: print(make_workspace(*argv))
