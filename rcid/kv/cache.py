@@ -6,7 +6,7 @@
 __all__ = ['KVCache', 'positions_of', 'forward_kv', 'cache_of', 'extract_kv', 'check_finite', 'cache_hash', 'save_kv', 'load_kv']
 
 # %% ../../nbs/06_kv/00_cache.ipynb #00dd0716
-import hashlib
+import hashlib, json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 import torch
@@ -164,7 +164,7 @@ def cache_hash(cache: KVCache) -> str:
 def save_kv(cache: KVCache, path: str | Path) -> Path:
     "Writes a cache, whole or not at all."
     from safetensors.torch import save
-    with whole_file(path, "wb") as f: f.write(save(_parts(cache), {"sha256": cache_hash(cache), "pre_rope": str(cache.pre_rope)}))
+    with whole_file(path, "wb") as f: f.write(save(_parts(cache), {"cache": json.dumps(dict(pre_rope=cache.pre_rope, sha256=cache_hash(cache)))}))  # one entry: safetensors shuffles several, and the file is hashed
     return Path(path)
 
 def load_kv(path: str | Path) -> KVCache:
@@ -172,8 +172,8 @@ def load_kv(path: str | Path) -> KVCache:
     from safetensors import safe_open
     if not Path(path).exists(): raise FileNotFoundError(f"no KV cache {path}: make it with save_kv")
     try:
-        with safe_open(str(path), "pt") as f: meta, t = f.metadata(), {n: f.get_tensor(n) for n in f.keys()}
-        cache = KVCache(**t, pre_rope=meta["pre_rope"] == "True")
+        with safe_open(str(path), "pt") as f: meta, t = json.loads(f.metadata()["cache"]), {n: f.get_tensor(n) for n in f.keys()}
+        cache = KVCache(**t, pre_rope=meta["pre_rope"])
     except Exception as e: raise ValueError(f"{path} is not a whole KV cache ({e}): delete it and make it again") from None
     if cache_hash(cache) != meta["sha256"]: raise ValueError(f"{path} does not match its SHA-256: delete it and make it again")
     return cache

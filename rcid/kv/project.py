@@ -63,7 +63,7 @@ class _Projector(nn.Module):
     def n_params(self) -> int: return sum(p.numel() for p in self.parameters())
     def save(self, path: str | Path) -> Path:
         "Write weights and settings as one safetensors file."
-        header = {"projector": type(self).__name__, "settings": json.dumps(dict(self.settings, frozen=self.frozen), sort_keys=True)}
+        header = {"projector": json.dumps(dict(kind=type(self).__name__, settings=dict(self.settings, frozen=self.frozen)), sort_keys=True)}   # one entry: safetensors shuffles several
         with whole_file(path, "wb") as f: f.write(save({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, header))
         return Path(path)
 
@@ -130,10 +130,10 @@ def load_projector(path: str | Path) -> _Projector:
     "A projector as `save` wrote it."
     if not Path(path).is_file(): raise FileNotFoundError(f"load_projector: no file {path}: train a projector and save it there, or mend the path")
     try:
-        with safe_open(path, framework="pt") as f: header, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+        with safe_open(path, framework="pt") as f: header, tensors = json.loads((f.metadata() or {}).get("projector", "{}")), {k: f.get_tensor(k) for k in f.keys()}
     except Exception as e: raise ValueError(f"load_projector: {path} is not a whole safetensors file ({e}): save the projector again") from None
     kinds = {c.__name__: c for c in (HeadwiseMapProjector, FlatProjector)}
-    if header.get("projector") not in kinds: raise ValueError(f"load_projector: {path} holds no projector (its header says {header.get('projector')!r}), expected one of {sorted(kinds)}")
-    projector = kinds[header["projector"]](**json.loads(header["settings"]))
+    if header.get("kind") not in kinds: raise ValueError(f"load_projector: {path} holds no projector (its header says {header.get('kind')!r}), expected one of {sorted(kinds)}")
+    projector = kinds[header["kind"]](**header["settings"])
     projector.load_state_dict(tensors)
     return projector
