@@ -155,16 +155,17 @@ def teacher_claims(rows: list[dict], tests: list[dict], voices: dict[str, dict])
 def several_table(rows: list[dict], voices: dict[str, dict]) -> str:
     "A line a setting: accuracy, consistency with each teacher, weights; benchmarks where they were run."
     bench = any(r["bench"] is not None for r in rows)
-    header = ["", "accuracy", *(rf"$C$ {voice_name(n)}" for n in voices), *(f"weight {voice_name(n)}" for n in voices), *(["benchmarks"] * bench)]
+    header = ["", "accuracy", *(rf"$C$ {voice_name(n)}" for n in voices), *(rf"$w$ {voice_name(n)}" for n in voices), *(["benchmarks"] * bench)]
     body = [[say(r["setting"]), number(r["accuracy"]), *(number(r["consistency"][n]) for n in voices), *(number(r["weights"].get(n)) for n in voices), *([number(r["bench"])] * bench)] for r in rows]
     return tabular(header, body, "l" + "r" * (len(header) - 1))
 
 def teacher_tests_table(tests: list[dict], voices: dict[str, dict]) -> str:
-    "A line a comparison: difference, interval and Holm-corrected p, of accuracy and of the consistency with each teacher."
+    "A line a comparison: difference and interval, starred where Holm-corrected p < 0.05, of accuracy and of the consistency with each teacher."
     metrics, body = ["accuracy", *voices], []
+    star = lambda t: "$^*$" if t["p_holm"] is not None and t["p_holm"] < .05 else ""
     for a, b in dict.fromkeys((t["a"], t["b"]) for t in tests if t["metric"] != "lean"):
         found = {t["metric"]: t for t in tests if (t["a"], t["b"]) == (a, b)}
-        body.append([f"{say(a)} $-$ {say(b)}", *(f"{number(t['diff'])} {interval(t['ci'])}, {number(t['p_holm'])}" for t in (found[m] for m in metrics))])
+        body.append([f"{say(a)} $-$ {say(b)}", *(f"{number(t['diff'])} {interval(t['ci'])}{star(t)}" for t in (found[m] for m in metrics))])
     return tabular(["", "accuracy", *(rf"$C$ {voice_name(n)}" for n in voices)], body, "l" + "r" * len(metrics))
 
 def voices_table(bases: dict[str, dict], voices: dict[str, dict]) -> str:
@@ -179,7 +180,7 @@ def routing_figure(rows: list[dict], cells: list[dict], voices: dict[str, dict])
     shown = [r["setting"] for r in rows if len(r["weights"]) > 1]
     kinds = sorted({k for c in cells for k in c["routing"].get("by_kind", {})})
     with style():
-        fig, ((left, right),) = panels(1, 2, WIDTH, .5 + .26 * max(4, len(shown)), width_ratios=(1.2, 1))
+        fig, ((left, right),) = panels(1, 2, WIDTH, .5 + .22 * max(4, len(rows)), width_ratios=(1.2, 1))
         for i, s in enumerate(shown):
             for j, kind in enumerate(kinds):
                 w, start = np.mean([c["routing"]["by_kind"][kind] for c in of_setting(cells, s)], 0), 0.
@@ -188,12 +189,10 @@ def routing_figure(rows: list[dict], cells: list[dict], voices: dict[str, dict])
                 left.annotate(kind.replace("-", "−"), (1.01, i + .4 * (j - (len(kinds) - 1) / 2)), va="center", fontsize=6)
         left.set(yticks=range(len(shown)), yticklabels=[say(s) for s in shown], xlim=(0, 1.06), xlabel="weight of each teacher, by operation")
         left.invert_yaxis()
-        if len(names) > 1:
-            for r in rows:
-                right.plot(r["consistency"][names[0]], r["consistency"][names[1]], "o", color="#7f7f7f" if r["setting"] == "none" else "#000000")
-            right.set(xlabel=f"consistency with {label(names[0])}", ylabel=f"consistency with {label(names[1])}")
-            right.margins(.2)
-            right.axline((0, 0), slope=1, color="#bbbbbb", linewidth=.6, zorder=0)
+        right.axvline(0, color="#bbbbbb", linewidth=.6, zorder=0)
+        for n, c, mark in zip(names, colours, "osD^v"): right.plot([r["consistency"][n] for r in rows], range(len(rows)), mark, color=c, markersize=4)
+        right.set(yticks=range(len(rows)), yticklabels=[say(r["setting"]) for r in rows], xlabel="causal consistency with each teacher")
+        right.invert_yaxis()
         for n, c in zip(names, colours): left.plot([], [], "s", color=c, label=voice_name(n))
         fig.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=len(names))
     return fig
