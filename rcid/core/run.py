@@ -27,8 +27,13 @@ def strip_notebook(nb: dict, workspace: str) -> dict:
         cell = {**cell, "metadata": {"tags": tags} if tags else {}}
         if cell["cell_type"] == "code":
             bar = lambda o: o.get("name") == "stderr" or "application/vnd.jupyter.widget-view+json" in o.get("data", {})  # text and widget bars
-            outputs = [o for o in cell["outputs"] if not bar(o)]
-            cell["outputs"] = [{**o, "metadata": {}} if "metadata" in o else o for o in outputs]
+            outputs = []
+            for o in cell["outputs"]:
+                if bar(o): continue
+                last = outputs[-1] if outputs else {}
+                if o["output_type"] == last.get("output_type") == "stream": last["text"] = ("".join(last["text"]) + "".join(o["text"])).splitlines(True)  # a bar cut the text in two, at a moment of its own
+                else: outputs.append({**o, "metadata": {}} if "metadata" in o else {**o})
+            cell["outputs"] = outputs
         if "injected-parameters" in tags: cell["id"] = "injected-parameters"
         cells.append(cell)
     text = json.dumps({"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}, indent=1, sort_keys=True, ensure_ascii=False)
