@@ -117,3 +117,12 @@ def test_embedded_data_are_in_the_store():
 
 @pytest.mark.parametrize("name", ("README.md", "LICENSE", "CITATION.cff", "CONTRIBUTING.md", "Makefile", "settings.ini", "nbs/index.ipynb", "nbs/experiments/.notest", ".ci/run"))
 def test_expected_file_is_there(tracked, name): assert name in tracked
+
+
+def test_other_settings_for_a_scale():
+    "`SET` reaches the workspace of a scale; the committed params of the default scale cannot be overridden in passing."
+    dry = lambda *words: subprocess.run(["make", "-n", "repro", *words], cwd=ROOT, capture_output=True, text=True)
+    done = dry("SCALE=gpu", "SET=distill.steps=60 seeds=[42]")
+    assert done.returncode == 0 and "rcid.core.workspace gpu distill.steps=60 seeds=[42]" in done.stdout, done.stderr
+    refused = dry("SET=distill.steps=60")
+    assert refused.returncode and "SET is for the other scales" in refused.stderr and "rcid.launch" not in refused.stdout
