@@ -87,6 +87,7 @@ class Local:
         count = str(threads())
         env = {**os.environ, "RCID_THREADS": count, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", count), "PYTHONUNBUFFERED": "1", MARK: str(self.folder), **job.env}
         if self.place == "GPU": env["CUDA_VISIBLE_DEVICES"] = slot
+        else: env.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")        # glibc asks for huge pages: a training step of SmolLM2's student on a CPU takes a fifth less, to the same bits
         self.logs.mkdir(parents=True, exist_ok=True)
         with open(self.log(job.name), "wb") as log:
             process = subprocess.Popen(["/bin/sh", "-e", "-c", job.command], cwd=job.folder, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
