@@ -24,7 +24,7 @@ METHODS = {              # name in params.yaml: (label, colour, marker); the ord
     "fitnets": ("FitNets", "#CC79A7", "^"), "informed_fitnets": ("InformedFitNets", "#E69F00", "v"),
     "rcid": ("RCID", "#D55E00", "D"), "rcid_identity": ("RCID, $W=I$", "#009E73", "d"), "rcid_warmup": ("RCID, late $W$", "#8C510A", "h"),
     "rcid_random_w": ("RCID, random $W$", "#8C6BB1", "<"), "rcid_random_sites": ("RCID, random sites", "#B8A800", ">"), "rcid_shuffled": ("RCID, shuffled pairs", "#666666", "p"),
-    "reverse_kl": ("reverse KL", "#1B7837", "1"), "jsd": ("JSD", "#5AAE61", "2"), "skew_kl": ("skew KL", "#A6DBA0", "3"), "cka": ("CKA", "#C51B7D", "4"), "diito": ("DIITO", "#35978F", "8")}
+    "reverse_kl": ("reverse KL", "#1B7837", "*"), "jsd": ("JSD", "#5AAE61", "H"), "skew_kl": ("skew KL", "#A6DBA0", "s"), "cka": ("CKA", "#C51B7D", "o"), "diito": ("DIITO", "#35978F", "8")}
 FAMILIES = {"llama": "LLaMA", "qwen3": "Qwen3", "qwen2": "Qwen2"}
 ROLES = {"io": "IO", "s1": "S1", "s2": "S2", "end": "END"}
 TASKS = {"ioi": "IOI", "factual": "factual recall", "winogrande": "WinoGrande", "arithmetic": "arithmetic"}
