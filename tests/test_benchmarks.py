@@ -38,3 +38,41 @@ def test_a_part_replaces_its_own_numbers_only(tmp_path, monkeypatch):
     common.save("step", dict(rows=[dict(cost=1 / 3)])), common.save("cka", dict(rows=[])), common.save("step", dict(rows=[dict(cost=2 / 3)]))
     kept = json.loads((tmp_path/"results.json").read_text())
     assert set(kept) == {"step", "cka"} and kept["step"]["rows"] == [{"cost": 0.6667}] and kept["cka"]["machine"]["threads"] == torch.get_num_threads()
+
+
+@pytest.fixture(scope="module")
+def scale_run(): return json.loads((ROOT/"tests"/"benchmarks"/"gpu.json").read_text())
+
+
+def test_scale_run_has_the_settings_of_its_scale(scale_run, tmp_path):
+    from rcid.core.params import load_params
+    from rcid.core.workspace import compose_params
+    compose_params(tmp_path/"params.yaml", "scale=gpu")
+    p = load_params(tmp_path/"params.yaml")
+    want = dict(seeds=p.seeds, families=p.families, bootstrap=p.eval.bootstrap, **{k: getattr(p, k).model_dump() for k in ("core", "more", "data", "distill", "lm")})
+    assert scale_run["settings"] == want, "conf/scale/gpu.yaml changed after the run: run it again (tests/benchmarks/scale.py)"
+
+
+def test_scale_run_has_every_student_of_the_matrix(scale_run):
+    s, e = scale_run["settings"], scale_run["experiments"]
+    assert len(s["seeds"]) >= 3
+    matrix = {(f, t, m) for block in ("core", "more") for f in s[block]["families"] for t in s[block]["tasks"] for m in s[block]["methods"]}
+    assert len(matrix) == 42
+    rows = {(r["family"], r["task"], r["method"]): r for r in e["exp2"]["rows"]}
+    assert matrix <= set(rows) and all(rows[k]["n_seeds"] == len(s["seeds"]) for k in matrix)
+    assert {(p["family"], p["task"], p["method"], p["seed"]) for p in e["exp3"]["points"]} == {(*k, seed) for k in matrix for seed in s["seeds"]}
+    assert scale_run["seconds"]["distill"]["stages"] + scale_run["seconds"]["distill_more"]["stages"] == len(matrix) * len(s["seeds"])
+    assert all(m["pilot"]["passed"] for m in scale_run["models"].values()) and set(scale_run["models"]) == set(s["families"])
+
+
+def test_scale_run_of_other_sources_or_unfinished_is_refused(tmp_path, monkeypatch):
+    import scale, subprocess
+    monkeypatch.setenv("RCID_ROOT", str(tmp_path))
+    git = lambda *a: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *a], cwd=tmp_path, check=True, capture_output=True)
+    for folder in (tmp_path, tmp_path/".workspaces"/"gpu"):
+        (folder/"rcid").mkdir(parents=True), (folder/"nbs"/"experiments").mkdir(parents=True)
+        (folder/"rcid"/"a.py").write_text("a = 1\n"), (folder/"nbs"/"experiments"/"e.ipynb").write_text("{}\n"), (folder/"dvc.yaml").write_text("stages: {}\n")
+    git("init", "-q"), git("add", "rcid", "nbs", "dvc.yaml"), git("commit", "-qm", "a")
+    with pytest.raises(SystemExit, match="is not up to date"): scale.collect("gpu", "HEAD")
+    (tmp_path/".workspaces"/"gpu"/"rcid"/"a.py").write_text("a = 2\n")
+    with pytest.raises(SystemExit, match="rcid/a.py are not those of commit HEAD"): scale.collect("gpu", "HEAD")
