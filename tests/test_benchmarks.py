@@ -45,12 +45,11 @@ def scale_run(): return json.loads((ROOT/"tests"/"benchmarks"/"gpu.json").read_t
 
 
 def test_scale_run_has_the_settings_of_its_scale(scale_run, tmp_path):
+    from scale import settings
     from rcid.core.params import load_params
     from rcid.core.workspace import compose_params
     compose_params(tmp_path/"params.yaml", "scale=gpu")
-    p = load_params(tmp_path/"params.yaml")
-    want = dict(seeds=p.seeds, families=p.families, bootstrap=p.eval.bootstrap, **{k: getattr(p, k).model_dump() for k in ("core", "more", "data", "distill", "lm")})
-    assert scale_run["settings"] == want, "conf/scale/gpu.yaml changed after the run: run it again (tests/benchmarks/scale.py)"
+    assert scale_run["settings"] == settings(load_params(tmp_path/"params.yaml")), "conf/scale/gpu.yaml changed after the run: run it again (tests/benchmarks/scale.py)"
 
 
 def test_scale_run_has_every_student_of_the_matrix(scale_run):
@@ -69,10 +68,15 @@ def test_scale_run_of_other_sources_or_unfinished_is_refused(tmp_path, monkeypat
     import scale, subprocess
     monkeypatch.setenv("RCID_ROOT", str(tmp_path))
     git = lambda *a: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *a], cwd=tmp_path, check=True, capture_output=True)
+    stages = json.dumps(dict(stages={e: dict(cmd="true", deps=["rcid/a.py"]) for e in scale.EXPERIMENTS}))
     for folder in (tmp_path, tmp_path/".workspaces"/"gpu"):
         (folder/"rcid").mkdir(parents=True), (folder/"nbs"/"experiments").mkdir(parents=True)
-        (folder/"rcid"/"a.py").write_text("a = 1\n"), (folder/"nbs"/"experiments"/"e.ipynb").write_text("{}\n"), (folder/"dvc.yaml").write_text("stages: {}\n")
+        (folder/"rcid"/"a.py").write_text("a = 1\n"), (folder/"nbs"/"experiments"/"e.ipynb").write_text("{}\n"), (folder/"dvc.yaml").write_text(stages)
     git("init", "-q"), git("add", "rcid", "nbs", "dvc.yaml"), git("commit", "-qm", "a")
-    with pytest.raises(SystemExit, match="is not up to date"): scale.collect("gpu", "HEAD")
+    dvc = lambda *a: subprocess.run([sys.executable, "-m", "dvc", *a], cwd=tmp_path/".workspaces"/"gpu", check=True, capture_output=True)
+    dvc("init", "--no-scm", "-q"), dvc("repro", "-q", *scale.EXPERIMENTS[:4])
+    with pytest.raises(SystemExit, match="is not up to date:\nexp5:"): scale.collect("gpu", "HEAD")
+    dvc("repro", "-q")
+    with pytest.raises(FileNotFoundError, match="params.yaml"): scale.collect("gpu", "HEAD")             # nothing stale: it goes on to the settings
     (tmp_path/".workspaces"/"gpu"/"rcid"/"a.py").write_text("a = 2\n")
     with pytest.raises(SystemExit, match="rcid/a.py are not those of commit HEAD"): scale.collect("gpu", "HEAD")

@@ -12,6 +12,11 @@ EXPERIMENTS = [f"exp{i}" for i in range(1, 6)]
 SOURCES = ("rcid", "nbs/experiments", "dvc.yaml")
 
 
+def settings(p):
+    "What the numbers depend on beside the code."
+    return dict(seeds=p.seeds, families=p.families, bootstrap=p.eval.bootstrap, **{k: getattr(p, k).model_dump() for k in ("core", "more", "data", "distill", "lm")})
+
+
 def collect(scale, commit):
     folder = root()/".workspaces"/scale
     git = lambda *words: subprocess.run(["git", *words], cwd=root(), capture_output=True, text=True, check=True).stdout
@@ -21,8 +26,7 @@ def collect(scale, commit):
     p, metrics = load_params(folder/"params.yaml"), folder/"metrics"
     seconds = defaultdict(list)
     for name, s in read_json(folder/"logs"/"launch"/"times.json").items(): seconds[name.split("@")[0]].append(s)
-    return dict(commit=git("rev-parse", "--short", commit).strip(), machine=machine(),
-        settings=dict(seeds=p.seeds, families=p.families, core=p.core.model_dump(), more=p.more.model_dump(), data=p.data.model_dump(), distill=p.distill.model_dump(), lm=p.lm.model_dump(), bootstrap=p.eval.bootstrap),
+    return dict(commit=git("rev-parse", "--short", commit).strip(), machine=machine(), settings=settings(p),
         models={f: {kind: read_json(metrics/kind/f"{f}.json") for kind in ("models", "heal", "pilot")} for f in p.families},
         experiments={e: read_json(metrics/f"{e}.json") for e in EXPERIMENTS}, seconds={k: dict(stages=len(v), mean=sum(v) / len(v)) for k, v in sorted(seconds.items())})
 
