@@ -47,7 +47,7 @@ def stage_environment(
     env["HOME"] = home if os.path.isabs(home) else str(private)           # a user who is not in it has none
     return env
 
-# %% ../../nbs/00_core/06_environment.ipynb #033d1d52
+# %% ../../nbs/00_core/06_environment.ipynb #43d13fd9
 KERNEL = """
 import sys
 del sys.path[0] # the current folder, as ipykernel_launcher does
@@ -60,4 +60,4 @@ launch_new_instance()
 
 def kernel_command() -> list[str]:
     "The command line of the kernel of a stage; `{connection_file}` is filled in by Jupyter."
-    return [sys.executable, "-c", KERNEL, "-f", "{connection_file}", "--HistoryManager.hist_file=:memory:"]
+    return [sys.executable, "-c", KERNEL, "-f", "{connection_file}"]
