@@ -12,7 +12,7 @@ from urllib.parse import quote
 from .code import code_view, module_deps, write_code_views
 from .environment import kernel_command, stage_environment
 from .params import load_params
-from .paths import root, whole_file
+from .paths import root, whole_file, writing
 
 # %% ../../nbs/00_core/03_run.ipynb #e917b87a
 def redact(text: str) -> str:
@@ -90,7 +90,7 @@ def run_notebook(
     if not source.exists(): raise FileNotFoundError(f"no experiment notebook {name!r} in nbs/experiments")
     label = "-".join(str(v) for v in coordinates.values()) or name
     record, draft = root()/"runs"/name/f"{label}.ipynb", root()/"logs"/f"{name}-{label}.ipynb"
-    draft.parent.mkdir(exist_ok=True)
+    with writing(draft): draft.parent.mkdir(exist_ok=True)
     known = {p for p in papermill.inspect_notebook(str(source))}
     if set(coordinates) - known: raise ValueError(f"{name}.ipynb has no parameter {sorted(set(coordinates) - known)}: it takes {sorted(known)}")
     try:
