@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from .paths import inside, root
+from .paths import inside, read_yaml, root
 
 # %% ../../nbs/00_core/01_params.ipynb #6e57a001
 class _Strict(BaseModel):
@@ -250,10 +250,9 @@ class Params(_Section):
 # %% ../../nbs/00_core/01_params.ipynb #753ee1e2
 def load_params(path: str | Path | None = None) -> Params:
     "Reads and checks `params.yaml` of the workspace (or `path`)."
-    from ruamel.yaml import YAML
     path = Path(path or root()/"params.yaml")
     if not path.exists(): raise FileNotFoundError(f"{path} is missing: `make params` composes it from conf/")
-    try: p = Params.model_validate(YAML(typ="safe").load(path.read_text(encoding="utf-8")))
+    try: p = Params.model_validate(read_yaml(path))
     except ValidationError as e:
         first = e.errors()[0]
         where, why = ".".join(str(x) for x in first["loc"]), first["msg"]

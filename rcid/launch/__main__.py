@@ -9,7 +9,7 @@ __all__ = ['headline', 'rows', 'Lines', 'Screen', 'only_launcher', 'launch', 'st
 import argparse, fcntl, logging, os, sys, time
 from contextlib import contextmanager
 from pathlib import Path
-from ..core.paths import read_json, root
+from ..core.paths import read_json, root, writing
 from .check import check
 from .local import Local
 from .pipeline import Pipeline
@@ -70,8 +70,10 @@ class Screen:
 def only_launcher(folder: Path):
     "One launcher per workspace; the claim ends with its process."
     file = folder/".dvc"/"tmp"/"launch.lock"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a+") as f:
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        f = open(file, "a+")
+    with f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError: raise RuntimeError(f"another launcher is at work in {folder}: `python -m rcid.launch status` shows it") from None
         yield

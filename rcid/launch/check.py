@@ -8,9 +8,11 @@ __all__ = ['SPACE', 'versions', 'weights', 'check']
 # %% ../../nbs/09_launch/04_check.ipynb #b9529359
 import importlib.metadata, os, re, shutil, sys
 from pathlib import Path
+from ..core.commands import CommandFailed
+from ..core.hardware import usable_cores
 from ..core.params import load_params
 from ..core.paths import root
-from .local import memory, sensible_workers, threads, visible_gpus
+from .local import WORKER, listed_gpus, memory, sensible_workers, threads, visible_gpus
 
 # %% ../../nbs/09_launch/04_check.ipynb #59da921d
 SPACE = 4.0                                       # GB that the default scale needs, with its cache
@@ -40,15 +42,17 @@ def check() -> tuple[list[str], bool]:
     except (OSError, ValueError) as e: p = None; say("params", str(e), False)
     free = shutil.disk_usage(root()).free / 1e9
     say("disk", f"{free:.0f} GB free" + ("" if free >= SPACE else f": needs {SPACE:.0f}"), free >= SPACE)
-    say("memory", f"{memory():.0f} GB free")
-    gpus = visible_gpus()
-    say("devices", (f"GPUs {', '.join(gpus)}" if gpus else f"{os.cpu_count()} cores, no GPU") + f"; {sensible_workers()} worker(s), {threads()} thread(s) each")
+    say("memory", f"{memory():.1f} GB free" + ("" if memory() >= WORKER else f": a worker is reckoned with {WORKER:.0f}"))
+    try: gpus, broken = visible_gpus() if "CUDA_VISIBLE_DEVICES" in os.environ else listed_gpus(), ""
+    except CommandFailed as e: gpus, broken = [], f"; {e}"
+    have = f"GPUs {', '.join(gpus)}" if gpus else f"{usable_cores()} cores, no GPU{broken}"
+    say("devices", f"{have}; {sensible_workers()} worker(s), {threads()} thread(s) each", not broken)
     try: wrong = versions()
     except importlib.metadata.PackageNotFoundError: wrong = ["rcid is not installed: make setup"]
     say("versions", "as pinned" if not wrong else "; ".join(wrong), not wrong)
     if p:
         for line in weights(p): say("weights", line)
         needs = [f for f in p.families if "hub" in p.models[f].teacher or "hub" in p.models[f].student]
-        there = any(os.environ.get(k) for k in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")) or (Path(os.environ.get("HF_HOME", Path.home()/".cache"/"huggingface"))/"token").exists()
+        there = any(os.environ.get(k) for k in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")) or (Path(os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface")))/"token").exists()
         say("token", f"HF_TOKEN is {'set' if there else 'not set'}" + (f"; {', '.join(needs)} come from the hub" if needs else "; nothing needs it"))
     return lines, good

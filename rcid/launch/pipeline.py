@@ -11,7 +11,7 @@ import hashlib, json, os, re, shutil
 from contextlib import ExitStack, chdir, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from ..core.paths import whole_file
+from ..core.paths import mind_git, read_yaml, whole_file
 
 # %% ../../nbs/09_launch/00_pipeline.ipynb #9a51c741
 LOCK_HEAD = "schema: '2.0'\nstages:\n"
@@ -67,6 +67,25 @@ class Job:
     env: dict[str, str]                          # what DVC adds to the environment
     inputs: list                                 # (name, hash) of its dependencies when it started
     hold: ExitStack = field(repr=False)          # DVC's claim on its files
+    kept: dict[str, tuple] = field(default_factory=dict) # what stayed of an earlier run, to be written anew: its state
+
+def _state(path: str) -> tuple:
+    "What changes when a file is written: its number, time and size."
+    try: s = os.stat(path)
+    except FileNotFoundError: return ()
+    return s.st_ino, s.st_mtime_ns, s.st_size
+
+@contextmanager
+def _moved_away(paths: list[str]):
+    "Files are gone in the block, which makes them anew; if it fails they are back."
+    kept = {p: Path(p).read_bytes() for p in paths}
+    for p in paths: os.unlink(p)
+    try: yield
+    except BaseException:
+        for p, blob in kept.items():
+            if not os.path.exists(p):
+                with whole_file(p, "wb") as f: f.write(blob)
+        raise
 
 class Pipeline:
     "The stages of a workspace in the order of `dvc repro`."
@@ -77,6 +96,9 @@ class Pipeline:
         from dvc.repo import Repo
         from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
         self.root = Path(folder).resolve()
+        mind_git(self.root)
+        for name in ("dvc.yaml", "params.yaml"):                              # a broken one is named with its line
+            if (self.root/name).exists(): read_yaml(self.root/name)
         self.repo = Repo(str(self.root), _wait_for_lock=True)
         with self.locked():
             drop_broken_claims(Path(self.repo.tmp_dir)/"rwlock")
@@ -126,8 +148,9 @@ class Pipeline:
             if stage.frozen or not stage.cmd:
                 _reproduce_stage(stage)
                 return "same"
-            stage.remove_outs(ignore_remove=False, force=False)
-            if all(o.hash_info for o in stage.outs) and not stage.changed_stage() and stage.deps_cached():
+            kept = self._remove_old(stage)
+            entry = None
+            if as_locked := all(o.hash_info for o in stage.outs) and not stage.changed_stage() and stage.deps_cached():
                 self._drop_damaged([o.hash_info.value for o in stage.outs])   # only outputs are missing: as in dvc.lock
             else:
                 stage.save_deps()
@@ -135,15 +158,17 @@ class Pipeline:
                 entry = self.repo.stage_cache._load(stage) if _can_hash(stage) else None
                 self._drop_damaged([o["md5"] for o in (entry or {}).get("outs", []) if "md5" in o])
             try:
-                self.repo.stage_cache.restore(stage)
-                self._record(stage)
+                with _moved_away(kept if as_locked or entry else []):
+                    self.repo.stage_cache.restore(stage)
+                    self._record(stage)
                 return "cached"
             except RunCacheNotFoundError: stage.save_deps()
             hold = ExitStack()
             hold.enter_context(rwlock(self.repo.tmp_dir, self.repo.fs, f"rcid.launch {name}", [d.fs_path for d in stage.deps], [o.fs_path for o in stage.outs],
                                       self.repo.config["core"].get("hardlink_lock", False)))
         command = stage.cmd if isinstance(stage.cmd, str) else "\n".join(stage.cmd)
-        return Job(name, command, stage.wdir, {"DVC_STAGE": name, "DVC_ROOT": str(self.root)}, self._inputs(stage), hold)
+        env = {"DVC_STAGE": name, "DVC_ROOT": str(self.root)}
+        return Job(name, command, stage.wdir, env, self._inputs(stage), hold, {p: _state(p) for p in kept})
 
     def end(self, job: Job, good: bool):
         "Gives back DVC's claim; records the result if the command ended well."
@@ -154,7 +179,18 @@ class Pipeline:
             stage.save_deps()
             if lost := [n for (n, a), (_, b) in zip(job.inputs, self._inputs(stage)) if a != b]:
                 raise NotRecorded(f"{', '.join(lost)} changed while it ran: its result is not recorded, run again")
+            if old := [os.path.relpath(p, self.root) for p, state in job.kept.items() if _state(p) == state]:
+                raise NotRecorded(f"it did not write {', '.join(old)} anew: its result is not recorded")
             self._record(stage)
+
+    @staticmethod
+    def _remove_old(stage) -> list[str]:
+        "Deletes what a stage made before, as DVC does, but for the files that DVC's cache does not hold; returns those."
+        kept = [o.fs_path for o in stage.outs if not o.use_cache and Path(o.fs_path).is_file()]
+        for out in stage.outs:
+            if out.persist: out.unprotect()
+            elif out.fs_path not in kept: out.remove(ignore_remove=False)
+        return kept
 
     def _drop_damaged(self, hashes: list[str]):
         "Deletes what DVC's cache holds under these hashes if it is something else: DVC itself trusts a write-protected file."

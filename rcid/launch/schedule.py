@@ -117,8 +117,14 @@ class Run:
                 if code == 0:
                     self.times.note(job.name, time.time() - self.since[job.name])
                     self._set(job.name, "ran")
-                else: self._set(job.name, "failed", last_line(self.executor.log(job.name)) or f"exit status {code}")
+                else: self._set(job.name, "failed", self._why(job.name, code))
             except (NotRecorded, DvcException, OSError) as e: self._set(job.name, "failed", one_line(e))
+
+    def _why(self, name: str, code: int) -> str:
+        "Of a failure: the last line of the log, or what a bare exit status means."
+        said = last_line(self.executor.log(name))
+        if said.startswith("rcid:") or code not in (-9, 137): return said or f"exit status {code}"
+        return "it was killed: too little memory?" + (f" Its last line: {said}" if said else "")
 
     def go(self, poll: float = 0.1) -> int:
         "Runs until nothing can start; the exit status: 0, or 1 if a stage failed. A signal ends the workers and leaves the rest for the next run."

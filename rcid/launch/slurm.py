@@ -9,8 +9,9 @@ __all__ = ['Command', 'queued', 'launch_settings', 'Slurm']
 import json, os, signal, subprocess, sys, time
 from dataclasses import dataclass
 from pathlib import Path
+from ..core.commands import CommandFailed, run_command
 from ..core.params import Launch
-from ..core.paths import read_json, whole_file, write_json
+from ..core.paths import read_json, read_yaml, whole_file, write_json
 from .pipeline import Job
 
 # %% ../../nbs/09_launch/03_slurm.ipynb #b7fe1ef8
@@ -34,14 +35,12 @@ class Command:
 # %% ../../nbs/09_launch/03_slurm.ipynb #d594bac3
 def queued() -> set[str]:
     "Numbers of this user's jobs that wait or run."
-    said = subprocess.run(["squeue", "--noheader", "--array", "--me", "--format=%i"], capture_output=True, text=True, timeout=60)
-    if said.returncode: raise RuntimeError(f"squeue does not answer: {said.stderr.strip().splitlines()[-1] if said.stderr.strip() else said.returncode}")
-    return set(said.stdout.split())
+    return set(run_command(["squeue", "--noheader", "--array", "--me", "--format=%i"], "squeue does not answer", timeout=60).stdout.split())
 
 def launch_settings(file: Path) -> Launch:
     "The section `launch` of `params.yaml`, its defaults if there is none."
-    from ruamel.yaml import YAML
-    try: return Launch.model_validate((YAML(typ="safe").load(file.read_text(encoding="utf-8")) or {}).get("launch", {}) if file.exists() else {})
+    settings = (read_yaml(file) or {}).get("launch", {}) if file.exists() else {}
+    try: return Launch.model_validate(settings)
     except ValueError as e: raise ValueError(f"{file.name}: launch: {' '.join(str(e).split())}") from None
 
 class Slurm:
@@ -127,10 +126,12 @@ class Slurm:
     def _cancel(self, ids: set[str], limit: float = 120.0):
         "Cancels jobs and waits until they are gone."
         if not ids or not (ids := ids & queued()): return
-        subprocess.run(["scancel", *sorted(ids)], capture_output=True, timeout=60)
+        trouble = ""
+        try: run_command(["scancel", *sorted(ids)], "", timeout=60)
+        except CommandFailed as e: trouble = str(e)                        # some may have ended meanwhile
         end = time.monotonic() + limit
         while ids & queued():
-            if time.monotonic() > end: raise RuntimeError(f"SLURM does not end {', '.join(sorted(ids))}: scancel them, then run again")
+            if time.monotonic() > end: raise RuntimeError(f"SLURM does not end {', '.join(sorted(ids))}{trouble}: scancel them, then run again")
             time.sleep(0.5)
 
     def stop(self) -> list[Job]:
