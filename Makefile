@@ -16,7 +16,7 @@ export PYTHONWARNINGS ?= ignore
 LAUNCH = python -m rcid.launch$(if $(EXECUTOR), --executor $(EXECUTOR))$(if $(WORKERS), --workers $(WORKERS))
 say = @echo "== $(1)"
 
-# README.md is rendered from nbs/index.ipynb.
+# README.md is rendered from nbs/index.ipynb, whose links start in nbs/.
 .PHONY: setup repro test slurm-test faults bench lab docs readme tokenizers params clean-notebooks check clean
 
 .venv/.ready: settings.ini setup.py pyproject.toml
@@ -28,6 +28,7 @@ say = @echo "== $(1)"
 setup: .venv/.ready
 	$(call say,merge driver and commit check in .git; embedded data)
 	@$(BIN)/python -m rcid.core.commits install
+	@git rev-parse --git-dir >/dev/null 2>&1 || $(BIN)/dvc config --local core.no_scm true
 	@$(BIN)/dvc pull --quiet -r embedded data.dvc 2> >(grep -v 'no default remote' >&2)
 
 repro: setup
@@ -66,7 +67,8 @@ bench: setup
 # settings, history and signatures of this server stay in .venv; what it saves in nbs/ is clean; ARGS are jupyter lab's
 lab: setup
 	export JUPYTER_CONFIG_DIR="$$PWD/.venv/jupyter/config" JUPYTER_DATA_DIR="$$PWD/.venv/jupyter/data" \
-	  JUPYTER_RUNTIME_DIR="$$PWD/.venv/jupyter/runtime" IPYTHONDIR="$$PWD/.venv/jupyter/ipython"; \
+	  JUPYTER_RUNTIME_DIR="$$PWD/.venv/jupyter/runtime" IPYTHONDIR="$$PWD/.venv/jupyter/ipython" \
+	  NPM_CONFIG_CACHE="$$PWD/.venv/jupyter/npm"; \
 	$(BIN)/jupyter lab --ContentsManager.pre_save_hook=rcid.core.notebooks.clean_on_save \
 	  $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
@@ -83,7 +85,8 @@ docs: setup
 	$(BIN)/python -m rcid.report.docs
 
 readme: setup
-	$(BIN)/jupyter nbconvert --to markdown --stdout nbs/index.ipynb 2>/dev/null | sed '/^#| /d; s|](\.\./|](|g' | cat -s \
+	$(BIN)/jupyter nbconvert --to markdown --stdout nbs/index.ipynb --TagRemovePreprocessor.enabled=True \
+	  --TagRemovePreprocessor.remove_cell_tags=not-in-readme 2>/dev/null | sed '/^#| /d; s|](\.\./|](|g' | cat -s \
 	  | awk '/^```/ { if (open) open = 0; else { open = 1; if ($$0 == "```") $$0 = "```python" } } 1' > README.md
 
 tokenizers: setup

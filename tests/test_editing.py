@@ -1,5 +1,5 @@
 """Editing is safe: `make setup` changes this clone only, notebooks merge by cells, and a commit holds clean notebooks and their modules."""
-import json, os, shutil, subprocess, sys
+import functools, json, os, re, shutil, signal, subprocess, sys, time, urllib.error, urllib.request
 from pathlib import Path
 import pytest
 from conftest import ROOT, output_of
@@ -481,3 +481,134 @@ def test_setup_takes_away_the_old_driver(tracked, tmp_path, home):
     assert run(folder, home, "make", "setup").returncode == 0
     config = run(folder, home, "git", "config", "--local", "--includes", "--list").stdout
     assert "nbdev" not in config and "include" not in config and not (folder/".git/hooks/post-merge").exists()
+
+
+# JupyterLab
+
+def start_lab(folder: Path, home: Path):
+    "`make lab`, and the address and token of its server; it keeps no standing settings of the user's."
+    server = subprocess.Popen(["make", "lab", "ARGS=--no-browser --port=0 --ServerApp.ip=127.0.0.1"], cwd=folder, env=environment(folder, home), stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL, start_new_session=True)
+    for _ in range(240):
+        for file in (*folder.glob(".venv/jupyter/runtime/jpserver-*.json"), *home.rglob("jpserver-*.json")):
+            try: return server, json.loads(file.read_text())
+            except ValueError: pass
+        if server.poll() is not None: return server, None
+        time.sleep(.25)
+    return server, None
+
+
+def ask(info: dict, method: str, path: str, body: dict | None = None) -> dict:
+    request = urllib.request.Request(f"{info['url']}api/{path}", method=method, data=None if body is None else json.dumps(body).encode(), headers={"Authorization": f"token {info['token']}"})
+    for _ in range(60):
+        try: return json.loads(urllib.request.urlopen(request, timeout=20).read() or b"{}")
+        except urllib.error.URLError as e:
+            if isinstance(e, urllib.error.HTTPError): raise
+            time.sleep(.25)                                                 # its file is there before it listens
+    raise AssertionError("the server does not answer")
+
+
+def test_lab_saves_clean_notebooks_and_writes_here_only(tracked, tmp_path, home):
+    folder = make_clone(tmp_path/"clone", tracked)
+    before, name = (folder/EDITED).read_text(), "scratch.ipynb"
+    server, info = start_lab(folder, home)
+    try:
+        assert info, "make lab does not start a server"
+        nb = json.loads(before)
+        with_outputs(nb)
+        for path in (EDITED, name): ask(info, "PUT", f"contents/{path}", {"type": "notebook", "format": "json", "content": nb})
+        ask(info, "POST", "shutdown")
+        server.wait(60)
+    finally:
+        if server.poll() is None: os.killpg(server.pid, signal.SIGTERM)
+    assert (folder/EDITED).read_text() == before
+    assert "traceback" in (folder/name).read_text()                         # not one of ours: as it was saved
+    assert [p for p in inventory(home)] == []
+    assert run(folder, home, "git", "status", "--porcelain").stdout.splitlines() == [f"?? {name}"]
+
+
+EXPERIMENTS = sorted((ROOT/"nbs"/"experiments").glob("*.ipynb"))
+
+
+def code_cells(notebook: Path) -> list[dict]: return [c for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("notebook", [*EXPERIMENTS, ROOT/"nbs"/"index.ipynb"], ids=lambda n: n.stem)
+def test_an_experiment_runs_where_its_kernel_stands(notebook, monkeypatch):
+    "After its imports it is in the workspace, whichever folder JupyterLab started the kernel in."
+    monkeypatch.chdir(notebook.parent)
+    (source, *_) = ["".join(c["source"]) for c in code_cells(notebook) if "from rcid.core import" in "".join(c["source"])] or ["pass"]
+    exec(source, {})
+    assert Path.cwd() == ROOT
+
+
+@pytest.mark.parametrize("notebook", EXPERIMENTS, ids=lambda n: n.stem)
+def test_default_coordinates_are_of_the_default_run(notebook):
+    "What the parameters cell names is a stage of dvc.yaml with the committed params."
+    names = {s.addressing: s.cmd for s in dvc_stages()}
+    given = {}
+    for c in code_cells(notebook):
+        if "parameters" in c["metadata"].get("tags", []): exec("".join(c["source"]), given)
+    words = [f"{k}={v}" for k, v in given.items() if k != "__builtins__"]
+    plain, full = f"python -m rcid.core.run {notebook.stem}", " ".join([f"python -m rcid.core.run {notebook.stem}", *words])
+    assert {plain, full} & set(names.values())
+
+
+@functools.cache
+def dvc_stages() -> list:
+    from dvc.repo import Repo
+    return [s for s in Repo(str(ROOT)).index.stages if isinstance(s.cmd, str)]
+
+
+def test_an_experiment_in_lab_writes_where_the_run_does(tracked, tmp_path, home):
+    "Run all, in the folder of the notebook: the results are read and written at the root, and no folder is left beside the notebook."
+    folder = make_clone(tmp_path/"clone", [*tracked], git=False)
+    for name in tracked:
+        if name.startswith(("metrics/", "paper/")) and not name.endswith((".pdf", ".png")):
+            (folder/name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT/name, folder/name)
+    (folder/"metrics"/"exp3.json").unlink()
+    code = "import sys, nbformat; from nbclient import NotebookClient; NotebookClient(nbformat.read(sys.argv[1], 4), kernel_name='python3', timeout=200, resources={'metadata': {'path': 'nbs/experiments'}}).execute()"
+    done = run(folder, home, sys.executable, "-c", code, "nbs/experiments/exp3.ipynb")
+    assert (folder/"metrics"/"exp3.json").exists(), output_of(done)
+    assert done.returncode == 0 and not (folder/"nbs/experiments/metrics").exists() and not (folder/"nbs/experiments/paper").exists(), output_of(done)
+
+
+# what a reader sees first
+
+def links(text: str) -> list[str]: return [l for l in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in l and not l.startswith("#")]
+
+
+@pytest.mark.parametrize("page", ("nbs/index.ipynb", "README.md", "CONTRIBUTING.md"))
+def test_links_lead_somewhere(page):
+    text = (ROOT/page).read_text(encoding="utf-8")
+    found = links("\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown") if page.endswith(".ipynb") else text)
+    assert [l for l in found if not ((ROOT/page).parent/l).exists()] == [] and (found or page == "CONTRIBUTING.md")
+
+
+def test_readme_is_what_its_notebook_renders(tracked, tmp_path, home):
+    folder = make_clone(tmp_path/"clone", tracked, git=False)
+    done = run(folder, home, "make", "readme")
+    assert done.returncode == 0 and (folder/"README.md").read_text() == (ROOT/"README.md").read_text(), output_of(done)
+
+
+def test_readme_says_what_makes_its_models():
+    "In a fresh clone the folders of the ten lines are not there: the text before names the stage that writes them."
+    before, _, code = (ROOT/"README.md").read_text(encoding="utf-8").partition("teacher, tokenizer = load_model(")
+    folders = re.findall(r'load_model\("(artifacts/[^"]+)"\)', "load_model(" + code)
+    written = {out.def_path: s.addressing for s in dvc_stages() for out in s.outs}
+    assert len(folders) == 2 and "make repro" in before.split("## Ten lines")[1]
+    (named,) = re.findall(r"`dvc repro (\S+)`", before)
+    upstream = {named, *(s.addressing for s in dvc_stages() if {o.def_path for o in s.outs} & {d.def_path for t in dvc_stages() if t.addressing == named for d in t.deps})}
+    assert {written[f] for f in folders} <= upstream
+
+
+def test_contributing_explains_the_ways_of_an_edit():
+    text = (ROOT/"CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert all(word in text for word in ("nbdev_export", "nbdev_update", "make clean-notebooks", "make check", "make lab", "<<<<<<<", "rebase"))
+    assert "nbdev_clean" not in text                                        # it keeps outputs, which the tests refuse
+
+
+def test_lab_takes_arguments():
+    done = subprocess.run(["make", "-n", "lab", "ARGS=--no-browser --port=9"], cwd=ROOT, capture_output=True, text=True)
+    assert "--no-browser --port=9" in done.stdout and ("--allow-root" in done.stdout) == (os.getuid() == 0)

@@ -106,7 +106,7 @@ def install(folder: Path) -> list[str]:
     "Sets up merge driver and hooks of the repository at `folder`; returns what there is to say about it."
     env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or k.startswith("GIT_CONFIG")}   # no GIT_DIR
     def git(*words): return subprocess.run(["git", "-C", str(folder), *words], env=env, capture_output=True, text=True)
-    none = f"{folder} is not a git repository of its own: no merge driver and no commit check, all else works"
+    none = f"{folder} is not a git repository of its own: no merge driver and no commit check"
     if not shutil.which("git"): return [none + " (git is not installed)"]
     top = git("rev-parse", "--show-toplevel")
     if top.returncode or Path(top.stdout.rstrip("\n")).resolve() != folder.resolve(): return [none]
