@@ -1,11 +1,13 @@
-# make setup | repro [SCALE=tiny|laptop|gpu|a100] [SET="distill.steps=60 ..."] [WORKERS=n] [EXECUTOR=slurm] | test | slurm-test | faults | bench | lab | docs | tokenizers | params | clean
-# Everything happens inside this folder (.venv, .workspaces, .dvc/cache); nothing global is changed.
+# make setup | repro [SCALE=tiny|laptop|gpu|a100] [SET="distill.steps=60 ..."] [WORKERS=n] [EXECUTOR=slurm] | test | slurm-test | faults | bench | lab [ARGS=...] | docs
+#      | tokenizers | params | readme | clean-notebooks | check | clean
+# Everything happens inside this folder (.venv, .workspaces, .dvc/cache, .git); nothing global is changed.
 SHELL      := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON     ?= python3
 SCALE      ?= laptop
-BIN        := $(CURDIR)/.venv/bin
-export PATH := $(BIN):$(PATH)
+# relative, as recipes run in this folder: its path may hold spaces and quotes
+BIN        := .venv/bin
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 export RCID_THREADS ?= 1
 export OMP_NUM_THREADS ?= $(RCID_THREADS)
@@ -14,8 +16,8 @@ export PYTHONWARNINGS ?= ignore
 LAUNCH = python -m rcid.launch$(if $(EXECUTOR), --executor $(EXECUTOR))$(if $(WORKERS), --workers $(WORKERS))
 say = @echo "== $(1)"
 
-# README.md is rendered from nbs/index.ipynb.
-.PHONY: setup repro test slurm-test faults bench lab docs readme tokenizers params clean
+# README.md is rendered from nbs/index.ipynb, whose links start in nbs/.
+.PHONY: setup repro test slurm-test faults bench lab docs readme tokenizers params clean-notebooks check clean
 
 .venv/.ready: settings.ini setup.py pyproject.toml
 	$(call say,installing into .venv (about 2 minutes: torch for CPU, transformers, DVC, nbdev, JupyterLab))
@@ -24,10 +26,9 @@ say = @echo "== $(1)"
 	touch $@
 
 setup: .venv/.ready
-	$(call say,git hooks for notebooks; embedded data)
-	@if git rev-parse --git-dir >/dev/null 2>&1; then $(BIN)/nbdev_install_hooks >/dev/null && \
-		git config merge.nbdev-merge.driver "$(BIN)/nbdev_merge %O %A %B %P" && \
-		printf '#!/bin/sh\n$(BIN)/nbdev_trust\n' > "$$(git rev-parse --git-path hooks)/post-merge"; fi  # with the venv's paths: git may be called outside of it
+	$(call say,merge driver and commit check in .git; embedded data)
+	@$(BIN)/python -m rcid.core.commits install
+	@git rev-parse --git-dir >/dev/null 2>&1 || $(BIN)/dvc config --local core.no_scm true
 	@$(BIN)/dvc pull --quiet -r embedded data.dvc 2> >(grep -v 'no default remote' >&2)
 
 repro: setup
@@ -63,15 +64,29 @@ bench: setup
 	$(call say,sweep and peers and distillation step and CKA and start-up: half an hour of CPU time on one thread; needs the laptop teacher (dvc repro models@llama))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/run.py
 
+# settings, history and signatures of this server stay in .venv; what it saves in nbs/ is clean; ARGS are jupyter lab's
 lab: setup
-	$(BIN)/jupyter lab
+	export JUPYTER_CONFIG_DIR="$$PWD/.venv/jupyter/config" JUPYTER_DATA_DIR="$$PWD/.venv/jupyter/data" \
+	  JUPYTER_RUNTIME_DIR="$$PWD/.venv/jupyter/runtime" IPYTHONDIR="$$PWD/.venv/jupyter/ipython" \
+	  NPM_CONFIG_CACHE="$$PWD/.venv/jupyter/npm"; \
+	$(BIN)/jupyter lab --ContentsManager.pre_save_hook=rcid.core.notebooks.clean_on_save \
+	  $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
+
+# what git does not want of a notebook that was run: outputs, counts, metadata; tags stay
+clean-notebooks: .venv/.ready
+	$(BIN)/python -m rcid.core.notebooks clean
+
+# what a commit is checked for, of all files: marks of a merge, clean notebooks, modules as exported
+check: .venv/.ready
+	$(BIN)/python -m rcid.core.commits check
 
 docs: setup
 	$(call say,HTML of the library notebooks and the executed experiments in _docs/)
 	$(BIN)/python -m rcid.report.docs
 
 readme: setup
-	$(BIN)/jupyter nbconvert --to markdown --stdout nbs/index.ipynb 2>/dev/null | sed '/^#| /d' | cat -s \
+	$(BIN)/jupyter nbconvert --to markdown --stdout nbs/index.ipynb --TagRemovePreprocessor.enabled=True \
+	  --TagRemovePreprocessor.remove_cell_tags=not-in-readme 2>/dev/null | sed '/^#| /d; s|](\.\./|](|g' | cat -s \
 	  | awk '/^```/ { if (open) open = 0; else { open = 1; if ($$0 == "```") $$0 = "```python" } } 1' > README.md
 
 tokenizers: setup

@@ -5,6 +5,8 @@ import pytest
 from conftest import ROOT, output_of, run
 from ruamel.yaml import YAML
 from rcid.core import load_params
+from rcid.core.commits import ADVICE
+from rcid.core.notebooks import cleaned, marks
 from rcid.core.params import Params
 from rcid.core.workspace import DEFAULT_SCALE, compose_params
 
@@ -25,7 +27,7 @@ def test_export_gives_the_committed_modules(copy):
     assert done.returncode == 0, output_of(done)
     after = contents(copy/"rcid", "*.py")
     assert sorted(after) == sorted(before), "nbdev_export makes other files than are committed"
-    assert [n for n in after if after[n] != before[n]] == [], "these modules differ from their notebooks: run nbdev_export"
+    assert [n for n in after if after[n] != before[n]] == [], ADVICE
 
 
 def test_notebooks_are_clean(copy):
@@ -33,9 +35,13 @@ def test_notebooks_are_clean(copy):
     done = run(copy, f"{TOOL}/nbdev_clean")
     assert done.returncode == 0 and before, output_of(done)
     after = contents(copy/"nbs", "*.ipynb")
-    assert [n for n in before if after[n] != before[n]] == [], "run nbdev_clean on these"
-    for name, blob in before.items():
-        assert not any(c.get("outputs") for c in json.loads(blob)["cells"]), f"{name} has outputs"
+    assert [n for n in before if after[n] != before[n]] == [], "run make clean-notebooks"
+    assert [n for n, blob in before.items() if cleaned(blob.decode(), n).encode() != blob] == [], "run make clean-notebooks"
+
+
+def test_no_marks_of_a_merge(tracked):
+    texts = {n: blob.decode("utf-8", "replace") for n in tracked if b"\0" not in (blob := (ROOT/n).read_bytes())[:8000]}
+    assert len(texts) > 50 and [line for name, text in texts.items() for line in marks(name, text)] == []
 
 
 def test_params_are_the_default_scale(tmp_path):

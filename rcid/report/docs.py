@@ -185,6 +185,7 @@ def build_docs(workers: int = 2) -> Path:
     trees = library_pages(site, root()/"_proc"/"executed", workers) + [experiment_pages(site)]
     guide = root()/"nbs"/"index.ipynb"
     nb = page(execute(guide, root()/"_proc"/"executed")) if guide.exists() else {**page({"cells": []}), "cells": [{"cell_type": "markdown", "id": "doc-guide", "metadata": {}, "source": "# rcid"}]}
+    for c in nb["cells"]: c["source"] = c["source"].replace("](../", "](")              # on the site paper/ is beside the guide
     nb["cells"].append({"cell_type": "markdown", "id": "doc-toc", "metadata": {}, "source": "\n".join(trees)})
     _write(site/"index.ipynb", nb)
     for name in ("paper/figures/method_intervals.png", "paper/main.pdf"):               # what the guide shows and links
