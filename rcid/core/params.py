@@ -109,8 +109,16 @@ class Lm(_Section):
     seq: int = Field(gt=8)                       # tokens a sequence
     lr: float = Field(gt=0)
     pretrain_lr: float = Field(gt=0)
-    source: Literal["embedded", "path"] = "embedded" # path: WikiText-2 below RCID_DATA_DIR
+    source: Literal["samples", "path", "hub"] = "samples" # general text: drawn from the teacher, or WikiText-2
+    samples: int = Field(320, ge=20)             # documents drawn, of at most `seq` tokens; one in ten is held out
+    path: str | None = None                      # folder of WikiText-2; None: wikitext2 below RCID_DATA_DIR
+    hub: dict[Literal["id", "name", "revision"], str] | None = None # of WikiText-2
     bf16: bool = False                           # autocast the matrix products
+
+    @model_validator(mode="after")
+    def _pinned(self):
+        if self.source == "hub" and len(self.hub or {}) < 3: raise ValueError("text from a hub needs id, name and revision in lm.hub")
+        return self
 
 class Data(_Section):
     n_train: int = Field(gt=0)

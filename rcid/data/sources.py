@@ -45,9 +45,9 @@ def _sizes(folder) -> dict[str, int]: # file -> bytes, where the folder says so
     return {r["file"]: r["bytes"] for r in map(json.loads, notes.read_text(encoding="utf-8").splitlines())} if notes.exists() else {}
 
 # %% ../../nbs/02_data/08_sources.ipynb #9c2f6321
-def hub_rows(name: str, config: str | None = None, split: str = "train") -> list[dict]:
+def hub_rows(name: str, config: str | None = None, split: str = "train", revision: str | None = None) -> list[dict]:
     "Rows of a hub dataset through `datasets`; one clear error where it cannot be had."
     from datasets import load_dataset
-    try: return list(load_dataset(name, config, split=split))
+    try: return list(load_dataset(name, config, split=split, revision=revision))
     except Exception as e:
         raise RuntimeError(f"dataset {name!r} could not be read from the hub ({type(e).__name__}): without network use source='path' with RCID_DATA_DIR, or source='embedded'") from None

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'UNITS', 'PROSE', 'WORDS', 'holm', 'outcome', 'prose', 'compare_claim', 'no_test_claim', 'unit_claim',
-           'place', 'bracketed', 'competence_claim', 'null_claim', 'ceiling_claim', 'dissociation_claim',
-           'verdict_claim', 'site_claim']
+           'place', 'bracketed', 'competence_claim', 'null_claim', 'dissociation_claim', 'verdict_claim', 'site_claim']
 
 # %% ../../nbs/08_report/02_claims.ipynb #784cf19a
 import numpy as np
@@ -98,16 +97,6 @@ def null_claim(rows: list[dict], part: str = "held_out") -> str:
     if not inside: return f"Every distilled student's {what} lies above its shuffled-pair null."
     if len(inside) == len(rows): return f"No distilled student's {what} is distinguishable from its shuffled-pair null."
     return f"The {what} lies above the shuffled-pair null for {in_words(len(rows) - len(inside))} of {in_words(len(rows))} distilled students, and not for {_names(inside, rows)}."
-
-def ceiling_claim(rows: list[dict], part: str = "held_out") -> str:
-    "Where the most consistent student of each family and task stands against the split-half ceiling; both are correlations of cluster means over disjoint halves."
-    parts, groups = [], list(dict.fromkeys((r["family"], r.get("task")) for r in rows))
-    for group in groups:
-        mine = [r for r in _distilled(rows) if (r["family"], r.get("task")) == group and None not in (r["consistency"].get(part), *((r.get(k) or {}).get(part) for k in ("ceiling", "split_half")))]
-        if not mine: continue
-        best = max(mine, key=lambda r: r["consistency"][part])
-        parts.append(f"{number(best['split_half'][part])} with the most consistent student ({prose(best['method'])}) and {number(best['ceiling'][part])} with itself" + bracketed(place(best, rows)))
-    return f"Over disjoint halves of the test pairs, where a model with identical mechanism can do no better than the teacher with itself, the teacher's effects correlate {'; '.join(parts)}." if parts else f"No ceiling is defined for {METRICS[part]} in this run."
 
 # %% ../../nbs/08_report/02_claims.ipynb #0822aa95
 def dissociation_claim(tests: list[dict], metric: str = "held_out", alpha: float = .05) -> str:

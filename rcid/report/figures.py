@@ -50,8 +50,9 @@ STYLE = {"font.family": "DejaVu Sans", "font.size": 7.5, "axes.titlesize": 8, "a
          "figure.dpi": 150, "pdf.fonttype": 42, "mathtext.fontset": "dejavusans"}
 
 def style():
-    "The house style as a context: `with style(): ...`."
-    return matplotlib.rc_context(STYLE)
+    "The house style as a context: `with style(): ...`; matplotlib's own defaults below it, not the user's matplotlibrc."
+    plain = {k: v for k, v in matplotlib.rcParamsDefault.items() if k not in ("backend", "interactive", "toolbar")}
+    return matplotlib.rc_context({**plain, **STYLE})
 
 def panels(rows: int, cols: int, width: float = WIDTH, height: float = 1.7, **kw):
     "A figure of `rows` x `cols` axes, `width` inches wide with rows `height` inches high; axes always as a 2-D array."

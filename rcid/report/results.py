@@ -15,7 +15,7 @@ import numpy as np
 from ..core.paths import read_json
 from ..eval import stats
 from ..eval.stats import paired_test
-from .claims import METRICS, bracketed, ceiling_claim, compare_claim, competence_claim, dissociation_claim, holm, null_claim, outcome, place, prose, verdict_claim
+from .claims import METRICS, bracketed, compare_claim, competence_claim, dissociation_claim, holm, null_claim, outcome, place, prose, verdict_claim
 from .figures import in_order, label
 from .tables import COMPANION_COLUMNS, MAIN_COLUMNS, count, escape, in_words, interval, listing, method_table, number, p_value, tabular
 
@@ -55,7 +55,7 @@ def _ends(cis, mean): return None if not (cis := [c for c in cis if c and None n
 # %% ../../nbs/08_report/04_results.ipynb #f8019edb
 PARTS = ("trained", "held_out")
 NAMES = {"mean": "consistency", "spearman": "spearman_mean", "lin": "concordance_mean", "sign_agreement": "sign_agreement_mean", "interchange_accuracy": "iia_mean",
-         "iia_flipped": "iia_flipped", "ceiling": "ceiling", "split_half": "split_half", "n_nan": "n_undefined", "pearson": "pearson"}
+         "iia_flipped": "iia_flipped", "n_nan": "n_undefined", "pearson": "pearson"}
 
 def summary(report: dict | None) -> dict:
     "What the paper needs of a `ConsistencyReport.to_dict()`; a dictionary with the paper's names passes unchanged."
@@ -81,7 +81,7 @@ def method_rows(cells: list[dict]) -> list[dict]:
                    "null_within_band": {p: _ends(report(p, "null_within", "band"), _mean) for p in PARTS},
                    "n_nan": {p: sum(report(p, "n_nan")) if None not in report(p, "n_nan") else None for p in PARTS},
                    "seeds": {"accuracy": accuracy, **{p: report(p, "mean") for p in PARTS}}}
-            for key in ("spearman", "lin", "sign_agreement", "interchange_accuracy", "iia_flipped", "split_half", "ceiling"): row[key] = {p: _mean(report(p, key)) for p in PARTS}
+            for key in ("spearman", "lin", "sign_agreement", "interchange_accuracy", "iia_flipped"): row[key] = {p: _mean(report(p, key)) for p in PARTS}
             rows.append(row)
     return rows
 
@@ -137,7 +137,7 @@ def against_claim(tests: list[dict], b: str = "undistilled", metric: str = "held
 
 def exp1_claims(rows: list[dict], tests: list[dict], bar: float = .9) -> dict[str, str]:
     "The sentences of experiment 1, by key."
-    return {"claim.exp1.competence": competence_claim(rows, bar), "claim.exp1.null": null_claim(rows), "claim.exp1.ceiling": ceiling_claim(rows),
+    return {"claim.exp1.competence": competence_claim(rows, bar), "claim.exp1.null": null_claim(rows),
             "claim.exp1.undistilled": against_claim(tests), "claim.exp1.dissociation": dissociation_claim([t for t in tests if t["b"] != "undistilled"])}
 
 def exp2_claims(tests: list[dict]) -> dict[str, str]:

@@ -96,7 +96,6 @@ def _upper(value: str): return lambda row: number(((row.get(value) or {}).get("h
 
 COMPANION_COLUMNS = {"Spearman": plain("spearman", "held_out"), "Lin": plain("lin", "held_out"), "sign": plain("sign_agreement", "held_out"),
                      "interch.": plain("interchange_accuracy", "held_out"), "flips": plain("iia_flipped", "held_out"), "null": _upper("null_band"), "within": _upper("null_within_band"),
-                     "split-half": plain("split_half", "held_out"), "ceiling": plain("ceiling", "held_out"),
                      "undef.": lambda row: number((row.get("n_nan") or {}).get("held_out"), 0), "ppl.": plain("perplexity", digits=1)}
 
 # %% ../../nbs/08_report/01_tables.ipynb #9d62f33f
