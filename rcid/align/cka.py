@@ -124,6 +124,7 @@ def layer_cka(
             sides.append(torch.stack([hidden[l][keep.to(device)].float() for l in sorted(hidden)]))
         hsic = _hsic(sides[0], sides[-1].to(sides[0].device), debiased)
         if not all(h.isfinite().all() for h in hsic): raise ValueError(f"layer_cka: NaN or infinite residuals in batch {i}: load the models in float32 or bfloat16")
+        if not debiased: hsic = [h / (int(keep.sum()) - 1)**2 for h in hsic]                     # a mean over batches, not a sum in which a batch counts as its tokens squared
         totals = hsic if totals is None else [t + h for t, h in zip(totals, hsic)]
     if totals is None: raise ValueError("layer_cka: no batches")
     return _ratio(*totals).float().cpu()

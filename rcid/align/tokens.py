@@ -218,7 +218,10 @@ def cross_kl(
     here = (to_a == first_a[:, None]) | (to_b == first_b[:, None])  # the group itself, which is an outcome of its own
     q_group, p_group = log_q.gather(1, first_a[:, None])[:, 0], log_p.gather(1, first_b[:, None])[:, 0]
     q_else, p_else = ((1 - x.exp().masked_fill(here, 0).sum(1) - y.exp()).clamp_min(1e-7) for x, y in ((q, q_group), (p, p_group)))
-    kl = (p.exp() * (p - q)).masked_fill(here, 0).sum(1) + p_group.exp() * (p_group - q_group) + p_else * (p_else.log() - q_else.log())
+    def part(a, b): # a log-probability of -inf has no part in it, and no gradient
+        none = a.exp() == 0
+        return torch.where(none, 0, a.exp() * (a.masked_fill(none, 0) - b.masked_fill(none, 0)))
+    kl = part(p, q).masked_fill(here, 0).sum(1) + part(p_group, q_group) + p_else * (p_else.log() - q_else.log())
     return kl * temperature**2
 
 # %% ../../nbs/04_align/03_tokens.ipynb #aeb46866

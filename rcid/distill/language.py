@@ -36,7 +36,7 @@ def train_language(
     if len(ids) < batch: raise ValueError(f"{len(ids)} blocks of text are fewer than a batch of {batch}: use more text or a smaller lm.batch")
     schedule = DistillConfig(steps=steps, lr=lr, warmup=0.05)
     a, device = get_adapter(model), next(model.parameters()).device
-    vocab = common_vocab(teacher, model) if teacher is not None else a.vocab
+    vocab = common_vocab(teacher, model, ids=ids[mask.bool()]) if teacher is not None else a.vocab
     cast = lambda: torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
     model.requires_grad_(False)
     trained = [p for n, p in model.named_parameters() if train_embeddings or n.startswith("model.layers.") or n == "model.norm.weight"]

@@ -29,6 +29,8 @@ class Signals(NamedTuple):
     mask: Bool[Tensor, "batch seq"] | None = None                 # real tokens
     swapped: Float[Tensor, "batch vocab"] | None = None           # logits at the answer of the clean run with one site's corrupt residual in it
     answer: Int[Tensor, "batch"] | None = None                    # the correct token
+    others: Float[Tensor, "site batch d_model"] | None = None     # of the teacher: clean - corrupt of each pair's partner, for the control with shuffled pairs
+    temperature: float = 1.0                                      # of every divergence between distributions in a method's own term
 
 # %% ../../nbs/05_distill/01_methods.ipynb #93f16d50
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class StandardKD:
     swaps = False            # True: also the runs with a site's residual swapped, one site a step
     random_sites = False     # True: as many sites, same roles, other layers (a control)
     whole_batch = False      # True: its loss compares the pairs of a batch with one another
+    shuffled = False         # True: a pair's target is its partner's in the batch of all processes (`Signals.others`)
     answer_only = False      # True: the answer token is supervised even where the KL is at all tokens
     fits_late = False        # True: the own term starts only after `w_warmup` of the steps, on maps fitted then
     fits_w = False           # True: `start` fits an orthogonal map `w`, whose staleness is worth reporting
@@ -76,7 +79,7 @@ class Regressors(nn.Module):
 
 @dataclass(frozen=True)
 class FitNets(StandardKD):
-    "Match the full representation of every mapped layer through a trainable regressor (Romero et al., 1412.6550)."
+    "Match the full representation through a trainable regressor (Romero et al., 1412.6550): there one hint layer in a stage of its own, here every mapped layer, linear, relative to the teacher's norm and beside the KL."
     reads: str = "layers"
 
     def start(self, student, teacher, seed): return Regressors(len(student.layers), student.layers.shape[-1], teacher.layers.shape[-1], seed).to(student.layers.device)
@@ -136,7 +139,7 @@ class RCID(StandardKD):
 
     def loss(self, s, t, state):
         d_s, d_t = s.sites.float() - s.sites_corrupt.float(), t.sites.float() - t.sites_corrupt.float()
-        if self.shuffled: d_t = d_t.roll(1, dims=1)
+        if self.shuffled: d_t = d_t.roll(1, dims=1) if t.others is None else t.others   # None: this is the whole batch
         return rcid_loss(d_s, d_t, state.w), {"floor": rcid_floor(d_t, state.w)}
 
 # %% ../../nbs/05_distill/01_methods.ipynb #41636f98
@@ -151,7 +154,7 @@ class SFT(StandardKD):
 
 @dataclass(frozen=True)
 class CKA(StandardKD):
-    "Raise the linear CKA of all mapped layers (Kornblith et al., 1905.00414); a batch's first tokens are left out, as sinks."
+    "Raise the linear CKA of all mapped layers (Kornblith et al., 1905.00414), debiased, over a batch's tokens; first tokens are left out, as sinks."
     reads: str = "layers"
     whole_batch = True
 
@@ -161,13 +164,13 @@ class CKA(StandardKD):
 
 @dataclass(frozen=True)
 class DIITO(StandardKD):
-    "Match the counterfactual answer after an interchange at a causal site (Wu et al., 2112.02505); KL has the gradient of their cross-entropy."
+    "Match the counterfactual distribution at the answer after an interchange (Wu et al., 2112.02505): there neurons of aligned layers swapped between any two inputs, here the residual of one causal site a step from the pair's corrupt prompt; KL, which has the gradient of their cross-entropy, at the run's temperature."
     reads: str = "sites"
     pairs: bool = True
     swaps = True
     corrupt_kl = False
 
-    def loss(self, s, t, state): return divergence(s.swapped, t.swapped).mean(), {}
+    def loss(self, s, t, state): return divergence(s.swapped, t.swapped, temperature=s.temperature).mean(), {}
 
 # %% ../../nbs/05_distill/01_methods.ipynb #aef694d3
 METHODS = {

@@ -64,7 +64,7 @@ def decode_score(
     threshold: float = 0.5, # cosine above which two keys are alike
     recent: int = 1         # look-alikes per token that are spared
 ) -> Float[Tensor, "batch layer kv_head seq"]:
-    "R-KV's score `lam*I - (1-lam)*softmax(c)`; infinite for the window, which always stays."
+    "R-KV's score `lam*I - (1-lam)*softmax(c)` by the paper's rule; infinite for the window, which always stays. (The official code also spares token 0, by an index default, for tokens without look-alikes; this does not.)"
     if pool % 2 == 0: raise ValueError(f"pool {pool} must be odd, so that a token is in the middle of its neighbours")
     last = (cache.mask.flip(1).cumsum(1).flip(1) <= window) & cache.mask
     past = cache.mask & ~last

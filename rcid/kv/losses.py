@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['uniform_weights', 'normalised_weights', 'attention_weights', 'gather_weights', 'AttentionWeighting', 'token_mean',
-           'kv_regression', 'kv_cosine', 'MercatorKVLoss', 'attention_kl', 'StructuralKVLoss', 'cka_loss', 'codi_loss',
-           'LossDiagnosis', 'diagnose_losses']
+           'layer_deviation', 'kv_regression', 'kv_cosine', 'MercatorKVLoss', 'attention_kl', 'StructuralKVLoss',
+           'cka_loss', 'codi_loss', 'codi_deviation', 'LossDiagnosis', 'diagnose_losses']
 
 # %% ../../nbs/06_kv/06_losses.ipynb #2398d0bc
 from dataclasses import dataclass
@@ -79,17 +79,22 @@ def token_mean(error: Float[Tensor, "batch layer head seq"], mask: Bool[Tensor, 
     w = uniform_weights(mask) if weights is None else normalised_weights(weights, mask)
     return (torch.where(mask.bool(), error.mean((1, 2)), 0) * w).sum(1).mean()
 
+def layer_deviation(target: Float[Tensor, "batch layer kv_head seq head_dim"], mask: Bool[Tensor, "batch seq"]) -> Float[Tensor, "layer"]:
+    "Standard deviation of each layer's targets over all valid tokens of a batch."
+    return target.float().permute(1, 0, 3, 2, 4)[:, mask.bool()].flatten(1).std(1).clamp_min(1e-6)
+
 def kv_regression(
     student: Float[Tensor, "batch layer kv_head seq head_dim"], target: Float[Tensor, "batch layer kv_head seq head_dim"],
     mask: Bool[Tensor, "batch seq"], weights: Float[Tensor, "batch seq"] | None = None,
     kind: str = "mse",                # mse | smooth_l1
-    layer_std: bool = False           # differences in units of the target's standard deviation in that layer
+    layer_std: bool = False,          # differences in units of the target's standard deviation in that layer
+    std: Float[Tensor, "layer"] | None = None  # that deviation, where these rows are a part of a batch; None: of these rows
 ) -> Float[Tensor, ""]:
     "Squared or smooth L1 distance of keys (or values)."
     if kind not in ("mse", "smooth_l1"): raise ValueError(f"kv_regression: unknown kind={kind!r}, use mse or smooth_l1")
     s, t = _pair(student, target, mask)
     if layer_std:
-        std = t.permute(1, 0, 3, 2, 4)[:, mask.bool()].flatten(1).std(1).clamp_min(1e-6)
+        if std is None: std = layer_deviation(t, mask)
         s, t = (x / std[:, None, None, None] for x in (s, t))
     error = (s - t).square() if kind == "mse" else F.smooth_l1_loss(s, t, reduction="none")
     return token_mean(error.mean(-1), mask, weights)
@@ -116,7 +121,7 @@ def attention_kl(q_s, k_s, q_t, k_t, mask, temperature: float = 1., visible=None
     place = mask.bool()[:, :, None]
     log_p = kv_attention(clean(q_t.detach(), last), clean(k_t.detach(), place), mask, temperature, visible, log=True)
     log_q = kv_attention(clean(q_s, last), clean(k_s, place), mask, temperature, visible, log=True)
-    seen = log_p > -torch.inf
+    seen = log_p != -torch.inf                                        # not ">": NaN of a broken teacher must be seen
     kl = torch.where(seen, log_p.exp() * (torch.where(seen, log_p, 0) - torch.where(seen, log_q, 0)), 0).sum(-1).mean((1, 2))
     rows = (causal_visible(mask, n) if visible is None else visible & mask.bool()[:, None]).any(-1)
     return ((kl * rows).sum(1) / rows.sum(1).clamp_min(1)).mean()
@@ -156,12 +161,19 @@ def cka_loss(
     rows = lambda x, l: x[:, l].transpose(1, 2)[mask.bool()].flatten(1).float()
     return torch.stack([1 - linear_cka(rows(student, l), rows(target.detach(), l)) for l in at]).mean()
 
-def codi_loss(student: Float[Tensor, "batch layer d_model"], teacher: Float[Tensor, "batch layer d_model"]) -> Float[Tensor, ""]:
-    "Smooth L1 of hidden states in units of the teacher's standard deviation, mean over layers (CODI, Shen et al., 2502.21074)."
+def codi_loss(
+    student: Float[Tensor, "batch layer d_model"], teacher: Float[Tensor, "batch layer d_model"],
+    std: Float[Tensor, "layer"] | None = None      # the teacher's standard deviation, where these rows are a part of a batch; None: of these rows
+) -> Float[Tensor, ""]:
+    "Smooth L1 of hidden states in units of the teacher's standard deviation, mean over layers (CODI, Shen et al., 2502.21074); `KVCourse` gives residuals after each layer, the last one before the final norm (CODI's code: after it)."
     if student.shape != teacher.shape or student.ndim != 3: raise ValueError(f"codi_loss: hidden states {tuple(student.shape)} and {tuple(teacher.shape)}: needs (batch, layer, d_model) twice")
     teacher = teacher.detach().float()
     each = F.smooth_l1_loss(student.float(), teacher, reduction="none").mean((0, 2))
-    return (each / teacher.transpose(0, 1).flatten(1).std(1).clamp_min(1e-6)).mean()
+    return (each / (codi_deviation(teacher) if std is None else std)).mean()
+
+def codi_deviation(teacher: Float[Tensor, "batch layer d_model"]) -> Float[Tensor, "layer"]:
+    "Standard deviation of each layer's hidden states over a batch."
+    return teacher.float().transpose(0, 1).flatten(1).std(1).clamp_min(1e-6)
 
 # %% ../../nbs/06_kv/06_losses.ipynb #adbe1236
 @dataclass(frozen=True)
@@ -201,23 +213,31 @@ def _advice(rows: list[dict], kv: Sequence[str], cka: str) -> list[str]:
         if plain and plain["mean"] > 0: advice.append(f"attention weighting changes {r['part']} by {r['mean'] / plain['mean'] - 1:+.1%}")
     return advice or ["the scales are in order"]
 
+def _mean_std(x: Tensor, n: Tensor) -> tuple[float, float]: # of means over n rows each: a short last batch weighs less
+    if (n == n[0]).all(): return float(x.mean()), float(x.std()) if len(x) > 1 else 0.
+    mean = (x * n).sum() / n.sum()
+    return float(mean), float(((x - mean).square() * n).sum().div(n.sum()).mul(len(x) / (len(x) - 1)).sqrt())
+
 @torch.no_grad()
 def diagnose_losses(
     compute: Callable[[object], dict],          # one sample (or batch) -> its unweighted parts by name
-    samples: Iterable,                          # at least 2
+    samples: Iterable,                          # at least 2; a list of rows weighs as many as it has, anything else the same
     weights: dict[str, float],                  # of the parts that are trained on; others are only reported
     kv: Sequence[str] = ("kv", "k", "v", "attn", "norm"), cka: str = "cka"     # which parts are the KV loss, and which is the CKA loss
 ) -> LossDiagnosis:
     "Mean, standard deviation and weighted share of every part of a loss, with advice."
+    samples = list(samples)
     parts = [{n: float(x) for n, x in compute(s).items()} for s in samples]
+    counts = torch.tensor([len(s) if isinstance(s, (list, tuple)) else 1 for s in samples], dtype=torch.float64)
     if len(parts) < 2: raise ValueError(f"diagnose_losses: {len(parts)} samples, at least 2 are needed")
     if any(set(p) != set(parts[0]) for p in parts) or (missing := set(weights) - set(parts[0])):
         raise ValueError(f"diagnose_losses: the samples have parts {sorted(set().union(*parts))}, the weights name {sorted(weights)}: every sample needs the same parts, and each weight its part")
     rows = []
     for name in parts[0]:
         x = torch.tensor([p[name] for p in parts], dtype=torch.float64)
-        good = x[x.isfinite()]
-        rows.append(dict(part=name, mean=float(good.mean()) if len(good) else 0., std=float(good.std()) if len(good) > 1 else 0., weight=float(weights.get(name, 0)), samples=len(x), not_finite=len(x) - len(good)))
+        good, n = x[x.isfinite()], counts[x.isfinite()]
+        mean, std = _mean_std(good, n) if len(good) else (0., 0.)
+        rows.append(dict(part=name, mean=mean, std=std, weight=float(weights.get(name, 0)), samples=len(x), not_finite=len(x) - len(good)))
     total = sum(r["weight"] * r["mean"] for r in rows)
     for r in rows: r["share"] = r["weight"] * r["mean"] / total if total > 0 else 0.
     return LossDiagnosis(rows, _advice(rows, kv, cka))

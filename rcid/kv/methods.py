@@ -8,7 +8,6 @@ __all__ = ['KV_METHODS', 'KVMethod', 'kv_method', 'teacher_at_places', 'KVState'
 # %% ../../nbs/06_kv/09_methods.ipynb #6586216f
 import hashlib
 from dataclasses import dataclass, replace
-from pathlib import Path
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -18,13 +17,15 @@ from ..align.procrustes import procrustes
 from ..causal.hooks import capture
 from ..data.reasoning import ReasoningDataset
 from ..distill.losses import divergence
-from ..distill.targets import kept_tensors, model_hash
+from ..distill.targets import changed_by_hand, code_hash, computes_hash, kept_tensors, model_hash
 from ..distill.plan import DistillConfig, step_flops
+from ..distill.trainer import whole_batch
 from .aligner import AlignedKV, KVShape, MapProjectionAligner, kv_attention, pretrain_aligner
 from .cache import KVCache, forward_kv
 from .compress import compress_kv
 from .latent import LatentModel, with_latents
-from .losses import AttentionWeighting, MercatorKVLoss, StructuralKVLoss, cka_loss, codi_loss, kv_regression
+from .project import HeadwiseMapProjector
+from .losses import AttentionWeighting, MercatorKVLoss, StructuralKVLoss, cka_loss, codi_deviation, codi_loss, kv_regression, layer_deviation
 from .rope import rope_of
 from .warp import TimeWarper
 from ..models.adapters import common_vocab, get_adapter
@@ -37,7 +38,7 @@ class KVMethod:
     a_answer: float = 1.0          # cross-entropy on the answer after the places
     a_cot: float = 1.0             # cross-entropy on reasoning and answer in words
     a_kl: float = 0.0              # KL to the teacher (which read the reasoning) at the tokens of the answer
-    a_codi: float = 0.0            # hidden states at the last token of the cue
+    a_codi: float = 0.0            # residuals after each layer (the last one before the final norm) at the last token of the cue
     a_kv: float = 0.0              # keys and values
     a_cka: float = 0.0             # CKA of keys and values, middle layer
     loss: str = "structural"       # mse | smooth_l1 | mercator | structural
@@ -80,12 +81,15 @@ class KVMethod:
         return MapProjectionAligner(shape(teacher), shape(student), self.projection, parts="kvq" if self.attends else "kv", warper=TimeWarper() if self.time == "warp" else None,
                                     share_dim_proj=self.share_dims, init_uniform=self.init_uniform, seed=seed)
 
-    def kv_parts(self, own: KVCache, target: AlignedKV, weights: Float[Tensor, "batch seq"] | None = None) -> dict[str, Tensor]:
+    @property
+    def whole_batch(self) -> bool: return bool(self.a_cka) # a CKA compares the tokens of a batch with one another
+
+    def kv_parts(self, own: KVCache, target: AlignedKV, weights: Float[Tensor, "batch seq"] | None = None, std: tuple = (None, None)) -> dict[str, Tensor]:
         "Unweighted parts of the KV loss and their `total`, at the places of the target."
         k, v, mask = (own.k, own.v), (target.k, target.v), target.mask
         if self.loss == "mercator": return MercatorKVLoss()(*k, *v, mask, weights)
         if self.loss == "structural": return StructuralKVLoss(a_attn=self.a_attn)(*k, *v, mask, weights, own.q, target.q)
-        parts = {n: kv_regression(s, t, mask, weights, self.loss, self.layer_std) for n, s, t in zip("kv", k, v)}
+        parts = {n: kv_regression(s, t, mask, weights, self.loss, self.layer_std, d) for n, (s, t), d in zip("kv", (k, v), std)}
         return parts | dict(total=(parts["k"] + parts["v"]) / 2)
 
 _KV = dict(a_kv=1.0)
@@ -145,7 +149,7 @@ class KVCourse:
 
     def __init__(self, method: KVMethod, student: nn.Module, teacher: nn.Module, data: ReasoningDataset, c: DistillConfig):
         if method.latents and not isinstance(student, LatentModel): raise ValueError(f"this method thinks in {method.latents} latent places: pass LatentModel(student, latent_id, iterations), or latents=0")
-        common_vocab(teacher, student)
+        self.vocab = common_vocab(teacher, student, ids=data.input_ids[data.attention_mask.bool()])
         self.method, self.student, self.teacher, self.data, self.c = method, student, teacher, data, c
         self.thought = with_latents(data, method.latents, student.model.latent_id if method.latents else -1)
         self.lengths, self.device = data.attention_mask.sum(1).cpu(), next(student.parameters()).device
@@ -166,7 +170,7 @@ class KVCourse:
         return cache.unrotated(rope_of(self.teacher)) if m.time == "warp" else teacher_at_places(cache, self.teacher, data, thought, m.time, self.c.seed), extra
 
     def of_student(self, thought: ReasoningDataset) -> tuple[Tensor, KVCache, Tensor | None]:
-        "Final hidden states, keys and values before RoPE, and residuals at the cue."
+        "Final hidden states, keys and values before RoPE, and residuals after each layer (before the final norm) at the cue."
         m, n = self.method, get_adapter(self.student).n_layers
         with capture(self.student, range(n) if m.a_codi else []) as hidden:
             final, cache = forward_kv(self.student, thought.input_ids, thought.attention_mask, queries=m.attends, pre_rope=True, check=False)
@@ -226,8 +230,10 @@ class KVCourse:
                 parts.append({k: v.cpu() for k, v in extra.items()})
             return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
         frozen = hashlib.sha256(b"".join(v.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for v in state.state_dict().values())).hexdigest()
-        code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest() if "__file__" in globals() else ""
-        return kept_tensors(self.c.targets_dir, (model_hash(self.teacher), self.data.content_hash(), repr(self.method), self.c.seed, frozen, code), make)
+        shapes = [(k, tuple(v.shape), v.dtype) for k, v in state.state_dict().items()]
+        code = code_hash(kv_method, MapProjectionAligner, HeadwiseMapProjector, KVCache, compress_kv, rope_of, TimeWarper, with_latents, map_layers, ReasoningDataset, capture, get_adapter)
+        depends = (model_hash(self.teacher), computes_hash(self.teacher), self.data.content_hash(), self.thought.content_hash(), self.layers, repr(self.method), self.c.seed, frozen, shapes, code)
+        return kept_tensors(None if changed_by_hand(self.teacher) else self.c.targets_dir, depends, make)
 
     # a step
 
@@ -237,29 +243,44 @@ class KVCourse:
         cut = lambda name: t[name][..., :seq, :] if name in t else None
         return AlignedKV(cut("k"), cut("v"), t["mask"][:, :seq], cut("q"))
 
-    def parts(self, rows: Int[Tensor, "batch"] | list[int], step: int, state: KVState | None) -> dict[str, Tensor]:
-        "Every part of the loss on some problems, unweighted."
+    def parts(self, rows: Int[Tensor, "batch"] | list[int], step: int, state: KVState | None, whole: list[int] | None = None) -> dict[str, Tensor]:
+        "Every part of the loss on some problems, unweighted; as shares of `whole`, the batch of all processes, the mean of the parts by problems is the part of the whole."
         m, a = self.method, get_adapter(self.student)
         rows = rows.tolist() if isinstance(rows, Tensor) else list(rows)
+        whole = rows if whole is None else whole
+        share = lambda first, last: self._tokens(rows, first, last) / self._tokens(whole, first, last)  # tokens a problem here, by tokens a problem in the whole batch
         data, thought = self.data[rows].to(self.device), self.thought[rows].to(self.device)
         parts = {}
         if m.thinks:
             final, own, at_cue = self.of_student(thought)
-            parts["answer"] = self._ce(a, final, thought, thought.at("answer"))
-        if m.a_cot: parts["cot"] = self._ce(a, a.trunk(data.input_ids, data.attention_mask), data, data.at("reasoning") | data.at("answer"))
+            parts["answer"] = self._ce(a, final, thought, thought.at("answer")) * share(2, 3)
+        if m.a_cot: parts["cot"] = self._ce(a, a.trunk(data.input_ids, data.attention_mask), data, data.at("reasoning") | data.at("answer")) * share(1, 3)
         if m.a_kl:
-            s, vocab = self._answer_rows(final, thought), common_vocab(self.teacher, self.student)
+            s, vocab = self._answer_rows(final, thought), self.vocab
             t = self.targets["final"][rows][:, :s.shape[1]].to(self.device)
             real = (t != 0).any(-1)
             with torch.no_grad(): want = get_adapter(self.teacher).lm_head(t[real])[..., :vocab]
-            parts["kl"] = divergence(a.lm_head(s[real])[..., :vocab], want).mean()
-        if m.a_codi: parts["codi"] = codi_loss(at_cue, torch.einsum("blt,lts->bls", self.targets["hidden"][rows].to(self.device).float() - state.codi_mean_t, state.codi_w) + state.codi_mean_s)
+            parts["kl"] = divergence(a.lm_head(s[real])[..., :vocab], want, temperature=self.c.temperature).mean() * share(2, 3)
+        if m.a_codi: parts["codi"] = codi_loss(at_cue, self._mapped(rows, state), codi_deviation(self._mapped(whole, state)))
         if m.matches:
             target = self.target(rows, thought.input_ids.shape[1])
             if m.places == "latents": target = target._replace(mask=target.mask & thought.at("reasoning"))
-            if m.a_kv: parts |= {{"total": "kv"}.get(n, f"kv_{n}"): x for n, x in m.kv_parts(own, target, self._weights(step, own, target)).items()}
+            if m.a_kv: parts |= {{"total": "kv"}.get(n, f"kv_{n}"): x for n, x in m.kv_parts(own, target, self._weights(step, own, target), self._deviation(whole)).items()}
             if m.a_cka: parts["cka"] = (cka_loss(own.k, target.k, target.mask) + cka_loss(own.v, target.v, target.mask)) / 2
         return parts
+
+    def _tokens(self, rows, first, last) -> float: # a problem has on average from segment bound `first` to `last`
+        return float((self.data.segments[rows, last] - self.data.segments[rows, first]).float().mean())
+
+    def _mapped(self, rows, state) -> Float[Tensor, "batch layer d_model"]: # CODI's targets in the student's space
+        return torch.einsum("blt,lts->bls", self.targets["hidden"][rows].to(self.device).float() - state.codi_mean_t, state.codi_w) + state.codi_mean_s
+
+    def _deviation(self, whole) -> tuple: # of keys and of values, over the batch of all processes
+        if not self.method.layer_std or self.method.loss not in ("mse", "smooth_l1"): return None, None
+        thought = self.thought[whole].to(self.device)
+        target = self.target(whole, thought.input_ids.shape[1])
+        mask = target.mask & thought.at("reasoning") if self.method.places == "latents" else target.mask
+        return layer_deviation(target.k, mask), layer_deviation(target.v, mask)
 
     def _weights(self, step, own, target):
         if self.method.weights == "none": return None
@@ -273,7 +294,8 @@ class KVCourse:
         return F.cross_entropy(a.lm_head(final[:, :-1][want]).float(), data.input_ids[:, 1:][want])
 
     def terms(self, rows, step: int, state: KVState | None) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        m, parts = self.method, self.parts(rows, step, state)
+        whole = whole_batch(torch.as_tensor(rows), step, len(self.data), self.c, self.lengths)
+        m, parts = self.method, self.parts(rows, step, state, whole.tolist())
         weighted = lambda names: sum(getattr(m, f"a_{n}") * parts[n] for n in names if n in parts)
         own = weighted(("codi", "kv", "cka")) if m.matches or m.a_codi else None
         return weighted(("answer", "cot", "kl")), own, {k: v.detach() for k, v in parts.items()}

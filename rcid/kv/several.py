@@ -17,6 +17,7 @@ from ..align.layers import map_layers
 from ..data.reasoning import ReasoningDataset
 from ..distill.budget import Budget, planned
 from ..distill.plan import DistillConfig
+from ..distill.trainer import whole_batch
 from .aligner import AlignedKV, KVShape, MapProjectionAligner, pretrain_aligner
 from .cache import forward_kv
 from .fusion import Router, fuse, router_regulariser, teacher_prototype
@@ -41,7 +42,9 @@ class Lessons:
     def content_hash(self) -> str:
         h = hashlib.sha256(self.thought.content_hash().encode())
         for name, t in sorted(self.targets.items()):
-            for x in (t.k, t.v, t.mask): h.update(name.encode()); h.update(x.contiguous().view(torch.uint8).numpy().tobytes())
+            for x in (t.k, t.v, t.mask, self.prototypes.get(name)):
+                if x is not None: h.update(f"{name} {x.dtype} {tuple(x.shape)}".encode()); h.update(x.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        h.update(self.features.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return h.hexdigest()
 
 def layer_cka_at_places(teacher: tuple[Tensor, Tensor], student: tuple[Tensor, Tensor], mask: Bool[Tensor, "batch seq"]) -> Float[Tensor, "layer_s layer_t"]:
@@ -135,6 +138,8 @@ class FusedCourse:
         if method.weights is not None and len(method.weights) != len(lessons.targets): raise ValueError(f"FusedKV: {len(method.weights)} fixed weights for {len(lessons.targets)} teachers ({', '.join(lessons.targets)}): give one each")
         n = get_adapter(student).n_layers
         self.layers = {"all": slice(n), "shallow": slice((n + 1) // 2), "deep": slice(n // 2, n)}[method.depth]
+        self.answer = (thought.segments[:, 3] - thought.segments[:, 2]).cpu()                  # tokens of each problem's answer
+        self.taught = torch.stack([torch.zeros(len(lessons), dtype=torch.bool), *(t.mask.any(1).cpu() for t in lessons.targets.values())]).any(0)   # has it a teacher?
         lessons.taken = self
 
     def start(self) -> nn.Module | None:
@@ -154,18 +159,34 @@ class FusedCourse:
         thought = self.lessons.thought[rows.tolist()].to(self.student.device)
         final, own = forward_kv(self.student, thought.input_ids, thought.attention_mask, pre_rope=True, check=False)
         want = thought.at("answer")[:, 1:]
-        ce = F.cross_entropy(get_adapter(self.student).lm_head(final[:, :-1][want]).float(), thought.input_ids[:, 1:][want])
+        whole = whole_batch(rows, step, len(self.lessons), self.c, self.lengths)     # of all processes: a share of it weighs as many answer tokens, and problems with a teacher, as it has
+        answer, taught = (lambda r: self.answer[r].float().mean()), (lambda r: self.taught[r].float().mean())
+        ce = F.cross_entropy(get_adapter(self.student).lm_head(final[:, :-1][want]).float(), thought.input_ids[:, 1:][want]) * float(answer(rows) / answer(whole))
         if not self.lessons.targets: return ce, None, {}
         available = torch.stack([t.mask[rows].any(1) for t in self.lessons.targets.values()], 1)
         some = available.any(1)
-        if not some.any(): return ce, ce * 0, {}
+        if not taught(whole): return ce, ce * 0, {}
+        even = self._balance(whole, own.seq, state) if state is not None and len(whole) > len(rows) else None   # its loss is not a mean over problems: every process has the whole batch's
+        if not some.any():                                                             # the other processes log something: so must this one
+            names = [f"kv_{p}" for p in "kv" if p in m.parts] + [f"weight_{n}" for n in self.lessons.targets]
+            return ce, ce * 0 + (0 if even is None else even), {n: torch.zeros((), device=final.device) for n in names}
         k, v = (x[some.to(x.device)] for x in (own.k, own.v))
         fused = self.fused(rows[some], own.seq, (k, v))
         parts = {f"kv_{p}": _cosine_distance(s[:, self.layers], f.target[:, self.layers], f.mask) for p, s, f in zip("kv", (k, v), fused) if p in m.parts}
+        share = float(taught(rows) / taught(whole))
+        parts = {n: x * share for n, x in parts.items()}
         loss = m.a_kv * sum(parts.values()) / len(parts)
-        if state is not None: loss = loss + router_regulariser(fused[0].weights, available[some].to(own.k.device), m.entropy, m.load)
-        weights = {f"weight_{n}": w for n, w in zip(self.lessons.targets, (fused[0].weights + fused[1].weights).detach().mean(0) / 2)}
+        if state is not None: loss = loss + (router_regulariser(fused[0].weights, available[some].to(own.k.device), m.entropy, m.load) if even is None else even)
+        weights = {f"weight_{n}": w for n, w in zip(self.lessons.targets, (fused[0].weights + fused[1].weights).detach().mean(0) / 2 * share)}
         return ce, loss, {n: x.detach() for n, x in parts.items()} | weights
+
+    def _balance(self, whole, seq: int, state: nn.Module) -> Tensor: # the regulariser on the batch of all processes: a router needs no student
+        some = whole[self.taught[whole]]
+        available = torch.stack([t.mask[some].any(1) for t in self.lessons.targets.values()], 1)
+        keys = [(x.k[some].to(self.student.device), x.mask[some].to(self.student.device)) for x in self.lessons.targets.values()]
+        prototypes = torch.stack(list(self.lessons.prototypes.values())).to(self.student.device)
+        fused = fuse([k for k, _ in keys], [m for _, m in keys], "learnable", features=self.lessons.features[some].to(self.student.device), prototypes=prototypes, router=state)
+        return router_regulariser(fused.weights, available.to(self.student.device), self.method.entropy, self.method.load)
 
     def budget(self) -> tuple[int, float]: return self.plan.tokens, self.plan.flops
 

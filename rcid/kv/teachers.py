@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 from ..align.tokens import byte_spans
+from ..core.hardware import pick_device
 from ..core.paths import read_json, sha256, write_json
+from ..distill.targets import code_hash
 from ..data.holdout import Told, part_hash
 from ..data.reasoning import CUE, Problem, ReasoningDataset, encode_problems
 from .cache import KVCache, forward_kv, load_kv, save_kv
@@ -60,9 +62,11 @@ class Heard:
     rope: Rope | None = None       # how the teacher turns keys; attention needs it, their comparison does not
 
 def _key(teacher: Teacher, problems, *how) -> str:
-    weights = sorted(Path(teacher.folder).glob("*.safetensors"))
-    if not weights: raise FileNotFoundError(f"teacher {teacher.name}: no weights in {teacher.folder}: run `dvc repro` to make them, or mend the path")
-    return hashlib.sha256(repr((replace(teacher, name="", folder=""), [sha256(w) for w in weights], part_hash(problems), how)).encode()).hexdigest()
+    folder = Path(teacher.folder)
+    if not any(folder.glob("*.safetensors")): raise FileNotFoundError(f"teacher {teacher.name}: no weights in {teacher.folder}: run `dvc repro` to make them, or mend the path")
+    files = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".txt", ".model", ".jinja"))   # weights, config and tokenizer
+    code = code_hash(listen, forward_kv, rope_of, encode_problems, byte_spans, get_adapter, load_model)
+    return hashlib.sha256(repr((replace(teacher, name="", folder=""), [(f.name, sha256(f)) for f in files], part_hash(problems), how, code)).encode()).hexdigest()
 
 def _tokenized(teacher: Teacher, read, problems, tokenizer) -> ReasoningDataset: # refuses a tokenizer that does not keep the text
     whole = [p or q.styled(teacher.style, teacher.before) for p, q in zip(read, problems)]
@@ -84,7 +88,7 @@ def listen(
 ) -> Path:
     "Writes what a teacher says about every problem, or leaves a file that already does."
     path, note = Path(path), Path(path).with_suffix(".json")
-    key = _key(teacher, problems, layers and list(layers), queries, dtype, computed)
+    key = _key(teacher, problems, layers and list(layers), queries, dtype, computed, pick_device(device), batch)
     if path.exists() and note.exists() and read_json(note)["key"] == key: return path
     model, tokenizer = load_model({"path": teacher.folder}, dtype=computed, device=device)
     read = teacher.read(problems, model, tokenizer)
@@ -100,7 +104,7 @@ def listen(
     join = lambda f: torch.cat([f(p) for p in parts])
     cache = KVCache(join(lambda c: c.k), join(lambda c: c.v), data.attention_mask.bool() & available[:, None], q=join(lambda c: c.q) if queries else None, pre_rope=True, positions=join(lambda c: c.positions))
     save_kv(cache, path)
-    write_json(note, dict(key=key, available=available, sha256=sha256(path), rope=vars(rope_of(model)), problems=[tuple(p) for p in data.problems]))
+    write_json(note, dict(key=key, available=available, sha256=sha256(path), rope=vars(rope_of(model)), tokens=data.content_hash(), problems=[tuple(p) for p in data.problems]))
     del model
     gc.collect()
     return path
@@ -108,5 +112,6 @@ def listen(
 def recall(teacher: Teacher, path: str | Path, tokenizer) -> Heard:
     "What `listen` wrote, in float32; refuses a file that was changed."
     note = read_json(Path(path).with_suffix(".json"))
-    cache = load_kv(path)
-    return Heard(teacher, encode_problems([Problem(*p) for p in note["problems"]], tokenizer), cache.to(torch.float32), torch.tensor(note["available"]), Rope(torch.tensor(note["rope"]["inv_freq"]), note["rope"]["scaling"]))
+    cache, data = load_kv(path), encode_problems([Problem(*p) for p in note["problems"]], tokenizer)
+    if data.content_hash() != note.get("tokens", data.content_hash()): raise ValueError(f"teacher {teacher.name}: {path} was heard through another tokenizer: pass the one of the teacher's folder")
+    return Heard(teacher, data, cache.to(torch.float32), torch.tensor(note["available"]), Rope(torch.tensor(note["rope"]["inv_freq"]), note["rope"]["scaling"]))
