@@ -6,16 +6,18 @@
 __all__ = ['train_language']
 
 # %% ../../nbs/05_distill/04_language.ipynb #342fc54e
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm import tqdm
+from ..causal.engine import evaluating
 from .losses import divergence
 from .plan import DistillConfig
 from .trainer import batch_rows, lr_at
-from ..models.adapters import common_vocab, get_adapter
+from .training import training
+from ..models.adapters import common_vocab, get_adapter, model_device
 
 # %% ../../nbs/05_distill/04_language.ipynb #a8d41f42
 def train_language(
@@ -31,36 +33,37 @@ def train_language(
     seed: int = 0,
     desc: str = "train"
 ) -> list[float]:
-    "Next-token training; returns the loss of every step."
+    "Next-token training; returns the loss of every step. Dtype, mode and frozen weights stay the model's own."
     mask = torch.ones_like(ids) if mask is None else mask
     if len(ids) < batch: raise ValueError(f"{len(ids)} blocks of text are fewer than a batch of {batch}: use more text or a smaller lm.batch")
     schedule = DistillConfig(steps=steps, lr=lr, warmup=0.05)
-    a, device = get_adapter(model), next(model.parameters()).device
+    a, device = get_adapter(model), model_device(model)
     vocab = common_vocab(teacher, model, ids=ids[mask.bool()]) if teacher is not None else a.vocab
     cast = lambda: torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
-    model.requires_grad_(False)
-    trained = [p for n, p in model.named_parameters() if train_embeddings or n.startswith("model.layers.") or n == "model.norm.weight"]
-    for p in trained: p.requires_grad_(True)
-    optimizer, losses = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True), []
-    bar = tqdm(range(steps), desc=desc, mininterval=2)
-    for step in bar:
-        rows = batch_rows(step, len(ids), batch, seed)
-        x, m = ids[rows].to(device), mask[rows].to(device)
-        keep = m.bool()[:, 1:] if teacher is None else m.bool()
-        with cast():
-            hidden = a.trunk(x, m)
-            if teacher is None:
-                loss = F.cross_entropy(a.lm_head(hidden[:, :-1][keep]).float(), x[:, 1:][keep])
-                if focus is not None:
-                    row, at = torch.arange(len(x), device=device), focus[rows].to(device)
-                    loss = loss + F.cross_entropy(a.lm_head(hidden[row, at - 1]).float(), x[row, at])
-            else:
-                with torch.no_grad(): target = get_adapter(teacher).lm_head(get_adapter(teacher).trunk(x, m)[keep])
-                loss = divergence(a.lm_head(hidden[keep])[..., :vocab], target[..., :vocab]).mean()
-        if not loss.isfinite(): raise FloatingPointError(f"{desc}: loss is {loss.item()} at step {step}: lower lm.lr")
-        for group in optimizer.param_groups: group["lr"] = lr_at(step, schedule)
-        loss.backward(); nn.utils.clip_grad_norm_(trained, 1.0); optimizer.step(); optimizer.zero_grad()
-        losses.append(loss.item())
-        if step % 10 == 0: bar.set_postfix(loss=f"{losses[-1]:.3f}")
-    model.eval().requires_grad_(True)
+    with ExitStack() as guards:                      # whatever ends the run, both models are their owner's again
+        if teacher is not None and teacher is not model: guards.enter_context(evaluating(teacher))
+        trained = list(guards.enter_context(training(model, train_embeddings)).values())
+        optimizer, losses = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True), []
+        bar = tqdm(range(steps), desc=desc, mininterval=2)
+        for step in bar:
+            rows = batch_rows(step, len(ids), batch, seed)
+            x, m = ids[rows].to(device), mask[rows].to(device)
+            keep = m.bool()[:, 1:] if teacher is None else m.bool()
+            with cast():
+                hidden = a.trunk(x, m)
+                if teacher is None:
+                    loss = F.cross_entropy(a.lm_head(hidden[:, :-1][keep]).float(), x[:, 1:][keep])
+                    if focus is not None:
+                        row, at = torch.arange(len(x), device=device), focus[rows].to(device)
+                        loss = loss + F.cross_entropy(a.lm_head(hidden[row, at - 1]).float(), x[row, at])
+                else:
+                    other = get_adapter(teacher)
+                    with torch.no_grad(): target = other.lm_head(other.trunk(x, m)[keep])
+                    loss = divergence(a.lm_head(hidden[keep])[..., :vocab], target[..., :vocab]).mean()
+            if not loss.isfinite():
+                raise FloatingPointError(f"{desc}: loss is {loss.item()} at step {step}: lower lm.lr")
+            for group in optimizer.param_groups: group["lr"] = lr_at(step, schedule)
+            loss.backward(); nn.utils.clip_grad_norm_(trained, 1.0); optimizer.step(); optimizer.zero_grad()
+            losses.append(loss.item())
+            if step % 10 == 0: bar.set_postfix(loss=f"{losses[-1]:.3f}")
     return losses

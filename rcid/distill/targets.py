@@ -17,11 +17,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 from ..causal.effects import first_difference
-from ..causal.engine import Enough, Past
+from ..causal.engine import Enough, Past, evaluating
 from ..causal.hooks import Site, capture, write
 from ..core.paths import whole_file
 from ..data.pairs import ContrastiveDataset
-from ..models.adapters import get_adapter, hidden_of
+from ..models.adapters import get_adapter, hidden_of, model_device, weights_of
 
 # %% ../../nbs/05_distill/02_targets.ipynb #3c630d00
 class Packed(NamedTuple):
@@ -108,7 +108,9 @@ def _swapped(model, pairs, site, value):
 def model_hash(model: nn.Module) -> str:
     "SHA-256 of a model's config and weights."
     h = hashlib.sha256(model.config.to_json_string(use_diff=True).encode())
-    for name, p in model.state_dict().items(): h.update(name.encode()); h.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if p.dim() else str(p.item()).encode())
+    for name, p in weights_of(model):
+        whole = p.detach().cpu().contiguous()
+        h.update(name.encode() + (whole.view(torch.uint8).numpy().tobytes() if p.dim() else str(p.item()).encode()))
     return h.hexdigest()
 
 LIBRARIES = ("accelerate", "transformers")   # their hooks move tensors and record outputs, and change none
@@ -189,8 +191,8 @@ def teacher_targets(
 ) -> dict[str, Tensor]:
     "The teacher's hidden states for all pairs, from `folder` if they are there and the teacher is as it is loaded: without hooks."
     def make():
-        device, parts = next(teacher.parameters()).device, []
-        with torch.inference_mode():
+        device, parts = model_device(teacher), []
+        with torch.inference_mode(), evaluating(teacher):
             for i in tqdm(range(0, len(pairs), batch_size), desc="teacher targets", leave=False):
                 parts.append({k: v.cpu() if dtype is None else v.cpu().to(dtype) for k, v in hidden_signals(teacher, pairs[i:i+batch_size].to(device), wanted).items()})
                 if dtype is not None and not all(v.isfinite().all() for v in parts[-1].values()): raise ValueError(f"the teacher's hidden states do not fit {dtype} (pairs {i} to {i+batch_size-1}): keep them in bfloat16 or float32")

@@ -7,7 +7,7 @@ __all__ = ['DistillResult', 'batch_rows', 'whole_batch', 'lr_at', 'PairCourse', 
 
 # %% ../../nbs/05_distill/03_trainer.ipynb #29117647
 import hashlib, json, math, shutil, sys, time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from ..align.procrustes import map_angle
 from ..causal.effects import first_difference
+from ..causal.engine import evaluating
 from ..core.paths import SEAL, broken_seal, read_json, seal, whole_folder, write_json
 from ..data.pairs import ContrastiveDataset
 from .methods import Signals, get_method
 from .plan import DistillConfig, budget_steps, plan_signals, run_cost
 from .targets import computes_hash, hidden_signals, model_hash, teacher_targets
-from ..models.adapters import common_vocab, get_adapter
+from .training import training
+from ..models.adapters import common_vocab, get_adapter, model_device
+
 
 # %% ../../nbs/05_distill/03_trainer.ipynb #f0736458
 @dataclass
@@ -35,7 +38,7 @@ class DistillResult:
     wall: float                          # seconds, of this process
     tokens: int                          # tokens the student saw
     flops: float                         # multiply-adds x 2 of student and teacher, counted from sizes
-    staleness: float | None = None       # angle between W at the start and W refitted at the end, see `map_angle`
+    staleness: float | None = None       # radians between W at the start and W refitted at the end, see `map_angle`
 
 # %% ../../nbs/05_distill/03_trainer.ipynb #8206ac65
 def batch_rows(step: int, n: int, batch: int, seed: int,
@@ -123,7 +126,8 @@ class PairCourse:
         if c.micro_batch and method.whole_batch: raise ValueError("this method compares the pairs of a batch with one another: leave micro_batch unset")
         if method.shuffled and min(c.batch, len(pairs)) < 2: raise ValueError("the control with shuffled pairs has one pair in a batch, which would be its own partner: use distill.batch >= 2 and two pairs or more")
         self.want_t, self.want_s = plan_signals(student, teacher, pairs, method, c)
-        self.vocab, self.everywhere, self.device = common_vocab(teacher, student, ids=_ids_of(pairs)), self.want_s.everywhere, next(student.parameters()).device
+        self.vocab, self.everywhere = common_vocab(teacher, student, ids=_ids_of(pairs)), self.want_s.everywhere
+        self.device = model_device(student)
         self.lengths = pairs.attention_mask.sum(1).cpu()
         with PartialState().main_process_first(): self.targets = teacher_targets(teacher, pairs, self.want_t, c.targets_dir) # the others find them in `targets_dir`
         sides = ["final", *(["final_corrupt"] if method.corrupt_kl else [])]
@@ -181,10 +185,15 @@ def distill(
     probe: Callable[[nn.Module, int], dict] | None = None # measured at every point of the learning curve
 ) -> DistillResult:
     "Distils `teacher` into `student` with one method; stops with FloatingPointError at a loss that is not finite."
+    with ExitStack() as guards:                      # whatever ends the run, both models are their owner's again
+        if teacher is not student: guards.enter_context(evaluating(teacher))
+        trained = guards.enter_context(training(student, config.train_embeddings, config.checkpoint_gradients))
+        return _train(student, teacher, pairs, get_method(method), config, probe, trained)
+
+def _train(student, teacher, pairs, method, c, probe, trained: dict[str, nn.Parameter]) -> DistillResult:
     from accelerate import PartialState
     from accelerate.utils import reduce
-    method, c, start = get_method(method), config, time.time()
-    device = next(student.parameters()).device
+    start, device = time.time(), model_device(student)
     world = PartialState(cpu=device.type == "cpu")                      # one process, unless started by `accelerate launch` or torchrun
     if c.batch % world.num_processes: raise ValueError(f"distill.batch is {c.batch} pairs for {world.num_processes} processes: make it a multiple")
     if world.num_processes > 1 and getattr(method, "whole_batch", False) and not getattr(method, "shuffled", False): raise ValueError(f"this method compares the pairs of a batch with one another, and {world.num_processes} processes would each compare their own share: start it with one process")
@@ -199,15 +208,15 @@ def distill(
     bf16 = device.type != "cpu" if c.bf16 is None else c.bf16
     cast = lambda: torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
-    student.requires_grad_(False)
-    trained = {n: p for n, p in student.named_parameters() if c.train_embeddings or n.startswith("model.layers.") or n == "model.norm.weight"}
-    for p in trained.values(): p.requires_grad_(True)
-    fingerprint = hashlib.sha256(json.dumps([model_hash(student), model_hash(teacher), computes_hash(student), computes_hash(teacher), pairs.content_hash(), repr(method),
-        {k: v for k, v in asdict(c).items() if not k.endswith("_dir")}], sort_keys=True, default=str).encode()).hexdigest()
-    state = course.start()
+    settings = {k: v for k, v in asdict(c).items() if not k.endswith("_dir")}
+    parts = [model_hash(student), list(trained), model_hash(teacher), computes_hash(student), computes_hash(teacher),
+        pairs.content_hash(), repr(method), settings]
+    fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    def begin():                                     # a map is fitted to what the models say, without dropout
+        with evaluating(student): return course.start()
+    state = begin()
     extra = [] if state is None else [p for p in state.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([*trained.values(), *extra], lr=c.lr, weight_decay=c.weight_decay, fused=True)
-    if c.checkpoint_gradients: student.gradient_checkpointing_enable(); student.train()
 
     step0, history = 0, []
     folder = Path(c.checkpoint_dir) if c.checkpoint_dir else None
@@ -222,7 +231,8 @@ def distill(
     bar = tqdm(range(step0, c.steps), initial=step0, total=c.steps, desc="distil", mininterval=2)
     parts = {}
     for step in bar:
-        if later and step == round(c.w_warmup * c.steps) or (c.refit_every and method.fits_w and step and step % c.refit_every == 0): state.load_state_dict(course.start().state_dict())
+        refit = c.refit_every and method.fits_w and step and step % c.refit_every == 0
+        if refit or (later and step == round(c.w_warmup * c.steps)): state.load_state_dict(begin().state_dict())
         whole = batch_rows(step, len(pairs), c.batch, c.seed, course.lengths, c.buckets)
         rows = whole[world.process_index::world.num_processes]
         on, parts = not (later and step < round(c.w_warmup * c.steps)), {}
@@ -252,11 +262,9 @@ def distill(
             bar.set_postfix(loss=f"{history[-1]['loss']:.3f}")
         if folder and world.is_main_process and done % c.checkpoint_every == 0 and done < c.steps: _save_checkpoint(folder, fingerprint, done, history, trained, optimizer, state)
 
-    if c.checkpoint_gradients: student.gradient_checkpointing_disable()
-    student.eval().requires_grad_(True)
     staleness = None
     if method.fits_w and c.steps:
-        staleness = map_angle(state.w, course.start().w)
+        staleness = map_angle(state.w, begin().w)
     if folder and world.is_main_process: shutil.rmtree(folder, ignore_errors=True)
     return DistillResult(student, history, c.steps, time.time() - start, *course.budget(), staleness)
 
@@ -276,20 +284,22 @@ def plain_distill(student, teacher, pairs, method, config) -> list[float]:
             sides.append((hidden, logits[batch.attention_mask.bool()] if c.kl_at == "all" else logits[torch.arange(len(ids)), batch.answer_pos]))
         (clean, z), (corrupt, z2) = sides
         t = lambda x: None if x is None else x.transpose(0, 1)
-        return Signals(z, z2, None, t(clean.get("sites")), t(corrupt.get("sites")), t(clean.get("layers")), batch.attention_mask.bool(), answer=batch.correct_token_id, temperature=c.temperature)
-    with torch.no_grad(): state = method.start(signals(student, pairs, want_s), signals(teacher, pairs, want_t), c.seed) if method.reads != "nothing" else None
-    trained = [p for n, p in student.named_parameters() if c.train_embeddings or n.startswith("model.layers.") or n == "model.norm.weight"]
-    student.requires_grad_(False)
-    for p in trained: p.requires_grad_(True)
-    trained += [] if state is None else list(state.parameters())
-    optimizer, losses = torch.optim.AdamW(trained, lr=c.lr, weight_decay=c.weight_decay, foreach=False), []
-    for step in range(c.steps):
-        batch = pairs[batch_rows(step, len(pairs), c.batch, c.seed)]
-        with torch.no_grad(): t = signals(teacher, batch, want_t)
-        s = signals(student, batch, want_s)
-        own, _ = method.loss(s, t, state)
-        loss = c.kl_weight * method.answer_loss(s, t, c.temperature) + (0 if own is None else c.method_weight * own)
-        losses.append(loss.item())
-        for group in optimizer.param_groups: group["lr"] = lr_at(step, c)
-        loss.backward(); nn.utils.clip_grad_norm_(trained, c.clip); optimizer.step(); optimizer.zero_grad()
+        return Signals(z, z2, None, t(clean.get("sites")), t(corrupt.get("sites")), t(clean.get("layers")), batch.attention_mask.bool(), answer=batch.correct_token_id,
+            temperature=c.temperature)
+    state = None
+    if method.reads != "nothing":
+        with evaluating(teacher), evaluating(student), torch.no_grad():
+            state = method.start(signals(student, pairs, want_s), signals(teacher, pairs, want_t), c.seed)
+    with evaluating(teacher), training(student, c.train_embeddings) as chosen:
+        trained = [*chosen.values(), *([] if state is None else state.parameters())]
+        optimizer, losses = torch.optim.AdamW(trained, lr=c.lr, weight_decay=c.weight_decay, foreach=False), []
+        for step in range(c.steps):
+            batch = pairs[batch_rows(step, len(pairs), c.batch, c.seed)]
+            with torch.no_grad(): t = signals(teacher, batch, want_t)
+            s = signals(student, batch, want_s)
+            own, _ = method.loss(s, t, state)
+            loss = c.kl_weight * method.answer_loss(s, t, c.temperature) + (0 if own is None else c.method_weight * own)
+            losses.append(loss.item())
+            for group in optimizer.param_groups: group["lr"] = lr_at(step, c)
+            loss.backward(); nn.utils.clip_grad_norm_(trained, c.clip); optimizer.step(); optimizer.zero_grad()
     return losses

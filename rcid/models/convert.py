@@ -10,7 +10,8 @@ from contextlib import ExitStack
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from .adapters import get_adapter
+from .adapters import get_adapter, model_device, weights_of
+from .cast import carry_rotary, cast
 
 # %% ../../nbs/01_models/04_convert.ipynb #6d2ddf48
 @torch.no_grad()
@@ -29,9 +30,11 @@ def head_scales(
             sums[:, which, layer] += torch.stack([(x2 / rms).sum(0), (x2 / rms.square()).sum(0), x2.sum(0)]).double().cpu()
         return hook
     with ExitStack() as stack:
+        for m in model.modules(): stack.callback(setattr, m, "training", m.training)
+        model.eval()                                                       # dropout is no scale of a head
         for l in range(n):
             for which, part in enumerate((a.attention(l).q_proj, a.attention(l).k_proj)): stack.callback(part.register_forward_hook(count(which, l)).remove)
-        for i in range(0, len(ids), batch): a.trunk(ids[i:i + batch].to(next(model.parameters()).device))
+        for i in range(0, len(ids), batch): a.trunk(ids[i:i + batch].to(model_device(model)))
     first, second, square = sums
     gain = first / second.clamp_min(1e-12)
     return gain.float(), (1 - (gain * first).sum(-1) / square.sum(-1).clamp_min(1e-12)).clamp_min(0).float()
@@ -49,9 +52,8 @@ def to_qwen3(
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range",
         "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
     config = AutoConfig.for_model("qwen3", head_dim=a.head_dim, attn_implementation=c._attn_implementation, **{k: getattr(c, k) for k in same})
-    weight = a.embed.weight
-    new = AutoModelForCausalLM.from_config(config).to(weight.device, weight.dtype).eval()
-    absent, unknown = new.load_state_dict(model.state_dict(), strict=False)
+    new = cast(AutoModelForCausalLM.from_config(config).to(model_device(model)), a.embed.weight.dtype).eval()
+    absent, unknown = carry_rotary(model, new).load_state_dict(dict(weights_of(model)), strict=False)
     if unknown or any(not name.endswith(("q_norm.weight", "k_norm.weight")) for name in absent): raise ValueError(f"cannot convert this llama model: {[*absent, *unknown][:3]} have no counterpart")
     gain, lost = head_scales(model, ids)
     with torch.no_grad():

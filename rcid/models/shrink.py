@@ -7,9 +7,11 @@ __all__ = ['even_layers', 'shrink', 'choose_layers']
 
 # %% ../../nbs/01_models/03_shrink.ipynb #3a88ba12
 import copy
+import torch
 from typing import Callable
 from torch import nn
-from .adapters import get_adapter
+from .adapters import get_adapter, weights_of
+from .cast import carry_rotary
 
 # %% ../../nbs/01_models/03_shrink.ipynb #b2d489d5
 def even_layers(n_teacher: int, n_student: int) -> list[int]:
@@ -23,22 +25,28 @@ def shrink(
     keep_layers: int | list[int] # how many (evenly spaced), or which, strictly ascending
 ) -> nn.Module:
     "A depth-pruned copy of `model`, in eval mode; the original is untouched."
-    n = get_adapter(model).n_layers
+    a = get_adapter(model)
+    n = a.n_layers
     keep = even_layers(n, keep_layers) if isinstance(keep_layers, int) else list(keep_layers)
     if not keep or any(not 0 <= l < n for l in keep) or sorted(set(keep)) != keep:
         raise ValueError(f"keep_layers {keep} must be ascending, distinct and within 0..{n-1}")
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = len(keep)
     if getattr(config, "layer_types", None): config.layer_types = [config.layer_types[l] for l in keep]
-    student = type(model)(config).to(next(model.parameters()).device, next(model.parameters()).dtype)
+    with torch.device("meta"): student = type(model)(config)              # without weights: every one comes from the teacher, with its dtype and device
     kept = {f"model.layers.{l}.": f"model.layers.{i}." for i, l in enumerate(keep)}
     state = {}
-    for name, value in model.state_dict().items():
+    for name, value in weights_of(model):
         prefix = ".".join(name.split(".")[:3]) + "."
-        if prefix in kept: state[name.replace(prefix, kept[prefix], 1)] = value
-        elif not name.startswith("model.layers."): state[name] = value
-    student.load_state_dict(state)
-    return student.eval()
+        if prefix in kept: state[name.replace(prefix, kept[prefix], 1)] = value.clone()
+        elif not name.startswith("model.layers."): state[name] = value.clone()
+    if strange := sorted(set(state) ^ set(student.state_dict())):
+        raise ValueError(f"cannot shrink this {model.config.model_type} model: {', '.join(strange[:3])} is not a part of a plain one: merge or remove its adapters first")
+    student.load_state_dict(state, assign=True)
+    new = get_adapter(student)
+    if a.lm_head.weight is a.embed.weight or (a.lm_head.weight.is_meta and config.tie_word_embeddings): new.lm_head.weight = new.embed.weight
+    student.generation_config = copy.deepcopy(model.generation_config)
+    return carry_rotary(model, student).eval()
 
 # %% ../../nbs/01_models/03_shrink.ipynb #4939fee8
 def choose_layers(
