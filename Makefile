@@ -40,8 +40,8 @@ ifeq ($(SCALE),laptop)
 	$(call say,done: paper/main.pdf)
 else
 	$(call say,scale $(SCALE) runs in .workspaces/$(SCALE); the committed results stay as they are)
-	@$(BIN)/python -m rcid.core.workspace $(SCALE) $(SET)
-	cd .workspaces/$(SCALE) && export RCID_ROOT=$$PWD PYTHONPATH=$$PWD && dvc pull --quiet -r embedded data.dvc && $(LAUNCH) pilot && $(LAUNCH)
+	@"$(BIN)/python" -m rcid.core.workspace $(SCALE) $(SET)
+	cd .workspaces/$(SCALE) && export RCID_ROOT="$$PWD" PYTHONPATH="$$PWD" && python -m rcid.core.workspace tables && $(LAUNCH) pilot && $(LAUNCH)
 	$(call say,done: .workspaces/$(SCALE)/paper/main.pdf)
 endif
 

@@ -147,7 +147,7 @@ def mind_git(folder: str | Path):
 def checkout_tables():
     "Fetches `data/` from the DVC remote that travels with the repository."
     mind_git(root())
-    command = [sys.executable, "-m", "dvc", "pull", "--quiet", "-r", "embedded", "data.dvc"]
+    command = [sys.executable, "-m", "dvc", "pull", "-r", "embedded", "data.dvc"]
     run_command(command, "could not check out the tables of data/", cwd=root())
 
 def embedded(name: str):
