@@ -366,6 +366,12 @@ def test_a_rebase_of_notebook_and_module(clone):
     assert run(clone, home, "git", "commit", "-q", "-m", "ours").returncode == 0
     run(clone, home, "git", "checkout", "-q", "topic")
     done = run(clone, home, "git", "rebase", "-q", "main")
+    if done.returncode:                                                     # both changed the list of public names: export settles it
+        unmerged = run(clone, home, "git", "diff", "--name-only", "--diff-filter=U").stdout.split()
+        assert unmerged and all(name.startswith("rcid/") for name in unmerged), output_of(done)
+        run(clone, home, str(tools/"nbdev_export"))
+        run(clone, home, "git", "add", "-A")
+        done = run(clone, home, "git", "-c", "core.editor=true", "rebase", "--continue")
     assert done.returncode == 0, output_of(done)
     code, module = "".join(read(clone/EDITED).values()), (clone/MODULE).read_text()
     assert run(clone, home, "git", "log", "-1", "--format=%s").stdout == "The student's floor\n"
