@@ -584,10 +584,11 @@ def code_cells(notebook: Path) -> list[dict]: return [c for c in json.loads(note
 
 @pytest.mark.parametrize("notebook", [*EXPERIMENTS, ROOT/"nbs"/"index.ipynb"], ids=lambda n: n.stem)
 def test_an_experiment_runs_where_its_kernel_stands(notebook, monkeypatch):
-    "After its imports it is in the workspace, whichever folder JupyterLab started the kernel in."
+    "Before anything is read it is in the workspace, whichever folder JupyterLab started the kernel in."
     monkeypatch.chdir(notebook.parent)
-    (source, *_) = ["".join(c["source"]) for c in code_cells(notebook) if "from rcid.core import" in "".join(c["source"])] or ["pass"]
-    exec(source, {})
+    sources = ["".join(c["source"]) for c in code_cells(notebook)]
+    first = next(i for i, s in enumerate(sources) if re.search(r"(?m)^(from|import) ", s))
+    exec("\n".join(s for s in sources[:first + 1] if not s.startswith("%")), {})
     assert Path.cwd() == ROOT
 
 
