@@ -109,7 +109,8 @@ def install(folder: Path) -> list[str]:
     none = f"{folder} is not a git repository of its own: no merge driver and no commit check"
     if not shutil.which("git"): return [none + " (git is not installed)"]
     top = git("rev-parse", "--show-toplevel")
-    if top.returncode or Path(top.stdout.rstrip("\n")).resolve() != folder.resolve(): return [none]
+    if top.returncode: return [f"{none} ({top.stderr.splitlines()[0]})"]
+    if Path(top.stdout.rstrip("\n")).resolve() != folder.resolve(): return [none]
     common = (folder/git("rev-parse", "--git-common-dir").stdout.rstrip("\n")).resolve()
     python, tool, hooks = os.path.abspath(sys.executable), common/"rcid"/"notebooks.py", common/"hooks"
     tool.parent.mkdir(exist_ok=True)
