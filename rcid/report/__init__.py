@@ -13,5 +13,6 @@ from .claims import compare_claim, holm, no_test_claim, site_claim, unit_claim, 
 from .differences import accuracy_difference, consistency_difference, read_effects, statistic_of
 from .results import (EXP1, EXP2, budget_table, companions_table, curves, exp1_claims, exp2_claims, limits_sentence, method_rows, methods_table, model_name, models_sentence,
                                  models_table, pilot_claim, pilot_table, profiles, read_families, read_matrix, run_tests, setup_values, sites_table, summary, tests_table)
+from .plots import write_plots
 from .studies import (EXP5, architecture_claim, architecture_table, filter_claim, purity_claims, purity_figure, purity_rows, purity_table, robustness_claims, robustness_figure, robustness_points,
                                  robustness_report, robustness_table)

@@ -7,7 +7,7 @@ __all__ = ['SKIPPED', 'CONF', 'CSS', 'module_closure', 'imported', 'notebook_key
            'callouts', 'page', 'library_pages', 'experiment_pages', 'build_docs', 'main']
 
 # %% ../../nbs/08_report/06_docs.ipynb #dcb30346
-import ast, hashlib, importlib, importlib.util, json, os, re, shutil, subprocess, sys
+import ast, hashlib, importlib, importlib.util, json, os, re, shutil, subprocess, sys, tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from ..core.paths import root, whole_file
@@ -47,17 +47,26 @@ def notebook_key(notebook: Path) -> str:
     for file in module_closure(n for n in imported(python) if n.startswith("rcid")): digest.update(file.read_bytes())
     return digest.hexdigest()
 
+def _run(nb, folder: Path):
+    "Executes `nb` in place, by a kernel that talks through files, not TCP ports, and has no IPython settings of the user."
+    from jupyter_client.manager import AsyncKernelManager
+    from nbclient import NotebookClient
+    class LocalKernel(AsyncKernelManager):
+        def __init__(self, *args, **kw): super().__init__(*args, **{**kw, "transport": "ipc", "ip": f"{private}/kernel"})
+    with tempfile.TemporaryDirectory(prefix="rcid-") as private:
+        NotebookClient(nb, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(folder)}},
+                       kernel_manager_class=LocalKernel, extra_arguments=[f"--ipython-dir={private}"]).execute()
+
 def execute(notebook: Path, cache: Path) -> dict:
     "The notebook with its outputs, from `cache` if its code is unchanged; cells marked slow, gpu, hub or notest stay without."
     import nbformat
-    from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
     key, kept = notebook_key(notebook), cache/f"{notebook.parent.name}-{notebook.name}"
     nb = json.loads(notebook.read_text(encoding="utf-8"))
     if kept.exists() and (old := json.loads(kept.read_text(encoding="utf-8")))["key"] == key: outputs = old["outputs"]
     else:
         copy = nbformat.from_dict({**nb, "cells": [{**c, "source": "" if c["cell_type"] == "code" and SKIPPED.search(_source(c)) else _source(c)} for c in nb["cells"]]})
-        try: NotebookClient(copy, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(notebook.parent)}}).execute()
+        try: _run(copy, notebook.parent)
         except CellExecutionError as e: raise RuntimeError(f"docs: {notebook.relative_to(root())} fails: {e.ename}: {e.evalue}") from None
         outputs = {c["id"]: [o for o in c["outputs"] if not (o["output_type"] == "stream" and o["name"] == "stderr")] for c in copy["cells"] if c["cell_type"] == "code"}
         with whole_file(kept) as f: f.write(json.dumps({"key": key, "outputs": outputs}).replace(str(root()), "."))
