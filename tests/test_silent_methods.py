@@ -13,7 +13,7 @@ from rcid.data.holdout import told_problems
 from rcid.data.reasoning import encode_problems
 from rcid.distill import METHODS, DistillConfig, Wanted, distill, divergence, model_hash, plain_distill, teacher_targets, train_language
 from rcid.distill.methods import DIITO, Signals
-from rcid.kv import KV_METHODS, KVCache, KVCourse, LatentModel, codi_loss, diagnose_losses, kv_attention, with_latents
+from rcid.kv import KV_METHODS, KVCache, KVCourse, LatentModel, codi_loss, diagnose_losses, kv_attention, kv_regression, with_latents
 from rcid.kv.aligner import AlignedKV
 from rcid.kv.compress import decode_score
 from rcid.kv.losses import attention_kl
@@ -499,6 +499,18 @@ def test_the_kl_of_latent_kd_uses_the_temperature(thinking):
         logits = [(get_adapter(course.student).lm_head(final[i, a - 1:e - 1]), get_adapter(teacher).lm_head(course.targets["final"][i, :e - a])) for i, (_, _, a, e) in enumerate(thought.segments.tolist())]
         want = divergence(torch.cat([s for s, _ in logits]), torch.cat([t for _, t in logits]), temperature=3.).mean()
     assert got.item() == pytest.approx(want.item(), rel=1e-5)
+
+
+# parts of the KV loss compare keys with keys and values with values, whatever the batch they are a share of
+
+@pytest.mark.parametrize("loss", ("mse", "smooth_l1"))
+@pytest.mark.parametrize("layer_std", (False, True))
+def test_keys_are_compared_with_keys(loss, layer_std):
+    g = torch.Generator().manual_seed(0)
+    k_s, v_s, k_t, v_t = (torch.randn(2, 3, 2, 5, 4, generator=g) for _ in range(4))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
+    parts = replace(KV_METHODS["kv_mse"], loss=loss, layer_std=layer_std).kv_parts(KVCache(k_s, v_s, mask), AlignedKV(k_t, v_t, mask))
+    assert torch.equal(parts["k"], kv_regression(k_s, k_t, mask, kind=loss, layer_std=layer_std)) and torch.equal(parts["v"], kv_regression(v_s, v_t, mask, kind=loss, layer_std=layer_std))
 
 
 # 6. what a docstring says of its source

@@ -86,10 +86,10 @@ class KVMethod:
 
     def kv_parts(self, own: KVCache, target: AlignedKV, weights: Float[Tensor, "batch seq"] | None = None, std: tuple = (None, None)) -> dict[str, Tensor]:
         "Unweighted parts of the KV loss and their `total`, at the places of the target."
-        k, v, mask = (own.k, own.v), (target.k, target.v), target.mask
-        if self.loss == "mercator": return MercatorKVLoss()(*k, *v, mask, weights)
-        if self.loss == "structural": return StructuralKVLoss(a_attn=self.a_attn)(*k, *v, mask, weights, own.q, target.q)
-        parts = {n: kv_regression(s, t, mask, weights, self.loss, self.layer_std, d) for n, (s, t), d in zip("kv", (k, v), std)}
+        student, teacher, mask = (own.k, own.v), (target.k, target.v), target.mask
+        if self.loss == "mercator": return MercatorKVLoss()(*student, *teacher, mask, weights)
+        if self.loss == "structural": return StructuralKVLoss(a_attn=self.a_attn)(*student, *teacher, mask, weights, own.q, target.q)
+        parts = {n: kv_regression(s, t, mask, weights, self.loss, self.layer_std, d) for n, s, t, d in zip("kv", student, teacher, std)}
         return parts | dict(total=(parts["k"] + parts["v"]) / 2)
 
 _KV = dict(a_kv=1.0)
