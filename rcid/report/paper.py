@@ -9,6 +9,7 @@ __all__ = ['USE', 'ENGINES', 'PaperError', 'read_source', 'keys_used', 'fill', '
 # %% ../../nbs/08_report/05_paper.ipynb #d73dd280
 import argparse, os, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
+from ..core.commands import CommandFailed, last_words, run_command
 from ..core.paths import root, whole_file
 from .tables import read_values
 
@@ -73,8 +74,8 @@ def to_typst(text: str, folder: Path) -> str:
     command = [pandoc, "--from=latex", "--to=typst", "--standalone", "--number-sections", "--citeproc", f"--bibliography={folder/'references.bib'}",
                "--metadata=link-citations=true", "--metadata=reference-section-title=References", "--wrap=preserve"]
     if styled.exists(): command += [f"--template={styled/'template.typ'}", f"--lua-filter={styled/'filter.lua'}"]
-    done = subprocess.run(command, input=text.encode(), capture_output=True, cwd=folder)
-    if done.returncode: raise PaperError([f"pandoc could not read the paper: {done.stderr.decode().strip().splitlines()[-1]}"])
+    try: done = run_command(command, "pandoc could not read the paper", text=False, input=text.encode(), cwd=folder)
+    except CommandFailed as e: raise PaperError([str(e)]) from None
     # Unnumbered: the list of references. Its heading is the one that pandoc adds.
     return done.stdout.decode().replace("= References\n", "#heading(numbering: none)[References]\n", 1)
 
@@ -97,7 +98,7 @@ def build_latex(text: str, folder: Path) -> bytes:
         log = (Path(d)/"main.log").read_text(errors="replace") if (Path(d)/"main.log").exists() else done.stdout.decode(errors="replace")
         if done.returncode:
             if (m := re.search(r"File `([^']+)\.sty' not found", log)): raise PaperError([f"LaTeX package {m[1]} is missing: install it, or build with engine=\"typst\""])
-            raise PaperError(["LaTeX stopped: " + next((line[2:] for line in log.splitlines() if line.startswith("! ")), "see the source")])
+            raise PaperError(["LaTeX stopped: " + next((line[2:] for line in log.splitlines() if line.startswith("! ")), last_words(done.stderr.decode(errors="replace"), log))])
         return (Path(d)/"main.pdf").read_bytes()
 
 # %% ../../nbs/08_report/05_paper.ipynb #4cf54412
