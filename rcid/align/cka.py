@@ -10,7 +10,7 @@ from typing import Iterable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from ..models.adapters import get_adapter
+from ..models.adapters import get_adapter, model_device
 from ..causal.engine import evaluating
 from ..causal.hooks import capture
 
@@ -119,7 +119,7 @@ def layer_cka(
         if keep.sum() < 4: raise ValueError(f"layer_cka: batch {i} has {int(keep.sum())} tokens besides padding, BOS and first tokens, it needs at least 4: use larger batches")
         sides = []
         for model in (model_a,) if model_b is model_a else (model_a, model_b):
-            device = next(model.parameters()).device
+            device = model_device(model)
             with evaluating(model), capture(model) as hidden: get_adapter(model).trunk(ids.to(device), mask.to(device))
             sides.append(torch.stack([hidden[l][keep.to(device)].float() for l in sorted(hidden)]))
         hsic = _hsic(sides[0], sides[-1].to(sides[0].device), debiased)

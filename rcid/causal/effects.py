@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .engine import count_macs, evaluating, logit_difference, restart_error, row_bytes, sweep
 from .hooks import Site, read, rows_of, write
 from ..data.pairs import ContrastiveDataset
-from ..models.adapters import get_adapter
+from ..models.adapters import get_adapter, model_device
 
 # %% ../../nbs/03_causal/01_effects.ipynb #bcde3361
 def run_logit_diff(model: nn.Module, ids: Int[Tensor, "pair seq"], pairs: ContrastiveDataset) -> Float[Tensor, "pair"]:
@@ -27,7 +27,7 @@ def run_logit_diff(model: nn.Module, ids: Int[Tensor, "pair seq"], pairs: Contra
 def checked(model: nn.Module, pairs: ContrastiveDataset) -> ContrastiveDataset:
     "The pairs on the model's device; ValueError for unequal lengths or padding on the left."
     if pairs.clean_ids.shape != pairs.corrupt_ids.shape: raise ValueError(f"pairs of unequal length: clean {tuple(pairs.clean_ids.shape)}, corrupt {tuple(pairs.corrupt_ids.shape)}")
-    p = pairs.to(model.get_input_embeddings().weight.device)
+    p = pairs.to(model_device(model))
     seen = torch.arange(p.clean_ids.shape[1], device=p.answer_pos.device) <= p.answer_pos[:, None]
     if bool((p.attention_mask.bool() < seen).any()): raise ValueError("padding before an answer position: pairs are padded on the right")
     return p
@@ -96,7 +96,7 @@ _restartable = WeakKeyDictionary()               # model -> {(attention, dtype, 
 
 def _why_not(model, pairs) -> str | None: # None if the engine can restart this model
     if getattr(model, "several_passes", lambda ids: False)(pairs.clean_ids): return "it takes several passes over this input"   # latent places
-    kind = (model.config._attn_implementation, model.dtype, model.device)
+    kind = (model.config._attn_implementation, model.dtype, model_device(model))
     seen = _restartable.setdefault(model, {})
     if kind not in seen:
         if set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}: seen[kind] = "it has layers without full attention"
@@ -135,11 +135,12 @@ def causal_effects(model: nn.Module, pairs: ContrastiveDataset,
             warnings.warn(f"causal_effects takes the slow path for this {a.family} model: {why}", stacklevel=2)
             return naive_effects(model, pairs, sites, mode, batch_size)
         length, last = p.answer_pos.cpu() + 1, a.n_layers - 1
-        fit, work = _shares(a, memory or _budget(model.device), int(length.max()), len(sites))
+        fit, work = _shares(a, memory or _budget(p.clean_ids.device), int(length.max()), len(sites))
         batch_size = min(batch_size or fit, fit)
         effects = torch.zeros(len(p), len(sites), device=p.clean_ids.device)
         for rows in length.argsort(stable=True).split(batch_size):        # similar lengths together
-            effects[rows] = _batch_effects(model, p[rows], mode, layer, position[rows], last, tokens or (512 if model.device.type == "cpu" else 16384), work, skip_zero)
+            block = tokens or (512 if p.clean_ids.device.type == "cpu" else 16384)
+            effects[rows] = _batch_effects(model, p[rows], mode, layer, position[rows], last, block, work, skip_zero)
     return effects
 
 def _needed(pairs, layer, position, last, skip_zero): # the (pair, site) that must be run, and the distinct (pair, layer, position) among them

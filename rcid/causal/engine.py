@@ -12,7 +12,7 @@ from typing import Callable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from ..models.adapters import ModelAdapter, get_adapter, hidden_of
+from ..models.adapters import ModelAdapter, get_adapter, hidden_of, in_memory
 
 # %% ../../nbs/03_causal/03_engine.ipynb #0be81a79
 def logit_difference(adapter: ModelAdapter,
@@ -20,9 +20,9 @@ def logit_difference(adapter: ModelAdapter,
     correct: Int[Tensor, "batch"], wrong: Int[Tensor, "batch"] # token ids
 ) -> Float[Tensor, "batch"]:
     "`logit[correct] - logit[wrong]` in float32, from two rows of the LM head."
-    head = adapter.lm_head
-    ld = (normed.float() * (head.weight[correct].float() - head.weight[wrong].float())).sum(-1)
-    if head.bias is not None: ld = ld + (head.bias[correct] - head.bias[wrong]).float()
+    with in_memory(adapter.lm_head) as head:
+        ld = (normed.float() * (head.weight[correct].float() - head.weight[wrong].float())).sum(-1)
+        if head.bias is not None: ld = ld + (head.bias[correct] - head.bias[wrong]).float()
     if not bool(ld.isfinite().all()): raise FloatingPointError(f"{int((~ld.isfinite()).sum())} of {len(ld)} logit differences are NaN or infinite: the {adapter.family} model's weights or dtype ({normed.dtype}) are broken")
     return ld
 

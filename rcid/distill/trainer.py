@@ -286,11 +286,11 @@ def plain_distill(student, teacher, pairs, method, config) -> list[float]:
         t = lambda x: None if x is None else x.transpose(0, 1)
         return Signals(z, z2, None, t(clean.get("sites")), t(corrupt.get("sites")), t(clean.get("layers")), batch.attention_mask.bool(), answer=batch.correct_token_id,
             temperature=c.temperature)
-    state = None
-    if method.reads != "nothing":
-        with evaluating(teacher), evaluating(student), torch.no_grad():
-            state = method.start(signals(student, pairs, want_s), signals(teacher, pairs, want_t), c.seed)
     with evaluating(teacher), training(student, c.train_embeddings) as chosen:
+        state = None
+        if method.reads != "nothing":
+            with evaluating(student), torch.no_grad():
+                state = method.start(signals(student, pairs, want_s), signals(teacher, pairs, want_t), c.seed)
         trained = [*chosen.values(), *([] if state is None else state.parameters())]
         optimizer, losses = torch.optim.AdamW(trained, lr=c.lr, weight_decay=c.weight_decay, foreach=False), []
         for step in range(c.steps):

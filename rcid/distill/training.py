@@ -7,8 +7,9 @@ __all__ = ['trainable', 'training']
 
 # %% ../../nbs/05_distill/07_training.ipynb #73d3473a
 from contextlib import contextmanager
-import torch
+from functools import partial
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from ..models.adapters import get_adapter
 
 # %% ../../nbs/05_distill/07_training.ipynb #4f53df25
@@ -20,8 +21,9 @@ def trainable(
     a = get_adapter(model)
     inside = {id(p) for part in (a.layers, a.final_norm) for p in part.parameters()}
     found = {n: p for n, p in model.named_parameters() if p.requires_grad and (embeddings or id(p) in inside)}
-    if not found: raise ValueError("nothing to train: all parameters of the layers and the final norm are frozen (requires_grad is False): unfreeze what should learn"
-        + ("" if embeddings else ", or set train_embeddings"))
+    if not found:
+        raise ValueError("nothing to train: all parameters of the layers and the final norm are frozen (requires_grad is False): "
+            + "unfreeze what should learn" + ("" if embeddings else ", or set train_embeddings"))
     return found
 
 # %% ../../nbs/05_distill/07_training.ipynb #6e3eb0ce
@@ -31,9 +33,9 @@ def training(
     embeddings: bool = False,            # embeddings and head too
     recompute: bool = False              # activations are recomputed in the backward pass
 ):
-    "Yields the parameters to train by name, float32 inside the block; then dtypes, modes, `requires_grad` and checkpointing are as they were."
+    "Yields the parameters to train by name, float32 inside the block; after it everything but their values is as it was."
     if any(p.is_meta for p in model.parameters()):
-        raise ValueError("cannot train a model whose weights are offloaded (device meta): load it whole, without device_map or cpu_offload")
+        raise ValueError("cannot train a model whose weights are offloaded (device meta): load it without device_map or cpu_offload")
     a, chosen = get_adapter(model), trainable(model, embeddings)
     before = [(p, p.dtype, p.requires_grad) for p in model.parameters()]
     modes, moved = [(m, m.training) for m in model.modules()], {id(p) for p in chosen.values()}
@@ -43,12 +45,16 @@ def training(
             p.grad = None                                                  # of an earlier backward pass: no part of this training
             if p.is_floating_point() and dtype.itemsize < 4: p.data = p.data.float()
             p.requires_grad_(id(p) in moved)
-        if ours: model.gradient_checkpointing_enable()
-        if recompute:
-            for layer in a.layers: layer.training = True                   # the flag that recomputing asks for; dropout inside asks its own module
+        if ours:                                                           # `gradient_checkpointing_enable` would leave a hook
+            for layer in a.layers:
+                layer.gradient_checkpointing = True
+                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        if recompute:                                                      # only in training mode; dropout asks its own module
+            for layer in a.layers: layer.training = True
         yield chosen
     finally:
-        if ours: model.gradient_checkpointing_disable()
+        if ours:
+            for layer in a.layers: layer.gradient_checkpointing = False
         for m, mode in modes: m.training = mode
         for p, dtype, wanted in before:
             p.grad = None

@@ -9,7 +9,7 @@ __all__ = ['answer_logits', 'task_accuracy']
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from ..models.adapters import get_adapter
+from ..models.adapters import get_adapter, model_device
 from ..causal.engine import evaluating
 from .stats import wilson
 
@@ -21,7 +21,7 @@ def answer_logits(
     answer_pos: Int[Tensor, "batch"],
 ) -> Float[Tensor, "batch vocab"]:
     "float32 logits at the answer position."
-    a, device = get_adapter(model), next(model.parameters()).device
+    a, device = get_adapter(model), model_device(model)
     hidden = a.trunk(input_ids.to(device), attention_mask.to(device))
     return a.lm_head(hidden[torch.arange(len(hidden), device=device), answer_pos.to(device)]).float()
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..causal.engine import evaluating
 from ..data.pairs import pad_mask
 from ..data.reasoning import ReasoningDataset, exact_match
+from ..models.adapters import model_device
 
 # %% ../../nbs/07_eval/07_decode.ipynb #64bd2ab3
 @torch.no_grad()
@@ -56,7 +57,7 @@ def solve(
     max_new: int = 40, batch_size: int = 256
 ) -> tuple[float, list[bool]]:           # exact match, and which problems are right
     "Greedy answers to problems."
-    texts, device = [], next(model.parameters()).device
+    texts, device = [], model_device(model)
     for i in range(0, len(data), batch_size):
         ids, mask = problem_prompts(data[i:i + batch_size].to(device), upto)
         texts += [tokenizer.decode(new) for new in greedy_decode(model, ids, mask, max_new, tokenizer.eos_token_id)]

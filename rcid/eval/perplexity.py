@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
-from ..models.adapters import get_adapter
+from ..models.adapters import get_adapter, model_device
 from ..causal.engine import evaluating
 
 # %% ../../nbs/07_eval/03_perplexity.ipynb #4eb5f6d4
@@ -35,7 +35,7 @@ def perplexity(
     head_rows: int = 256,             # positions per LM-head call: bounds the memory for logits
 ) -> float:
     "Token-weighted perplexity of a text under a sliding window."
-    texts, a, device = text if isinstance(text, list) else [text], get_adapter(model), next(model.parameters()).device
+    texts, a, device = text if isinstance(text, list) else [text], get_adapter(model), model_device(model)
     if tokenizer is None and any(isinstance(t, str) for t in texts): raise ValueError("perplexity: text needs its tokenizer (tokenizer=)")
     texts = [torch.as_tensor(tokenizer(t)["input_ids"] if isinstance(t, str) else t) for t in texts]
     for t in texts:

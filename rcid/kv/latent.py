@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from ..data.reasoning import ReasoningDataset
-from ..models.adapters import get_adapter
+from ..models.adapters import get_adapter, in_memory
 
 # %% ../../nbs/06_kv/08_latent.ipynb #2d321ff4
 def with_latents(
@@ -43,7 +43,8 @@ class _Trunk(nn.Module):
         "The input of every place: embeddings of words, hidden states where `at`."
         if at[:, 0].any(): raise ValueError(f"row {int(at[:, 0].nonzero()[0])} begins with a latent place: a thought needs a token before it")
         words = self.embed_tokens(input_ids)
-        size = torch.linalg.vector_norm(self.embed_tokens.weight.detach(), dtype=torch.float32) / self.embed_tokens.weight.numel()**.5
+        with in_memory(self.embed_tokens) as embed:
+            size = torch.linalg.vector_norm(embed.weight.detach(), dtype=torch.float32) / embed.weight.numel()**.5
         x = words
         for _ in range(self.iterations):                                                   # whole rows, so that a hook finds its position in every pass
             h = self.trunk[0](inputs_embeds=x, attention_mask=attention_mask, position_ids=position_ids, use_cache=False).last_hidden_state[:, :-1]

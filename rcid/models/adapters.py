@@ -53,7 +53,8 @@ class ModelAdapter:
     def mask(self, sees: Bool[Tensor, "batch 1 query key"], like: Tensor) -> Tensor:
         "A mask of truth values as the attention kernel wants it; only sdpa takes it as it is."
         if self.model.config._attn_implementation == "sdpa": return sees
-        return torch.zeros(sees.shape, dtype=like.dtype, device=sees.device).masked_fill_(~sees, torch.finfo(like.dtype).min)
+        closed = torch.zeros(sees.shape, dtype=like.dtype, device=sees.device)
+        return closed.masked_fill_(~sees, torch.finfo(like.dtype).min)
 
     def trunk(self,
         input_ids: Int[Tensor, "batch seq"],
@@ -103,6 +104,8 @@ def common_vocab(
     return v
 
 # %% ../../nbs/01_models/00_adapters.ipynb #6887024d
+_NO_WEIGHTS = "the model has no weights (device meta) and no hook that fetches them: load it with load_model"
+
 def model_device(model: nn.Module) -> torch.device:
     "The device that a model takes its tokens on, also where accelerate keeps its weights elsewhere."
     embed = model.get_input_embeddings()
@@ -111,7 +114,7 @@ def model_device(model: nn.Module) -> torch.device:
     for one in getattr(hook, "hooks", [hook]):                             # accelerate puts several hooks into one
         device = getattr(one, "execution_device", None)
         if device is not None: return torch.device(device)
-    raise ValueError("the model has no weights (device meta) and no hook that fetches them: load it with load_model")
+    raise ValueError(_NO_WEIGHTS)
 
 @contextmanager
 def in_memory(module: nn.Module):
@@ -121,8 +124,7 @@ def in_memory(module: nn.Module):
         return
     from accelerate.utils import align_module_device
     with align_module_device(module):
-        if any(p.is_meta for p in module.parameters(recurse=False)):
-            raise ValueError("the model has no weights (device meta) and no hook that fetches them: load it with load_model")
+        if any(p.is_meta for p in module.parameters(recurse=False)): raise ValueError(_NO_WEIGHTS)
         yield module
 
 def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

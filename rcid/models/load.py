@@ -88,11 +88,13 @@ def _from_gguf(spec: dict) -> Path:
         save_model(model, AutoTokenizer.from_pretrained(tmp, **kw), folder)
     return folder
 
-_HOW = "`make repro` (or `dvc repro models@llama`, `heal@llama` ...) makes the models of this project; else give a folder that exists, or a hub id such as org/name"
+_HOW = ("`make repro` (or `dvc repro models@llama`, `heal@llama` ...) makes the models of this project; "
+    "else give a folder that exists, or a hub id such as org/name")
 
 def _is_folder(spec: str | Path) -> bool: # and not a hub id, which is `name` or `org/name`
-    path = Path(spec).expanduser()
-    return isinstance(spec, Path) or path.is_dir() or path.is_absolute() or str(spec).startswith(("~", ".")) or str(spec).count("/") > 1 or "\\" in str(spec)
+    path, text = Path(spec).expanduser(), str(spec)
+    written_so = path.is_absolute() or text.startswith(("~", ".")) or text.count("/") > 1 or "\\" in text or " " in text
+    return isinstance(spec, Path) or path.is_dir() or written_so
 
 def load_model(
     spec: str | Path | dict, # hub id | path | {hub, revision} | {path} | {wheel, file, sha256} | {arch, ...}
@@ -112,7 +114,8 @@ def load_model(
     elif "path" in spec: source, kw = Path(spec["path"]).expanduser(), {}
     else: source, kw = spec["hub"], {"revision": spec.get("revision")}
     if isinstance(source, Path) and not (source/"config.json").exists():
-        raise FileNotFoundError(f"no model in {source} ({'no config.json' if source.is_dir() else 'no such folder'}): {_HOW}")
+        missing = "no config.json" if source.is_dir() else "no such folder"
+        raise FileNotFoundError(f"no model in {source} ({missing}): {_HOW}")
     if isinstance(source, Path) and (bad := broken_seal(source)): raise RuntimeError(f"could not load {source}: {', '.join(bad)} does not match its SHA-256: delete the folder and run `dvc repro`")
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False, **kw)

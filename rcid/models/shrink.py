@@ -33,7 +33,7 @@ def shrink(
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = len(keep)
     if getattr(config, "layer_types", None): config.layer_types = [config.layer_types[l] for l in keep]
-    with torch.device("meta"): student = type(model)(config)              # without weights: every one comes from the teacher, with its dtype and device
+    with torch.device("meta"): student = type(model)(config)               # without weights: they are the teacher's
     kept = {f"model.layers.{l}.": f"model.layers.{i}." for i, l in enumerate(keep)}
     state = {}
     for name, value in weights_of(model):
@@ -41,10 +41,10 @@ def shrink(
         if prefix in kept: state[name.replace(prefix, kept[prefix], 1)] = value.clone()
         elif not name.startswith("model.layers."): state[name] = value.clone()
     if strange := sorted(set(state) ^ set(student.state_dict())):
-        raise ValueError(f"cannot shrink this {model.config.model_type} model: {', '.join(strange[:3])} is not a part of a plain one: merge or remove its adapters first")
+        raise ValueError(f"cannot shrink this {a.family} model: {', '.join(strange[:3])} not in a plain one: merge its adapters first")
     student.load_state_dict(state, assign=True)
-    new = get_adapter(student)
-    if a.lm_head.weight is a.embed.weight or (a.lm_head.weight.is_meta and config.tie_word_embeddings): new.lm_head.weight = new.embed.weight
+    tied = a.lm_head.weight is a.embed.weight or (a.embed.weight.is_meta and config.tie_word_embeddings)
+    if tied: student.lm_head.weight = student.model.embed_tokens.weight
     student.generation_config = copy.deepcopy(model.generation_config)
     return carry_rotary(model, student).eval()
 

@@ -1,0 +1,323 @@
+"""A training moves the weights it is to move, and gives both models back as they came: dtype, modes, frozen weights, hooks, gradients."""
+import copy, itertools, json, math
+from dataclasses import replace
+from types import SimpleNamespace
+import pytest, torch
+from accelerate import cpu_offload
+from conftest import ROOT
+from rcid.causal import Site
+from rcid.data import load_pairs
+from rcid.data.reasoning import encode_problems, word_problems
+from rcid.distill import DistillConfig, Wanted, distill, model_hash, plain_distill, teacher_targets, train_language
+from rcid.kv import LatentModel, kv_method
+from rcid.models import byte_tokenizer, load_model, shrink
+
+CONFIG = DistillConfig(sites=(Site(0, "s2"), Site(1, "end"), Site(2, "end")), layer_map={0: 0, 1: 0, 2: 1, 3: 1}, steps=6, batch=8, lr=1e-3, log_every=1)
+TEXT = torch.randint(3, 200, (8, 20), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def toy(make_model, tokenizers):
+    "A random teacher (four layers) and sixteen pairs."
+    return make_model("llama", d_model=32, heads=2, kv_heads=1, d_mlp=64), load_pairs("ioi", tokenizers["llama"], split="train", n=16)
+
+
+@pytest.fixture(scope="module")
+def words():
+    "Problems with their reasoning, a model that reads them, and the token of a latent place."
+    tokenizer = byte_tokenizer()
+    problems = word_problems("train", style="equation", steps=(2,), operations="+-", largest=9)
+    problems = encode_problems(list(itertools.islice(problems, 12)), tokenizer)
+    return load_model({"arch": "llama", "layers": 2, "d_model": 32, "heads": 2, "kv_heads": 1, "d_mlp": 64}, dtype="float32", device="cpu")[0], problems, tokenizer.bos_token_id
+
+
+def rounded(model, dtype=torch.bfloat16):
+    "The user's model in 16 bits: its weights, as `from_pretrained` reads them."
+    model = copy.deepcopy(model)
+    for p in model.parameters(): p.data = p.data.to(dtype)
+    return model
+
+
+def learn(how, student, toy, words, config=CONFIG, **kw):
+    "One of the trainings; the losses of its steps."
+    teacher, pairs = toy
+    if how == "language": return train_language(student, TEXT, steps=6, batch=4, lr=1e-3, train_embeddings=config.train_embeddings, **kw)
+    if how == "heal": return train_language(student, TEXT, steps=6, batch=4, lr=1e-3, teacher=teacher, train_embeddings=config.train_embeddings, **kw)
+    if how == "plain": return plain_distill(student, teacher, pairs, "rcid", config)
+    if how == "kv":
+        plain, data, latent = words
+        return [h["loss"] for h in distill(LatentModel(student, latent, 1), plain, data, kv_method("kv_structured", latents=3, fit_steps=2), replace(config, sites=(), layer_map={}, batch=4), **kw).history]
+    return [h["loss"] for h in distill(student, teacher, pairs, how, config, **kw).history]
+
+
+WAYS = ("standard_kd", "rcid", "fitnets", "language", "heal", "plain", "kv")
+
+
+def start(how, toy, words):
+    "A student for this training."
+    return copy.deepcopy(words[0]) if how == "kv" else shrink(toy[0], 2)
+
+
+def state(model):
+    "All that is the owner's, but for the weights."
+    return ([(n, p.dtype, p.requires_grad, p.grad) for n, p in model.named_parameters()], [(n, b.dtype) for n, b in model.named_buffers()], [m.training for m in model.modules()],
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()], [getattr(m, "gradient_checkpointing", False) for m in model.modules()])
+
+
+# sixteen bits
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("how", WAYS)
+def test_a_model_in_sixteen_bits_learns_as_its_float32_copy(toy, words, how, dtype):
+    "The same losses, bit for bit, and the same weights in the end, rounded once."
+    half = rounded(start(how, toy, words), dtype)
+    whole = copy.deepcopy(half)
+    for p in whole.parameters(): p.data = p.data.float()
+    before = state(half)
+    losses, want = learn(how, half, toy, words), learn(how, whole, toy, words)
+    assert losses == want and state(half) == before and half.dtype == dtype
+    for (n, p), q in zip(half.named_parameters(), whole.parameters(), strict=True): assert torch.equal(p, q.to(dtype)), n
+
+
+def test_small_steps_are_not_rounded_away(toy):
+    "The settings of the README: a learning rate of 5e-5. In the end most of the weights have moved where float32 moves all, and the KL is lower."
+    teacher, pairs = toy
+    student = rounded(shrink(teacher, 2))
+    before = {n: p.clone() for n, p in student.named_parameters()}
+    history = distill(student, teacher, pairs, "standard_kd", replace(CONFIG, steps=40, lr=5e-5)).history
+    moved = sum(int((p != before[n]).sum()) for n, p in student.named_parameters() if n.startswith("model.layers."))
+    share = moved / sum(p.numel() for n, p in student.named_parameters() if n.startswith("model.layers."))
+    again = distill(copy.deepcopy(student), teacher, pairs, "standard_kd", replace(CONFIG, steps=1, lr=0., batch=16)).history[0]["kl"]
+    first = distill(rounded(shrink(teacher, 2)), teacher, pairs, "standard_kd", replace(CONFIG, steps=1, lr=0., batch=16)).history[0]["kl"]
+    whole = rounded(shrink(teacher, 2))
+    for p in whole.parameters(): p.data = p.data.float()
+    distill(whole, teacher, pairs, "standard_kd", replace(CONFIG, steps=40, lr=5e-5))
+    fine = distill(whole, teacher, pairs, "standard_kd", replace(CONFIG, steps=1, lr=0., batch=16)).history[0]["kl"]
+    print(share, first, again, fine)
+    assert history[-1]["kl"] < history[0]["kl"] and again < first and share > .3
+
+
+# what the owner froze
+
+
+class LoRA(torch.nn.Module):
+    "A Linear with a low-rank part beside it, as peft puts it into a model."
+    def __init__(self, base: torch.nn.Linear, rank: int = 2):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.base_layer = base
+        self.lora_A, self.lora_B = torch.nn.Linear(base.in_features, rank, bias=False), torch.nn.Linear(rank, base.out_features, bias=False)
+        self.lora_A.weight.data.normal_(generator=g).mul_(.1); self.lora_B.weight.data.normal_(generator=g).mul_(.1)
+    def forward(self, x): return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+
+def with_lora(model, dtype=torch.float32):
+    "The base frozen, adapters at queries and values of every layer."
+    model = rounded(model, dtype).requires_grad_(False)
+    for layer in model.model.layers:
+        for name in ("q_proj", "v_proj"): setattr(layer.self_attn, name, LoRA(getattr(layer.self_attn, name)))
+    return model
+
+
+@pytest.mark.parametrize("embeddings", (False, True))
+@pytest.mark.parametrize("how", WAYS)
+def test_a_student_with_adapters_trains_its_adapters(toy, words, how, embeddings):
+    student = with_lora(start(how, toy, words))
+    before, weights = state(student), {n: p.clone() for n, p in student.named_parameters()}
+    learn(how, student, toy, words, replace(CONFIG, train_embeddings=embeddings))
+    moved = {n for n, p in student.named_parameters() if not torch.equal(p, weights[n])}
+    assert moved == {n for n in weights if "lora_" in n} and state(student) == before
+
+
+def test_adapters_in_float32_on_a_base_in_sixteen_bits(toy, words):
+    student = with_lora(start("rcid", toy, words), torch.bfloat16)
+    before, weights = state(student), {n: p.clone() for n, p in student.named_parameters()}
+    try: learn("rcid", student, toy, words)
+    except RuntimeError as e: pytest.fail(f"AssertionError: {e}")
+    moved = {n for n, p in student.named_parameters() if not torch.equal(p, weights[n])}
+    assert moved == {n for n in weights if "lora_" in n} and state(student) == before
+
+
+def test_a_frozen_layer_stays_and_embeddings_are_asked_for(toy, words):
+    for embeddings in (False, True):
+        student = start("rcid", toy, words)
+        student.model.layers[0].requires_grad_(False)
+        weights = {n: p.clone() for n, p in student.named_parameters()}
+        learn("rcid", student, toy, words, replace(CONFIG, train_embeddings=embeddings))
+        moved = {n for n, p in student.named_parameters() if not torch.equal(p, weights[n])}
+        assert moved == {n for n in weights if not n.startswith("model.layers.0.") and (embeddings or n != "model.embed_tokens.weight")}
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_nothing_to_train_is_said(toy, words, how):
+    student = start(how, toy, words).requires_grad_(False)
+    before = model_hash(student)
+    try: learn(how, student, toy, words)
+    except ValueError as e: said = str(e)
+    else: said = "it trained"
+    assert "nothing to train" in said and "requires_grad" in said and "\n" not in said and model_hash(student) == before
+
+
+def test_a_checkpoint_keeps_the_trained_weights_and_is_of_them_alone(toy, tmp_path, capsys):
+    teacher, pairs = toy
+    config = replace(CONFIG, checkpoint_every=2, checkpoint_dir=str(tmp_path/"run"))
+    def trip(student, step):
+        if step == 5: raise KeyboardInterrupt
+        return {}
+    make = lambda: with_lora(shrink(teacher, 2))
+    whole = distill(make(), teacher, pairs, "rcid", CONFIG)
+    with pytest.raises(KeyboardInterrupt): distill(make(), teacher, pairs, "rcid", config, probe=trip)
+    from safetensors import safe_open
+    with safe_open(tmp_path/"run"/"tensors.safetensors", "pt") as f: kept = [k for k in f.keys() if k.startswith("weight.")]
+    assert kept and all("lora_" in k for k in kept)
+    resumed = distill(make(), teacher, pairs, "rcid", config)
+    assert "resumed from step 4" in "".join(capsys.readouterr()) and model_hash(resumed.student) == model_hash(whole.student)
+    with pytest.raises(KeyboardInterrupt): distill(make(), teacher, pairs, "rcid", config, probe=trip)
+    other = make(); other.model.layers[0].requires_grad_(False)            # the same weights, fewer of them trained: another run
+    before = {n: p.clone() for n, p in other.named_parameters()}
+    distill(other, teacher, pairs, "rcid", config)
+    assert "resumed" not in "".join(capsys.readouterr()) and all(torch.equal(p, before[n]) for n, p in other.named_parameters() if n.startswith("model.layers.0."))
+
+
+def test_a_half_trained_run_in_sixteen_bits_goes_on_bit_for_bit(toy, tmp_path):
+    teacher, pairs = toy
+    config = replace(CONFIG, checkpoint_every=2, checkpoint_dir=str(tmp_path/"run"))
+    def trip(student, step):
+        if step == 5: raise KeyboardInterrupt
+        return {}
+    whole = distill(rounded(shrink(teacher, 2)), teacher, pairs, "rcid", CONFIG)
+    broken = rounded(shrink(teacher, 2)); before = state(broken)
+    with pytest.raises(KeyboardInterrupt): distill(broken, teacher, pairs, "rcid", config, probe=trip)
+    assert state(broken) == before
+    resumed = distill(rounded(shrink(teacher, 2)), teacher, pairs, "rcid", config)
+    assert model_hash(resumed.student) == model_hash(whole.student)
+
+
+# modes, hooks, gradients
+
+
+def lent(student):
+    "A model as somebody may lend it: modes of its own, a hook, a stale gradient, a frozen part."
+    student.train(); student.model.layers[1].eval(); student.model.layers[0].mlp.eval()
+    student.model.layers[0].register_forward_hook(lambda module, args, output: output)
+    student.model.layers[0].mlp.gate_proj.weight.requires_grad_(False)
+    return student
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("ends", ("well", "Ctrl-C", "error"))
+def test_the_student_comes_back_as_it_was(toy, words, how, ends):
+    student = lent(rounded(start(how, toy, words)))
+    before, seen = state(student), []
+    def stop(module, args, output):
+        seen.append(1)
+        if ends != "well" and len(seen) == 5: raise KeyboardInterrupt if ends == "Ctrl-C" else OSError("disk full")
+    handle = student.model.layers[1].mlp.register_forward_hook(stop)       # somewhere in the middle of a step
+    try: learn(how, student, toy, words, replace(CONFIG, checkpoint_gradients=how in ("rcid", "fitnets")))
+    except (KeyboardInterrupt, OSError): assert ends != "well"
+    else: assert ends == "well"
+    handle.remove()
+    assert state(student) == before
+
+
+def test_a_stale_gradient_is_no_part_of_the_training(toy, words):
+    clean, stale = start("rcid", toy, words), start("rcid", toy, words)
+    stale(TEXT[:2]).logits.sum().backward()
+    assert learn("rcid", stale, toy, words) == learn("rcid", clean, toy, words)
+    assert model_hash(stale) == model_hash(clean) and all(p.grad is None for p in stale.parameters())
+
+
+def test_recomputing_that_the_owner_turned_on_stays_on(toy, words):
+    for asked in (False, True):
+        student = start("rcid", toy, words)
+        student.gradient_checkpointing_enable()
+        before = state(student)
+        learn("rcid", student, toy, words, replace(CONFIG, checkpoint_gradients=asked))
+        assert state(student) == before
+
+
+def test_recomputing_switches_no_dropout_on(toy, words):
+    "A student in eval mode has no dropout, also where activations are recomputed."
+    def student():
+        s = start("rcid", toy, words)
+        for layer in s.model.layers: layer.self_attn.attention_dropout = .5
+        return s
+    assert learn("rcid", student(), toy, words, replace(CONFIG, checkpoint_gradients=True)) == pytest.approx(learn("rcid", student(), toy, words), abs=1e-6)
+
+
+# the teacher
+
+
+def noisy(teacher):
+    "The teacher in training mode, where it drops half of what it attends to."
+    teacher = copy.deepcopy(teacher).train()
+    for layer in teacher.model.layers: layer.self_attn.attention_dropout = .5
+    teacher.model.layers[2].eval()
+    return teacher
+
+
+@pytest.mark.parametrize("kl_at", ("answer", "all"))
+@pytest.mark.parametrize("how", [w for w in WAYS if w != "language"])
+def test_a_teacher_teaches_in_eval_mode(toy, words, how, kl_at):
+    quiet, loud, config = toy, (noisy(toy[0]), toy[1]), replace(CONFIG, kl_at=kl_at)
+    quiet_words, loud_words = words, (copy.deepcopy(words[0]).train(), *words[1:])
+    for layer in loud_words[0].model.layers: layer.self_attn.attention_dropout = .5
+    before = state(loud[0]), state(loud_words[0])
+    torch.manual_seed(0)
+    assert learn(how, start(how, quiet, quiet_words), loud, loud_words, config) == learn(how, start(how, quiet, quiet_words), quiet, quiet_words, config)
+    assert (state(loud[0]), state(loud_words[0])) == before
+
+
+def test_kept_targets_are_of_the_eval_mode(toy, tmp_path):
+    teacher, pairs = toy
+    loud, wanted = noisy(teacher), Wanted(corrupt=True, sites=CONFIG.sites)
+    before, want = state(loud), teacher_targets(teacher, pairs, wanted)
+    for folder in (None, tmp_path):
+        got = teacher_targets(loud, pairs, wanted, folder)
+        assert all(torch.equal(got[k], want[k]) for k in want) and state(loud) == before
+
+
+def test_maps_are_fitted_without_dropout(toy):
+    "W is fitted to what the student says, whatever its mode."
+    teacher, pairs = toy
+    def angle(mode):
+        student = shrink(teacher, 2)
+        for layer in student.model.layers: layer.self_attn.attention_dropout = .5
+        return distill(student.train(mode), teacher, pairs, "rcid", replace(CONFIG, steps=1, lr=0.)).staleness
+    assert angle(True) == angle(False) == 0
+
+
+# where it cannot work
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_an_offloaded_student_is_refused_in_one_line(toy, words, how):
+    student = cpu_offload(start(how, toy, words), execution_device="cpu")
+    try: learn(how, student, toy, words)
+    except Exception as e: said = f"{type(e).__name__}: {e}"
+    else: said = "it trained"
+    assert said.startswith("ValueError: cannot train a model whose weights are offloaded") and "\n" not in said
+
+
+def test_an_offloaded_teacher_teaches_the_same(toy, words):
+    away = (cpu_offload(copy.deepcopy(toy[0]), execution_device="cpu"), toy[1])
+    for how in ("rcid", "heal"):
+        try: got = learn(how, start(how, toy, words), away, words)
+        except (RuntimeError, NotImplementedError) as e: got = str(e)
+        assert got == learn(how, start(how, toy, words), toy, words)
+
+
+# degrees
+
+
+def test_staleness_in_degrees_is_in_degrees():
+    "What the stage writes under a name that ends in `_degrees` is not the radians that `map_angle` gives."
+    stage = json.loads((ROOT/"nbs"/"experiments"/"distill.ipynb").read_text(encoding="utf-8"))
+    (cell,) = [code for c in stage["cells"] if "w_staleness_degrees" in (code := "".join(c["source"]))]
+    written = []
+    for staleness in (math.pi / 2, None):
+        result = SimpleNamespace(student=None, history=[], steps=1, tokens=1, flops=1., staleness=staleness)
+        exec(cell, dict(math=math, save_model=lambda *_: None, write_json=lambda path, record: written.append(record["w_staleness_degrees"]),
+            result=result, tokenizer=None, family="llama", task="ioi", method="rcid", seed=1))
+    assert written == [pytest.approx(90), None]
