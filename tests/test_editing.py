@@ -124,7 +124,7 @@ def repo(ready, tmp_path, home):
     return make
 
 
-SUBJECTS = ("The student's floor", '"quoted" $(touch pwned) `touch pwned`', "x'; touch pwned; echo '", "5% & | less \\ %P")
+SUBJECTS = ("The student's floor", '"q" $(touch pwned) `touch pwned`', "x'; touch pwned; echo '", "5% | less \\ %P")
 BASE = [cell("a", "x = 1"), cell("b", "y = 1"), cell("c", "z = 1")]
 OURS = [cell("a", "x = 'ours'"), *BASE[1:]]
 THEIRS = [*BASE[:2], cell("c", "z = 'theirs'")]
@@ -172,7 +172,7 @@ def test_a_conflict_is_a_notebook_with_both_sides(repo, way):
 
 A, B, C, D, O, T = (cell(i, i) for i in "abcdot")
 A2, B2, C2, D2 = (cell(i, i.upper()) for i in "abcd")
-LINES = (cell("a", *words) for words in (("1", "2", "3"), ("one", "2", "3"), ("1", "2", "three"), ("one", "2", "three")))
+LINES = (cell("a", *w) for w in (("1", "2", "3"), ("one", "2", "3"), ("1", "2", "three"), ("one", "2", "three")))
 MERGES = { # base, ours, theirs, merged
     "lines of one cell": tuple([c] for c in LINES),
     "inserted at the same place": ([A, B], [A, O, B], [A, T, B], [A, O, T, B]),
