@@ -23,7 +23,7 @@ def stale_modules(folder: Path) -> list[str]:
     "A line for each module of `folder`, a copy that is changed, that is not what its notebook exports."
     before = _modules(folder)
     shutil.rmtree(folder/"rcid", ignore_errors=True)
-    env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_") and k != "IN_TEST"}   # nbdev's: export nothing
+    env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_") and k != "IN_TEST"}  # of nbdev_test
     export = str(Path(sys.executable).parent/"nbdev_export")
     done = subprocess.run([export], cwd=folder, env=env, capture_output=True, text=True)
     if done.returncode: return [f"nbdev_export fails: {(done.stderr.strip() or 'without a message').splitlines()[-1]}"]
