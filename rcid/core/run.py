@@ -69,7 +69,7 @@ def run_notebook(name: str, **coordinates) -> Path:
         with tempfile.TemporaryDirectory(prefix="rcid-") as sockets:
             papermill.execute_notebook(str(source), str(draft), parameters=coordinates, cwd=str(root()), kernel_name="python3",
                                        progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
-                                       kernel_manager_class=LocalKernel, extra_arguments=[f"--IPKernelApp.exec_lines={LAZY}"])
+                                       kernel_manager_class=LocalKernel, extra_arguments=[f"--IPKernelApp.exec_lines={LAZY}", f"--ipython-dir={sockets}"])
     except papermill.PapermillExecutionError as e:
         with whole_file(draft) as f: f.write(redact(draft.read_text(encoding="utf-8")))
         raise RuntimeError(f"{name} {label}: {e.ename}: {redact(e.evalue)} (see {draft.relative_to(root())})") from None
