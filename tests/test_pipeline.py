@@ -31,7 +31,7 @@ def test_a_stage_depends_on_its_code_and_on_the_modules_this_reaches(tmp_path, m
     with open(tmp_path/"rcid"/"kv"/"fusion.py", "a") as f: f.write("# another line\n")
     changed = {name for name, text in views().items() if text != before[name]}
     assert changed == {n for n in before if "rcid/kv/fusion.py" in module_deps(code_view(EXPERIMENTS/f"{n}.ipynb"))} and "kv_fuse" in changed and not changed & {"pilot", "distill"}
-    assert {"nbs/experiments", "rcid"} == set(STAGES["code"]["deps"])
+    assert {"nbs/experiments", "rcid", "data"} == set(STAGES["code"]["deps"])
 
 
 @pytest.mark.parametrize("stage", NOTEBOOK)

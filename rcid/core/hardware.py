@@ -75,6 +75,6 @@ def usable_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for group in _groups("cpu"):
         new, old = _numbers(group/"cpu.max"), _numbers(group/"cpu.cfs_quota_us") + _numbers(group/"cpu.cfs_period_us")
-        for numbers in (new, old):                                          # microseconds of work in so many microseconds
+        for numbers in (new, old):                                  # microseconds of work in so many microseconds
             if len(numbers) == 2 and min(numbers) > 0: cores = min(cores, -int(-numbers[0] // numbers[1]))
     return max(cores, 1)

@@ -103,7 +103,7 @@ def read_yaml(path: str | Path):
     shown = path.resolve().relative_to(root()) if path.resolve().is_relative_to(root()) else path.name
     try: return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError: raise FileNotFoundError(f"{path} is missing") from None
-    except UnicodeDecodeError as e: raise ValueError(f"{shown}: is not UTF-8 text ({e.reason}, byte {e.start})") from None
+    except UnicodeDecodeError as e: raise ValueError(f"{shown}: is no UTF-8 text ({e.reason}, byte {e.start})") from None
     except YAMLError as e:
         mark = (e.problem_mark or e.context_mark) if isinstance(e, MarkedYAMLError) else None
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""

@@ -26,9 +26,9 @@ def relative(x, workspace: str):
     "`x` (text, or lists and dictionaries of it) with paths in the workspace made relative to it; other paths stay."
     if isinstance(x, dict): return {k: relative(v, workspace) for k, v in x.items()}
     if isinstance(x, list): return [relative(v, workspace) for v in x]
-    if not isinstance(x, str) or workspace == "/": return x                 # at the root of the disk every path is in the workspace
+    if not isinstance(x, str) or workspace == "/": return x    # at the root of the disk every path is in the workspace
     names = "|".join(re.escape(w) for w in dict.fromkeys((workspace, quote(workspace))))
-    return re.sub(rf"(?<![\w.~-])(?:{names})(?![\w-]|\.\w)", ".", x)         # not the rcid of rcid-old, not the one of /mnt/home/me/rcid
+    return re.sub(rf"(?<![\w.~-])(?:{names})(?![\w-]|\.\w)", ".", x)         # not rcid-old, not /mnt/home/me/rcid
 
 def strip_notebook(nb: dict, workspace: str) -> dict:
     "Removes from an executed notebook all that differs between equal runs (times, stderr, absolute paths, versions), and secrets."
@@ -64,10 +64,10 @@ def _papermill():
     return papermill
 
 def _local_kernel(folder: str):
-    "A manager of kernels that are this interpreter, in a closed environment, and talk through local sockets in the folder."
+    "A manager of kernels: this interpreter, in a closed environment, talking through local sockets in the folder."
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
-    class LocalKernel(AsyncKernelManager):                                 # no TCP port that others could reach, no name that two kernels share
+    class LocalKernel(AsyncKernelManager):                      # no TCP port that others could reach, no name twice
         def __init__(self, *args, **kw):
             files = {"ip": f"{folder}/kernel", "connection_file": f"{folder}/kernel.json"}
             super().__init__(*args, **{**kw, "transport": "ipc", **files})
@@ -98,9 +98,9 @@ def run_notebook(
     try:
         with tempfile.TemporaryDirectory(prefix="rcid-", dir=_short_folder()) as folder:
             os.mkdir(f"{folder}/user")
+            kernel = dict(kernel_manager_class=_local_kernel(folder), extra_arguments=[f"--IPKernelApp.exec_lines={LAZY}"])
             papermill.execute_notebook(str(source), str(draft), parameters=coordinates, cwd=str(root()), kernel_name="python3",
-                                       progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
-                                       kernel_manager_class=_local_kernel(folder), extra_arguments=[f"--IPKernelApp.exec_lines={LAZY}"])
+                                       progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, **kernel)
     except DeadKernelError: raise RuntimeError(f"{name} {label}: its kernel was killed: too little memory?") from None
     except papermill.PapermillExecutionError as e:
         with whole_file(draft) as f: f.write(redact(draft.read_text(encoding="utf-8")))
@@ -125,9 +125,9 @@ def coordinates_of(words: list[str]) -> dict[str, str]:
 
 # %% ../../nbs/00_core/03_run.ipynb #7c39a65a
 def bring_back():
-    "After a stage that failed under `dvc repro`, which deletes the outputs of a stage before it runs it: those in git again."
+    "After a failure under `dvc repro`, which deletes what a stage made before it runs it: what is in git is back."
     stage = os.environ.get("DVC_STAGE")
-    if not stage or "RCID_LAUNCHED_IN" in os.environ: return                # the launcher deletes nothing that is in git
+    if not stage or "RCID_LAUNCHED_IN" in os.environ: return    # the launcher deletes nothing that is in git
     from dvc.repo import Repo
     outs = Repo(str(root())).stage.load_one(name=stage).outs
     lost = [o.fs_path for o in outs if not o.use_cache and not Path(o.fs_path).exists()]

@@ -31,7 +31,7 @@ def compose_params(target: str | Path, *overrides: str):
 COMMITTED = ("metrics", "paper/figures", "paper/tables", "paper/main.pdf", "paper/values.tex", "dvc.lock", "params.yaml") # results and settings of the default scale
 
 def source_files() -> list[str]:
-    "The files (paths from the root) that `.gitignore` does not name: the same in a clone and in an archive without git."
+    "The files (paths from the root) that `.gitignore` does not name: the same in a clone and in an archive."
     from pathspec import GitIgnoreSpec
     ignored, found = GitIgnoreSpec.from_lines((root()/".gitignore").read_text(encoding="utf-8").splitlines()), []
     for folder, folders, files in os.walk(root()):
@@ -62,7 +62,7 @@ def make_workspace(
     return target
 
 def main(argv: list[str]):
-    "`params [override ...]` writes params.yaml; `tables` fetches data/; `SCALE [override ...]` makes a workspace and prints its path."
+    "`params [override ...]` writes params.yaml; `tables` fetches data/; `SCALE [override ...]` makes a workspace."
     if not argv: sys.exit("rcid: name a scale, e.g. python -m rcid.core.workspace tiny distill.steps=5")
     try:
         if argv[0] == "params": compose_params(root()/"params.yaml", *(argv[1:] or [f"scale={DEFAULT_SCALE}"]))

@@ -42,7 +42,7 @@ def check() -> tuple[list[str], bool]:
     except (OSError, ValueError) as e: p = None; say("params", str(e), False)
     free = shutil.disk_usage(root()).free / 1e9
     say("disk", f"{free:.0f} GB free" + ("" if free >= SPACE else f": needs {SPACE:.0f}"), free >= SPACE)
-    say("memory", f"{memory():.1f} GB free" + ("" if memory() >= WORKER else f": a worker is reckoned with {WORKER:.0f}"))
+    say("memory", f"{memory():.1f} GB free" + ("" if memory() >= WORKER else f": a worker wants {WORKER:.0f}"))
     try: gpus, broken = visible_gpus() if "CUDA_VISIBLE_DEVICES" in os.environ else listed_gpus(), ""
     except CommandFailed as e: gpus, broken = [], f"; {e}"
     have = f"GPUs {', '.join(gpus)}" if gpus else f"{usable_cores()} cores, no GPU{broken}"

@@ -22,7 +22,7 @@ def listed_gpus() -> list[str]:
     return [line.strip() for line in lines if line.strip().isdigit()]       # not "No devices were found"
 
 def visible_gpus() -> list[str]:
-    "The GPUs that this process may use: those of `CUDA_VISIBLE_DEVICES`, or all that nvidia-smi lists; none if it fails."
+    "The GPUs that this process may use: of `CUDA_VISIBLE_DEVICES`, or what nvidia-smi lists; none if it fails."
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None: return [g for g in given.split(",") if g.strip() not in ("", "-1")]
     try: return listed_gpus()
@@ -33,7 +33,7 @@ def visible_gpus() -> list[str]:
 def threads() -> int:
     "Threads of one stage."
     given = os.environ.get("RCID_THREADS", "1")
-    if not given.isdigit() or int(given) < 1: raise ValueError(f"RCID_THREADS is {given!r}: set it to a number of threads")
+    if not given.isdigit() or int(given) < 1: raise ValueError(f"RCID_THREADS is {given!r}: set it to a number")
     return int(given)
 
 def memory() -> float:

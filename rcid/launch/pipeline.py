@@ -185,7 +185,7 @@ class Pipeline:
 
     @staticmethod
     def _remove_old(stage) -> list[str]:
-        "Deletes what a stage made before, as DVC does, but for the files that DVC's cache does not hold; returns those."
+        "Deletes what a stage made before, as DVC does, but for files that DVC's cache does not hold; returns those."
         kept = [o.fs_path for o in stage.outs if not o.use_cache and Path(o.fs_path).is_file()]
         for out in stage.outs:
             if out.persist: out.unprotect()

@@ -35,7 +35,8 @@ class Command:
 # %% ../../nbs/09_launch/03_slurm.ipynb #d594bac3
 def queued() -> set[str]:
     "Numbers of this user's jobs that wait or run."
-    return set(run_command(["squeue", "--noheader", "--array", "--me", "--format=%i"], "squeue does not answer", timeout=60).stdout.split())
+    command = ["squeue", "--noheader", "--array", "--me", "--format=%i"]
+    return set(run_command(command, "squeue does not answer", timeout=60).stdout.split())
 
 def launch_settings(file: Path) -> Launch:
     "The section `launch` of `params.yaml`, its defaults if there is none."
@@ -131,7 +132,8 @@ class Slurm:
         except CommandFailed as e: trouble = str(e)                        # some may have ended meanwhile
         end = time.monotonic() + limit
         while ids & queued():
-            if time.monotonic() > end: raise RuntimeError(f"SLURM does not end {', '.join(sorted(ids))}{trouble}: scancel them, then run again")
+            left = ", ".join(sorted(ids))
+            if time.monotonic() > end: raise RuntimeError(f"SLURM does not end {left}{trouble}: scancel them, then run again")
             time.sleep(0.5)
 
     def stop(self) -> list[Job]:
