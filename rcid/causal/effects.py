@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .engine import count_macs, evaluating, logit_difference, restart_error, row_bytes, sweep
 from .hooks import Site, read, rows_of, write
 from ..data.pairs import ContrastiveDataset
-from ..models.adapters import get_adapter, model_device
+from ..models.adapters import KNOWN_LAYERS, get_adapter, model_device
 
 # %% ../../nbs/03_causal/01_effects.ipynb #bcde3361
 def run_logit_diff(model: nn.Module, ids: Int[Tensor, "pair seq"], pairs: ContrastiveDataset) -> Float[Tensor, "pair"]:
@@ -99,7 +99,7 @@ def _why_not(model, pairs) -> str | None: # None if the engine can restart this 
     kind = (model.config._attn_implementation, model.dtype, model_device(model))
     seen = _restartable.setdefault(model, {})
     if kind not in seen:
-        if set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}: seen[kind] = "it has layers without full attention"
+        if strange := set(getattr(model.config, "layer_types", None) or ()) - KNOWN_LAYERS: seen[kind] = f"it has layers of {', '.join(sorted(strange))}"
         else:
             few = pairs[:2]
             try: error = restart_error(model, few.clean_ids, few.attention_mask, few.answer_pos)

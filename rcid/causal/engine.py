@@ -60,23 +60,35 @@ class Window:
         query = torch.arange(width, device=device)[:, None] + start
         seen = torch.where(j < self.past, (j < start).expand(-1, -1, width, -1), (own >= 0) & (own <= query))
         self.mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
+        self.nearer = {}                                                  # masks of layers that see less far
+
+    def mask_of(self, back: int | None) -> Tensor:
+        "The mask of a layer whose queries see `back` tokens, their own among them; None: all before them."
+        if back is None: return self.mask
+        if back not in self.nearer:
+            start, width = self.start[:len(self.mask), None, None, None], self.mask.shape[2]
+            j = torch.arange(self.past + width, device=start.device)
+            key = torch.where(j < self.past, j, start + j - self.past)    # its position
+            query = torch.arange(width, device=start.device)[:, None] + start
+            self.nearer[back] = self.mask.masked_fill(query - key >= back, torch.finfo(self.mask.dtype).min)
+        return self.nearer[back]
 
     def before(self, kv, n: int | None = None):
         "A cache with the keys and values before the first `n` rows."
         return Past(tuple(x[self.pair[:n], :self.past].transpose(1, 2) for x in kv) if self.past else ())
 
-    def run(self, layer: nn.Module, h: Float[Tensor, "row query d_model"], past: Past) -> Float[Tensor, "row query d_model"]:
-        "The layer's output for the first rows, at the last `query` positions of the window."
+    def run(self, layer: nn.Module, h: Float[Tensor, "row query d_model"], past: Past, back: int | None) -> Float[Tensor, "row query d_model"]:
+        "The layer's output for the first rows, at the last `query` positions of the window; `back` as in `mask_of`."
         n, q = h.shape[:2]
-        return hidden_of(layer(h, attention_mask=self.mask[:n, :, -q:], position_ids=self.positions[:n, -q:], past_key_values=past, use_cache=True,
+        return hidden_of(layer(h, attention_mask=self.mask_of(back)[:n, :, -q:], position_ids=self.positions[:n, -q:], past_key_values=past, use_cache=True,
             position_embeddings=tuple(x[:n, -q:] for x in self.rotary)))
 
-    def run_last(self, layer: nn.Module, h: Float[Tensor, "row width d_model"], past: Past) -> Float[Tensor, "row d_model"]:
+    def run_last(self, layer: nn.Module, h: Float[Tensor, "row width d_model"], past: Past, back: int | None) -> Float[Tensor, "row d_model"]:
         "The last layer's output at the answer; the other positions only give keys and values."
         past.stop = h.shape[1] > 1
-        try: self.run(layer, h, past)
+        try: self.run(layer, h, past, back)
         except Enough: past.stop = False
-        return self.run(layer, h[:, -1:], past)[:, 0]
+        return self.run(layer, h[:, -1:], past, back)[:, 0]
 
 # %% ../../nbs/03_causal/03_engine.ipynb #217c9bd4
 def row_bytes(adapter: ModelAdapter,
@@ -87,7 +99,8 @@ def row_bytes(adapter: ModelAdapter,
     a, size = adapter, adapter.model.dtype.itemsize
     q, kv = a.n_heads*a.head_dim, 2*a.n_kv_heads*a.head_dim
     state = width*((4*a.d_model + 2*a.head_dim)*size + 3*4*a.d_model + 32)                       # residuals, rotary; norms are float32
-    mask = seq*(width*(size + 4) + 8)
+    nearer = {a.window(l) for l in range(a.n_layers)} - {None}                                   # a mask more for each
+    mask = seq*(width*(size + 4) + 8) + len(nearer)*seq*width*(size + 9)
     scores = a.n_heads*width*seq*(2*size + 4)*(a.model.config._attn_implementation != "sdpa")
     attention = width*(4*q + 2*kv) + kv*(seq - width + seq) + 2*q*seq                            # before the window, all together, one copy a query head
     return state + mask + max(attention*size + scores, 4*width*a.model.config.intermediate_size*size)
@@ -138,8 +151,8 @@ def sweep(model: nn.Module,
             h = a.embed(ids[w.pair[:, None], w.positions])
             for m, layer in enumerate(a.layers):
                 past = w.before(kv[m])
-                if m < last: h = hidden[m][to] = w.run(layer, h, past)
-                else: final[w.pair] = w.run_last(layer, h, past)
+                if m < last: h = hidden[m][to] = w.run(layer, h, past, a.window(m))
+                else: final[w.pair] = w.run_last(layer, h, past, a.window(m))
                 if keep_kv:
                     for kept, x in zip(kv[m], past.own): kept[to] = x.transpose(1, 2)
         return final
@@ -162,8 +175,8 @@ def sweep(model: nn.Module,
                 fresh[torch.arange(len(fresh), device=device), at[new] - w.start[new]] = other[m-1][w.pair[new], at[new]]
                 h = torch.cat([h, fresh])
             past = w.before(kv[m], len(h))
-            if m < last: h = w.run(a.layers[m], h, past)
-            else: final[block.to(device)] = w.run_last(a.layers[m], h, past)
+            if m < last: h = w.run(a.layers[m], h, past, a.window(m))
+            else: final[block.to(device)] = w.run_last(a.layers[m], h, past, a.window(m))
     return base_final, source_final, final
 
 # %% ../../nbs/03_causal/03_engine.ipynb #2c336ff1

@@ -10,7 +10,7 @@ import random, re
 from typing import Iterator
 from ..core.paths import embedded
 from .names import SPLITS, names_of, split_of
-from .pairs import Row
+from .pairs import Row, single_token
 from .sources import fill
 
 # %% ../../nbs/02_data/07_arithmetic.ipynb #dd3f1cc7
@@ -40,6 +40,7 @@ def arithmetic_rows(
     table, rng = embedded("arithmetic"), random.Random(f"arithmetic-{split}-{seed}-{variant}-{form}")
     names, templates = names_of(tokenizer, split) or ["She"], [t for t in table[form] if t["ood"] == (variant == "ood_templates")]
     known = {op: problems(op, split) for op in OPERATIONS}
+    lead = " " if single_token(tokenizer, " 7", "=") is not None else ""       # the space that the number's token holds is not the prompt's
     seen = set()
     for k in range(1_000_000):
         template = templates[k % len(templates)]
@@ -53,12 +54,12 @@ def arithmetic_rows(
             numbers = lambda p: dict(a=str(p[0]), b=str(p[1]), c=result(p))
             shown = rng.sample([p for p in known[op] if _entity(op, *p) not in (_entity(op, *clean), _entity(op, *corrupt))], template["shots"] + (variant == "ood_shots"))
             before += "".join(fill(template["line"], **numbers(p))[0] + template["sep"] for p in shown)
-            question, words = template["line"].split("{c}")[0], {}
-        else: question, words = template["text"].split("{c}")[0], dict(name=rng.choice(names), thing=rng.choice(table["things"]))
+            question, words = template["line"].split("{c}")[0].removesuffix(lead), {}
+        else: question, words = template["text"].split("{c}")[0].removesuffix(lead), dict(name=rng.choice(names), thing=rng.choice(table["things"]))
         (text, at), (other, _) = (fill(question, a=str(p[0]), b=str(p[1]), **words) for p in (clean, corrupt))
         if (before, text, other) in seen: continue
         seen.add((before, text, other))
         shift = lambda span: (span[0] + len(before), span[1] + len(before))
         cue = list(re.finditer(r"\S+", text))[-1].span()
-        yield Row(before + text, before + other, result(clean), result(corrupt), {"other": shift(at["ab"[1 - side]]), "digit": shift(at["ab"[side]]), "cue": shift(cue)},
+        yield Row(before + text, before + other, lead + result(clean), lead + result(corrupt), {"other": shift(at["ab"[1 - side]]), "digit": shift(at["ab"[side]]), "cue": shift(cue)},
                   ("digit",), template["id"], (_entity(op, *clean), _entity(op, *corrupt)))

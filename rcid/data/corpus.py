@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 from ..core.paths import data_dir, embedded
 from .names import split_of
-from .pairs import pad_mask
+from .pairs import pad_mask, prompt_ids
 from .sources import hub_rows
 
 # %% ../../nbs/02_data/03_corpus.ipynb #292918ff
@@ -86,6 +86,6 @@ def pack_blocks(texts: list[str], tokenizer, seq: int) -> Int[Tensor, "block seq
     return torch.tensor(ids[: len(ids)//seq*seq]).view(-1, seq)
 
 def pad_sentences(texts: list[str], tokenizer, seq: int) -> tuple[Int[Tensor, "block seq"], Int[Tensor, "block seq"]]:
-    "One sentence a row: ids (cut at `seq`) and mask."
-    rows = [torch.tensor(r[:seq]) for r in tokenizer(texts)["input_ids"]]
+    "One sentence a row: ids (cut at `seq`, without an EOS that the text does not have) and mask."
+    rows = [torch.tensor(r[:seq]) for r in prompt_ids(tokenizer, texts)]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id or 0), pad_mask([len(r) for r in rows])

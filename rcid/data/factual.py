@@ -10,7 +10,7 @@ import random, re
 from typing import Iterator, NamedTuple
 from ..core.paths import data_dir, embedded
 from .names import SPLITS, split_of
-from .pairs import Row
+from .pairs import Row, following
 from .sources import fill, hub_rows, read_rows, read_table
 
 # %% ../../nbs/02_data/05_factual.ipynb #db3abc4a
@@ -105,7 +105,7 @@ def factual_rows(
     rare = set(embedded("factual")["ood_subjects"]) if source == "embedded" else {s for s in subjects if split_of(f"rare {s}") == "val"}
     mine = {s for s in subjects if (s in rare if variant == "ood_subjects" else s not in rare and split_of(s) == split)}
     if source != "embedded" and mine:   # public subjects are mostly long: choose before pairing, not after
-        count = dict(zip(mine, map(len, tokenizer([f" {s}" for s in mine], add_special_tokens=False)["input_ids"])))
+        count = {s: len(ids or ()) for s, ids in zip(mine, following(tokenizer, "of", [f" {s}" for s in mine]))}
         mine = {s for s in mine if count[s] == subject_tokens}
     streams = []
     for k, r in enumerate(table):

@@ -8,7 +8,7 @@ __all__ = ['SPLITS', 'split_of', 'name_pool', 'names_of']
 # %% ../../nbs/02_data/01_names.ipynb #83aed6fd
 import hashlib
 from ..core.paths import embedded
-from .pairs import single_token
+from .pairs import following
 
 # %% ../../nbs/02_data/01_names.ipynb #a8a634d2
 SPLITS = {"test": (0, 35), "val": (35, 50), "train": (50, 100)} # per cent of the hash range
@@ -19,9 +19,9 @@ def split_of(entity: str) -> str:
     return next(s for s, (a, b) in SPLITS.items() if a <= h < b)
 
 def name_pool(tokenizer) -> tuple[list[str], list[str]]:
-    "First names that are one token (with leading space), and those that are not."
-    ok, bad = [], []
-    for name in embedded("names")["first_names"]: (ok if single_token(tokenizer, f" {name}") is not None else bad).append(name)
+    "First names that are one token inside a sentence (with leading space), and those that are not."
+    names, ok, bad = embedded("names")["first_names"], [], []
+    for name, ids in zip(names, following(tokenizer, "and", [f" {n}" for n in names])): (ok if ids is not None and len(ids) == 1 else bad).append(name)
     return ok, bad
 
 def names_of(tokenizer, split: str) -> list[str]:

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from ..core.paths import embedded
 from .names import SPLITS, split_of
-from .pairs import pad_mask
+from .pairs import pad_mask, prompt_ids
 from .sources import hub_rows, read_rows
 
 # %% ../../nbs/02_data/09_reasoning.ipynb #6e41de6d
@@ -178,7 +178,8 @@ def encode_problems(
     rows = []
     for p in problems:
         e = tokenizer(p.text, return_offsets_mapping=True)
-        ids, offsets = list(e["input_ids"]), [tuple(o) for o in e["offset_mapping"]]
+        ids = prompt_ids(tokenizer, [p.text])[0]                            # an end that the tokenizer appends is ours to give
+        offsets = [tuple(o) for o in e["offset_mapping"]][:len(ids)]
         if eos and tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id: ids.append(tokenizer.eos_token_id); offsets.append((0, 0))
         bounds = segment_bounds(offsets[:max_length], p)
         rows.append((ids[:max_length], bounds, max(i for i, (a, b) in enumerate(offsets) if a < p.cue_end and b > a)))

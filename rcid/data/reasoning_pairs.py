@@ -23,7 +23,7 @@ def reasoning_rows(
 ) -> Iterator[Row]:
     "An endless stream of word problems with the number of one step changed, every step in turn; `entities` is the person."
     people, rng = {n: i for i, n in enumerate(embedded("names")["first_names"])}, random.Random(f"reasoning-pairs-{split}-{seed}")
-    lead = " " if single_token(tokenizer, " 7") is not None else ""        # a space of its own goes to the prompt
+    lead = " " if single_token(tokenizer, " 7", "=") is not None else ""        # a space of its own goes to the prompt
     for k, problem in enumerate(word_problems(split, seed, "equation", steps, operations, largest)):
         equations, numbers = list(re.finditer(r"(\d+) (\S) (\d+) = \d+\.", problem.reasoning)), list(re.finditer(r"\d+", problem.prompt))
         if len(numbers) != len(equations) + 1: continue                    # the question names a number that no step uses

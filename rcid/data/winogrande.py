@@ -77,13 +77,18 @@ def _partial(twin: Twin, side: int) -> Row:
     roles = {"referent": at["R"], "same": _mention(same, clean[:at["R"][0]]), "other": _mention(other, clean[:at["R"][0]]), "after": after.span() if after else NOWHERE}
     return Row(clean, corrupt, f" {twin.words[side]}", f" {twin.words[1 - side]}", roles, ("referent",), twin.id, twin.entities)
 
+def _pieces(tokenizer, before: str, word: str) -> list[str]: # the text of each token that a word adds
+    ends = [max(b, len(before)) for _, b in tokenizer(before + word, return_offsets_mapping=True)["offset_mapping"]]
+    return [(before + word)[a:b] for a, b in zip([len(before), *ends], ends) if b > a]
+
 def _referent(twin: Twin, side: int, tokenizer) -> Row:
-    ids = [tokenizer(f" {twin.options[s]}", add_special_tokens=False)["input_ids"] for s in (side, 1 - side)]
-    first = next((i for i, (x, y) in enumerate(zip(*ids)) if x != y), None)
-    answers = [tokenizer.decode([x[first]]) for x in ids] if first is not None else ["", ""]        # one option begins with the other: dropped
     text, at = fill(twin.text, R="_")
     article = " the" if re.search(r"\bthe\s+$", text[:at["R"][0]], re.I) else ""
-    question = f' Here "_" stands for{article}' + (tokenizer.decode(ids[0][:first]) if first else "")
+    question = f' Here "_" stands for{article}'
+    pieces = [_pieces(tokenizer, question, f" {twin.options[s]}") for s in (side, 1 - side)]
+    first = next((i for i, (x, y) in enumerate(zip(*pieces)) if x != y), None)
+    answers = [x[first] for x in pieces] if first is not None else ["", ""]        # one option begins with the other: dropped
+    question += "".join(pieces[0][:first]) if first else ""
     word = twin.words[side]
     clean, corrupt = (f"{text} {w}{twin.tail}{question}" for w in (word, twin.words[1 - side]))
     roles = {"word": (len(text) + 1, len(text) + 1 + len(word)), "blank": at["R"], "same": _mention(twin.options[side], text), "other": _mention(twin.options[1 - side], text)}

@@ -6,7 +6,7 @@
 __all__ = ['task_sentences', 'world_sentences']
 
 # %% ../../nbs/02_data/10_world.ipynb #8ace4bd7
-import itertools, random
+import itertools, random, re
 from ..core.paths import embedded
 from .corpus import templated_sentences, world_names
 from .names import SPLITS
@@ -14,11 +14,11 @@ from .splits import TASKS, variants_of
 
 # %% ../../nbs/02_data/10_world.ipynb #b4dcd245
 class _ToBe:
-    "Stands in for the tokenizer to be trained: the names of this world are one token."
+    "Stands in for the tokenizer to be trained: the names of this world are one token, other words two."
     def __init__(self, names): self.names = {f" {n}" for n in names}
-    def __call__(self, text, **_):
-        count = lambda t: [0] if t in self.names else [0, 0]
-        return {"input_ids": count(text) if isinstance(text, str) else [count(t) for t in text]}
+    def __call__(self, texts, **_):
+        ids = [[i for w in re.findall(r"\s?\S+", t) for i in ([0] if w in self.names else [0, 0])] for t in texts]
+        return {"input_ids": ids, "special_tokens_mask": [[0]*len(i) for i in ids]}
 
 def task_sentences(
     task: str, n: int, seed: int = 0,

@@ -21,7 +21,7 @@ from ..causal.engine import Enough, Past, evaluating
 from ..causal.hooks import Site, capture, write
 from ..core.paths import whole_file
 from ..data.pairs import ContrastiveDataset
-from ..models.adapters import get_adapter, hidden_of, model_device, weights_of
+from ..models.adapters import KNOWN_LAYERS, get_adapter, hidden_of, model_device, weights_of
 
 # %% ../../nbs/05_distill/02_targets.ipynb #3c630d00
 class Packed(NamedTuple):
@@ -54,9 +54,9 @@ def final_at(model: nn.Module,
     "The trunk's output at a few columns of each row; gradients flow. Hooks of the last layer do not run."
     a, row = get_adapter(model), torch.arange(len(ids), device=ids.device)[:, None]
     h, past, (*before, last) = a.embed(ids), Past(), a.layers
-    mask, rotary = a.mask(mask, h), a.rotary(h, position_ids)
-    for layer in before: h = hidden_of(layer(h, attention_mask=mask, position_ids=position_ids, position_embeddings=rotary))
-    past.stop = True
+    masks, rotary = a.masks(mask, h, position_ids), a.rotary(h, position_ids)
+    for l, layer in enumerate(before): h = hidden_of(layer(h, attention_mask=masks[a.window(l)], position_ids=position_ids, position_embeddings=rotary))
+    past.stop, mask = True, masks[a.window(a.n_layers - 1)]
     try: last.forward(h, attention_mask=mask, position_ids=position_ids, position_embeddings=rotary, past_key_values=past, use_cache=True)
     except Enough: past.stop = False
     few = last.forward(h[row, columns], attention_mask=mask[row, 0, columns][:, None], position_ids=position_ids[row, columns],
@@ -80,7 +80,7 @@ def hidden_signals(model: nn.Module, pairs: ContrastiveDataset, wanted: Wanted) 
     "`final`, `sites`, `layers` (and `final_corrupt`, `sites_corrupt`, `swapped`) of one batch of pairs; gradients flow."
     a, row, seq = get_adapter(model), torch.arange(len(pairs), device=pairs.clean_ids.device), pairs.clean_ids.shape[1]
     packed = pack_pairs(pairs) if wanted.corrupt else _clean_rows(pairs)
-    whole = wanted.everywhere or a.recomputes or a.n_layers - 1 in wanted.read_layers or bool(set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"})
+    whole = wanted.everywhere or a.recomputes or a.n_layers - 1 in wanted.read_layers or bool(set(getattr(model.config, "layer_types", None) or ()) - KNOWN_LAYERS)
     at, there = (lambda h, pos: h[row, pos]), (lambda pos: packed.corrupt[row, pos])                                          # there: the same place in the corrupt run
     answers = torch.stack([pairs.answer_pos, there(pairs.answer_pos)] if wanted.corrupt else [pairs.answer_pos], 1)
     with capture(model, wanted.read_layers) as hidden:
