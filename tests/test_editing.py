@@ -12,7 +12,7 @@ WHO = {"GIT_AUTHOR_NAME": "A", "GIT_AUTHOR_EMAIL": "a@example.org",
 def environment(folder: Path, home: Path, **more: str) -> dict:
     "The environment of a user at home in `home`, who works in `folder`."
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("GIT_", "JUPYTER", "XDG_", "PYTEST", "IPYTHON"))}
-    own = {"HOME": str(home), "PYTHONPATH": str(folder), "GIT_CONFIG_NOSYSTEM": "1", "PYTHON": "false"}  # installs nothing
+    own = {"HOME": str(home), "PYTHONPATH": str(folder), "GIT_CONFIG_NOSYSTEM": "1", "PYTHON": "false"}  # no install
     return {**kept, **WHO, **own, **more}
 
 
