@@ -8,6 +8,12 @@ SCALE      ?= laptop
 # relative, as recipes run in this folder: its path may hold spaces and quotes
 BIN        := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# settings, history, signatures and logs of Jupyter and its kernels: here, not in the home
+export JUPYTER_CONFIG_DIR  := $(CURDIR)/.venv/jupyter/config
+export JUPYTER_DATA_DIR    := $(CURDIR)/.venv/jupyter/data
+export JUPYTER_RUNTIME_DIR := $(CURDIR)/.venv/jupyter/runtime
+export IPYTHONDIR          := $(CURDIR)/.venv/jupyter/ipython
+export NPM_CONFIG_CACHE    := $(CURDIR)/.venv/jupyter/npm
 export TOKENIZERS_PARALLELISM := false
 export RCID_THREADS ?= 1
 export OMP_NUM_THREADS ?= $(RCID_THREADS)
@@ -66,11 +72,8 @@ bench: setup
 	$(call say,sweep and peers and distillation step and CKA and start-up: half an hour of CPU time on one thread; needs the laptop teacher (dvc repro models@llama))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/run.py
 
-# settings, history and signatures of this server stay in .venv; what it saves in nbs/ is clean; ARGS are jupyter lab's
+# what this server saves in nbs/ is clean; ARGS are those of jupyter lab
 lab: setup
-	export JUPYTER_CONFIG_DIR="$$PWD/.venv/jupyter/config" JUPYTER_DATA_DIR="$$PWD/.venv/jupyter/data" \
-	  JUPYTER_RUNTIME_DIR="$$PWD/.venv/jupyter/runtime" IPYTHONDIR="$$PWD/.venv/jupyter/ipython" \
-	  NPM_CONFIG_CACHE="$$PWD/.venv/jupyter/npm"; \
 	$(BIN)/jupyter lab --ContentsManager.pre_save_hook=rcid.core.notebooks.clean_on_save \
 	  $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 

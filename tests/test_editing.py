@@ -12,7 +12,8 @@ WHO = {"GIT_AUTHOR_NAME": "A", "GIT_AUTHOR_EMAIL": "a@example.org",
 def environment(folder: Path, home: Path, **more: str) -> dict:
     "The environment of a user at home in `home`, who works in `folder`."
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("GIT_", "JUPYTER", "XDG_", "PYTEST", "IPYTHON"))}
-    return {**kept, **WHO, "HOME": str(home), "PYTHONPATH": str(folder), "GIT_CONFIG_NOSYSTEM": "1", **more}
+    own = {"HOME": str(home), "PYTHONPATH": str(folder), "GIT_CONFIG_NOSYSTEM": "1", "PYTHON": "false"}  # no install
+    return {**kept, **WHO, **own, **more}
 
 
 def make_clone(folder: Path, tracked: list[str], git: bool = True) -> Path:
@@ -672,6 +673,7 @@ def test_readme_is_what_its_notebook_renders(tracked, tmp_path, home):
     folder = make_clone(tmp_path/"clone", tracked, git=False)
     done = run(folder, home, "make", "readme")
     assert done.returncode == 0 and (folder/"README.md").read_text() == (ROOT/"README.md").read_text(), output_of(done)
+    assert inventory(home) == {}                                            # jupyter is at home in .venv
 
 
 def test_readme_says_what_makes_its_models():
