@@ -1,4 +1,4 @@
-"""A training moves the weights it is to move, and gives both models back as they came: dtype, modes, frozen weights, hooks, gradients."""
+"""A training moves what it is to move and gives both models back as they came: dtype, modes, frozen weights, hooks."""
 import copy, itertools, json, math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,14 +12,16 @@ from rcid.distill import DistillConfig, Wanted, distill, model_hash, plain_disti
 from rcid.kv import LatentModel, kv_method
 from rcid.models import byte_tokenizer, load_model, shrink
 
-CONFIG = DistillConfig(sites=(Site(0, "s2"), Site(1, "end"), Site(2, "end")), layer_map={0: 0, 1: 0, 2: 1, 3: 1}, steps=6, batch=8, lr=1e-3, log_every=1)
+CONFIG = DistillConfig(sites=(Site(0, "s2"), Site(1, "end"), Site(2, "end")), layer_map={0: 0, 1: 0, 2: 1, 3: 1},
+    steps=6, batch=8, lr=1e-3, log_every=1)
+SIZES = dict(d_model=32, heads=2, kv_heads=1, d_mlp=64)
 TEXT = torch.randint(3, 200, (8, 20), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
 def toy(make_model, tokenizers):
     "A random teacher (four layers) and sixteen pairs."
-    return make_model("llama", d_model=32, heads=2, kv_heads=1, d_mlp=64), load_pairs("ioi", tokenizers["llama"], split="train", n=16)
+    return make_model("llama", **SIZES), load_pairs("ioi", tokenizers["llama"], split="train", n=16)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,8 @@ def words():
     tokenizer = byte_tokenizer()
     problems = word_problems("train", style="equation", steps=(2,), operations="+-", largest=9)
     problems = encode_problems(list(itertools.islice(problems, 12)), tokenizer)
-    return load_model({"arch": "llama", "layers": 2, "d_model": 32, "heads": 2, "kv_heads": 1, "d_mlp": 64}, dtype="float32", device="cpu")[0], problems, tokenizer.bos_token_id
+    model, _ = load_model({"arch": "llama", "layers": 2, **SIZES}, dtype="float32", device="cpu")
+    return model, problems, tokenizer.bos_token_id
 
 
 def rounded(model, dtype=torch.bfloat16):
@@ -38,16 +41,19 @@ def rounded(model, dtype=torch.bfloat16):
     return model
 
 
-def learn(how, student, toy, words, config=CONFIG, **kw):
+def learn(how, student, toy, words, config=CONFIG):
     "One of the trainings; the losses of its steps."
     teacher, pairs = toy
-    if how == "language": return train_language(student, TEXT, steps=6, batch=4, lr=1e-3, train_embeddings=config.train_embeddings, **kw)
-    if how == "heal": return train_language(student, TEXT, steps=6, batch=4, lr=1e-3, teacher=teacher, train_embeddings=config.train_embeddings, **kw)
+    if how in ("language", "heal"):
+        return train_language(student, TEXT, steps=6, batch=4, lr=1e-3, teacher=teacher if how == "heal" else None,
+            train_embeddings=config.train_embeddings)
     if how == "plain": return plain_distill(student, teacher, pairs, "rcid", config)
     if how == "kv":
         plain, data, latent = words
-        return [h["loss"] for h in distill(LatentModel(student, latent, 1), plain, data, kv_method("kv_structured", latents=3, fit_steps=2), replace(config, sites=(), layer_map={}, batch=4), **kw).history]
-    return [h["loss"] for h in distill(student, teacher, pairs, how, config, **kw).history]
+        method = kv_method("kv_structured", latents=3, fit_steps=2)
+        config = replace(config, sites=(), layer_map={}, batch=4)
+        return [h["loss"] for h in distill(LatentModel(student, latent, 1), plain, data, method, config).history]
+    return [h["loss"] for h in distill(student, teacher, pairs, how, config).history]
 
 
 WAYS = ("standard_kd", "rcid", "fitnets", "language", "heal", "plain", "kv")
@@ -60,8 +66,11 @@ def start(how, toy, words):
 
 def state(model):
     "All that is the owner's, but for the weights."
-    return ([(n, p.dtype, p.requires_grad, p.grad) for n, p in model.named_parameters()], [(n, b.dtype) for n, b in model.named_buffers()], [m.training for m in model.modules()],
-        [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()], [getattr(m, "gradient_checkpointing", False) for m in model.modules()])
+    parameters = [(n, p.dtype, p.requires_grad, p.grad) for n, p in model.named_parameters()]
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()]
+    recomputes = [getattr(m, "gradient_checkpointing", False) for m in model.modules()]
+    buffers, modes = [(n, b.dtype) for n, b in model.named_buffers()], [m.training for m in model.modules()]
+    return parameters, buffers, modes, hooks, recomputes
 
 
 # sixteen bits
@@ -77,25 +86,22 @@ def test_a_model_in_sixteen_bits_learns_as_its_float32_copy(toy, words, how, dty
     before = state(half)
     losses, want = learn(how, half, toy, words), learn(how, whole, toy, words)
     assert losses == want and state(half) == before and half.dtype == dtype
-    for (n, p), q in zip(half.named_parameters(), whole.parameters(), strict=True): assert torch.equal(p, q.to(dtype)), n
+    for (n, p), q in zip(half.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(p, q.to(dtype)), n
 
 
 def test_small_steps_are_not_rounded_away(toy):
-    "The settings of the README: a learning rate of 5e-5. In the end most of the weights have moved where float32 moves all, and the KL is lower."
+    "The default learning rate, 5e-5, on a model in bfloat16: in the end many weights have moved, and the KL is lower."
     teacher, pairs = toy
+    def kl(student):
+        still = replace(CONFIG, steps=1, lr=0., batch=16)
+        return distill(copy.deepcopy(student), teacher, pairs, "standard_kd", still).history[0]["kl"]
     student = rounded(shrink(teacher, 2))
-    before = {n: p.clone() for n, p in student.named_parameters()}
+    first, before = kl(student), copy.deepcopy(student)
     history = distill(student, teacher, pairs, "standard_kd", replace(CONFIG, steps=40, lr=5e-5)).history
-    moved = sum(int((p != before[n]).sum()) for n, p in student.named_parameters() if n.startswith("model.layers."))
-    share = moved / sum(p.numel() for n, p in student.named_parameters() if n.startswith("model.layers."))
-    again = distill(copy.deepcopy(student), teacher, pairs, "standard_kd", replace(CONFIG, steps=1, lr=0., batch=16)).history[0]["kl"]
-    first = distill(rounded(shrink(teacher, 2)), teacher, pairs, "standard_kd", replace(CONFIG, steps=1, lr=0., batch=16)).history[0]["kl"]
-    whole = rounded(shrink(teacher, 2))
-    for p in whole.parameters(): p.data = p.data.float()
-    distill(whole, teacher, pairs, "standard_kd", replace(CONFIG, steps=40, lr=5e-5))
-    fine = distill(whole, teacher, pairs, "standard_kd", replace(CONFIG, steps=1, lr=0., batch=16)).history[0]["kl"]
-    print(share, first, again, fine)
-    assert history[-1]["kl"] < history[0]["kl"] and again < first and share > .3
+    layers = list(zip(student.model.layers.parameters(), before.model.layers.parameters()))
+    moved = sum(int((p != q).sum()) for p, q in layers) / sum(p.numel() for p, _ in layers)
+    assert history[-1]["kl"] < history[0]["kl"] and kl(student) < .9 * first and moved > .8
 
 
 # what the owner froze
@@ -107,7 +113,8 @@ class LoRA(torch.nn.Module):
         super().__init__()
         g = torch.Generator().manual_seed(0)
         self.base_layer = base
-        self.lora_A, self.lora_B = torch.nn.Linear(base.in_features, rank, bias=False), torch.nn.Linear(rank, base.out_features, bias=False)
+        self.lora_A = torch.nn.Linear(base.in_features, rank, bias=False)
+        self.lora_B = torch.nn.Linear(rank, base.out_features, bias=False)
         self.lora_A.weight.data.normal_(generator=g).mul_(.1); self.lora_B.weight.data.normal_(generator=g).mul_(.1)
     def forward(self, x): return self.base_layer(x) + self.lora_B(self.lora_A(x))
 
@@ -133,8 +140,9 @@ def test_a_student_with_adapters_trains_its_adapters(toy, words, how, embeddings
 def test_adapters_in_float32_on_a_base_in_sixteen_bits(toy, words):
     student = with_lora(start("rcid", toy, words), torch.bfloat16)
     before, weights = state(student), {n: p.clone() for n, p in student.named_parameters()}
-    try: learn("rcid", student, toy, words)
-    except RuntimeError as e: pytest.fail(f"AssertionError: {e}")
+    try: said = learn("rcid", student, toy, words)
+    except RuntimeError as e: said = str(e)
+    assert isinstance(said, list), said
     moved = {n for n, p in student.named_parameters() if not torch.equal(p, weights[n])}
     assert moved == {n for n in weights if "lora_" in n} and state(student) == before
 
@@ -146,7 +154,8 @@ def test_a_frozen_layer_stays_and_embeddings_are_asked_for(toy, words):
         weights = {n: p.clone() for n, p in student.named_parameters()}
         learn("rcid", student, toy, words, replace(CONFIG, train_embeddings=embeddings))
         moved = {n for n, p in student.named_parameters() if not torch.equal(p, weights[n])}
-        assert moved == {n for n in weights if not n.startswith("model.layers.0.") and (embeddings or n != "model.embed_tokens.weight")}
+        still = {n for n in weights if n.startswith("model.layers.0.")}
+        assert moved == set(weights) - still - (set() if embeddings else {"model.embed_tokens.weight"})
 
 
 @pytest.mark.parametrize("how", WAYS)
@@ -169,15 +178,19 @@ def test_a_checkpoint_keeps_the_trained_weights_and_is_of_them_alone(toy, tmp_pa
     whole = distill(make(), teacher, pairs, "rcid", CONFIG)
     with pytest.raises(KeyboardInterrupt): distill(make(), teacher, pairs, "rcid", config, probe=trip)
     from safetensors import safe_open
-    with safe_open(tmp_path/"run"/"tensors.safetensors", "pt") as f: kept = [k for k in f.keys() if k.startswith("weight.")]
+    with safe_open(tmp_path/"run"/"tensors.safetensors", "pt") as f:
+        kept = [k for k in f.keys() if k.startswith("weight.")]
     assert kept and all("lora_" in k for k in kept)
     resumed = distill(make(), teacher, pairs, "rcid", config)
-    assert "resumed from step 4" in "".join(capsys.readouterr()) and model_hash(resumed.student) == model_hash(whole.student)
+    assert "resumed from step 4" in "".join(capsys.readouterr())
+    assert model_hash(resumed.student) == model_hash(whole.student)
     with pytest.raises(KeyboardInterrupt): distill(make(), teacher, pairs, "rcid", config, probe=trip)
-    other = make(); other.model.layers[0].requires_grad_(False)            # the same weights, fewer of them trained: another run
-    before = {n: p.clone() for n, p in other.named_parameters()}
+    other = make()                                   # the same weights, fewer of them trained: another run
+    other.model.layers[0].requires_grad_(False)
+    before = copy.deepcopy(other.model.layers[0])
     distill(other, teacher, pairs, "rcid", config)
-    assert "resumed" not in "".join(capsys.readouterr()) and all(torch.equal(p, before[n]) for n, p in other.named_parameters() if n.startswith("model.layers.0."))
+    assert "resumed" not in "".join(capsys.readouterr())
+    assert all(torch.equal(p, q) for p, q in zip(other.model.layers[0].parameters(), before.parameters(), strict=True))
 
 
 def test_a_half_trained_run_in_sixteen_bits_goes_on_bit_for_bit(toy, tmp_path):
@@ -243,7 +256,8 @@ def test_recomputing_switches_no_dropout_on(toy, words):
         s = start("rcid", toy, words)
         for layer in s.model.layers: layer.self_attn.attention_dropout = .5
         return s
-    assert learn("rcid", student(), toy, words, replace(CONFIG, checkpoint_gradients=True)) == pytest.approx(learn("rcid", student(), toy, words), abs=1e-6)
+    again = learn("rcid", student(), toy, words, replace(CONFIG, checkpoint_gradients=True))
+    assert again == pytest.approx(learn("rcid", student(), toy, words), abs=1e-6)
 
 
 # the teacher
@@ -265,7 +279,8 @@ def test_a_teacher_teaches_in_eval_mode(toy, words, how, kl_at):
     for layer in loud_words[0].model.layers: layer.self_attn.attention_dropout = .5
     before = state(loud[0]), state(loud_words[0])
     torch.manual_seed(0)
-    assert learn(how, start(how, quiet, quiet_words), loud, loud_words, config) == learn(how, start(how, quiet, quiet_words), quiet, quiet_words, config)
+    got = learn(how, start(how, quiet, quiet_words), loud, loud_words, config)
+    assert got == learn(how, start(how, quiet, quiet_words), quiet, quiet_words, config)
     assert (state(loud[0]), state(loud_words[0])) == before
 
 
@@ -318,6 +333,7 @@ def test_staleness_in_degrees_is_in_degrees():
     written = []
     for staleness in (math.pi / 2, None):
         result = SimpleNamespace(student=None, history=[], steps=1, tokens=1, flops=1., staleness=staleness)
-        exec(cell, dict(math=math, save_model=lambda *_: None, write_json=lambda path, record: written.append(record["w_staleness_degrees"]),
-            result=result, tokenizer=None, family="llama", task="ioi", method="rcid", seed=1))
+        def write_json(path, record): written.append(record["w_staleness_degrees"])
+        exec(cell, dict(math=math, save_model=lambda *_: None, write_json=write_json, result=result, tokenizer=None,
+            family="llama", task="ioi", method="rcid", seed=1))
     assert written == [pytest.approx(90), None]

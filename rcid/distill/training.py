@@ -17,13 +17,13 @@ def trainable(
     model: nn.Module,
     embeddings: bool = False             # embeddings and head too
 ) -> dict[str, nn.Parameter]:
-    "The parameters that a training moves, by name: those of the layers and the final norm that their owner has not frozen."
+    "The parameters that a training moves, by name: of the layers and the final norm, and not frozen by their owner."
     a = get_adapter(model)
     inside = {id(p) for part in (a.layers, a.final_norm) for p in part.parameters()}
     found = {n: p for n, p in model.named_parameters() if p.requires_grad and (embeddings or id(p) in inside)}
     if not found:
-        raise ValueError("nothing to train: all parameters of the layers and the final norm are frozen (requires_grad is False): "
-            + "unfreeze what should learn" + ("" if embeddings else ", or set train_embeddings"))
+        raise ValueError("nothing to train: all parameters of the layers and the final norm are frozen (requires_grad "
+            + "is False): unfreeze what should learn" + ("" if embeddings else ", or set train_embeddings"))
     return found
 
 # %% ../../nbs/05_distill/07_training.ipynb #6e3eb0ce
@@ -33,23 +33,24 @@ def training(
     embeddings: bool = False,            # embeddings and head too
     recompute: bool = False              # activations are recomputed in the backward pass
 ):
-    "Yields the parameters to train by name, float32 inside the block; after it everything but their values is as it was."
+    "Yields the parameters to train, float32 inside the block; after it everything but their values is as it was."
     if any(p.is_meta for p in model.parameters()):
-        raise ValueError("cannot train a model whose weights are offloaded (device meta): load it without device_map or cpu_offload")
+        raise ValueError("cannot train a model whose weights are offloaded (device meta): "
+            + "load it without device_map or cpu_offload")
     a, chosen = get_adapter(model), trainable(model, embeddings)
     before = [(p, p.dtype, p.requires_grad) for p in model.parameters()]
     modes, moved = [(m, m.training) for m in model.modules()], {id(p) for p in chosen.values()}
     ours = recompute and not a.recomputes
     try:
         for p, dtype, _ in before:
-            p.grad = None                                                  # of an earlier backward pass: no part of this training
+            p.grad = None                            # of an earlier backward pass: no part of this training
             if p.is_floating_point() and dtype.itemsize < 4: p.data = p.data.float()
             p.requires_grad_(id(p) in moved)
-        if ours:                                                           # `gradient_checkpointing_enable` would leave a hook
+        if ours:                                     # `gradient_checkpointing_enable` would leave a hook
             for layer in a.layers:
                 layer.gradient_checkpointing = True
                 layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-        if recompute:                                                      # only in training mode; dropout asks its own module
+        if recompute:                                # only in training mode; dropout asks its own module
             for layer in a.layers: layer.training = True
         yield chosen
     finally:

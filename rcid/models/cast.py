@@ -22,6 +22,6 @@ def carry_rotary(source: nn.Module, target: nn.Module) -> nn.Module:
     "`target`, with RoPE's frequencies and scaling as they are in `source` now."
     old, new = get_adapter(source).rotary, get_adapter(target).rotary
     for name, value in old.named_buffers(recurse=False): new.register_buffer(name, value.clone(), persistent=False)
-    for name in ("attention_scaling", "max_seq_len_cached"):               # plain numbers; the second one grows with what was seen
+    for name in ("attention_scaling", "max_seq_len_cached"):               # the second one grows with what was seen
         if hasattr(old, name): setattr(new, name, getattr(old, name))
     return target

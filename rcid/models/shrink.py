@@ -41,7 +41,8 @@ def shrink(
         if prefix in kept: state[name.replace(prefix, kept[prefix], 1)] = value.clone()
         elif not name.startswith("model.layers."): state[name] = value.clone()
     if strange := sorted(set(state) ^ set(student.state_dict())):
-        raise ValueError(f"cannot shrink this {a.family} model: {', '.join(strange[:3])} not in a plain one: merge its adapters first")
+        parts = ", ".join(strange[:3])
+        raise ValueError(f"cannot shrink this {a.family} model: {parts} not in a plain one: merge its adapters first")
     student.load_state_dict(state, assign=True)
     tied = a.lm_head.weight is a.embed.weight or (a.embed.weight.is_meta and config.tie_word_embeddings)
     if tied: student.lm_head.weight = student.model.embed_tokens.weight
