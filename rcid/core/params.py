@@ -110,7 +110,7 @@ class Lm(_Section):
     lr: float = Field(gt=0)
     pretrain_lr: float = Field(gt=0)
     source: Literal["samples", "path", "hub"] = "samples" # general text: drawn from the teacher, or WikiText-2
-    samples: int = Field(320, ge=20)             # documents drawn, of at most `seq` tokens; one in ten is held out
+    samples: int = Field(240, ge=20)             # documents drawn, of at most `seq` tokens; one in ten is held out
     path: str | None = None                      # folder of WikiText-2; None: wikitext2 below RCID_DATA_DIR
     hub: dict[Literal["id", "name", "revision"], str] | None = None # of WikiText-2
     bf16: bool = False                           # autocast the matrix products

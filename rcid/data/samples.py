@@ -49,10 +49,10 @@ def draw_documents(
     try:
         model.eval()
         while len(texts) < n:
-            rows = _draw(model, batch, length, _first_token(tokenizer), len(tokenizer), ends, generator).tolist()
+            rows = _draw(model, min(batch, n - len(texts)), length, _first_token(tokenizer), len(tokenizer), ends, generator).tolist()
             cut = [next((i for i, t in enumerate(row) if t in ends), len(row)) for row in rows]
             told = [t for t in (tokenizer.decode(row[:i]) for row, i in zip(rows, cut)) if t.strip()]
-            if not told: raise RuntimeError(f"none of {batch} documents has a word: this model ends every text at once, so it cannot be healed on its own samples")
+            if not told: raise RuntimeError(f"none of {len(rows)} documents has a word: this model ends every text at once, so it cannot be healed on its own samples")
             texts += told
     finally:
         for m, mode in modes: m.training = mode
