@@ -1,14 +1,24 @@
 """What the measuring parts do with tokenizers, models, files and answers that are not the usual ones."""
-import random, warnings
-import pytest, torch
-from conftest import ARCHS, ROOT
-from rcid.causal import Site, all_positions, all_sites, causal_effects, naive_effects
-from rcid.causal.engine import restart_error, sweep
-from rcid.data import build_pairs, load_pairs, name_pool
+import functools, itertools, json, warnings
+import numpy as np, pytest, torch
+from conftest import ROOT
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+from rcid.causal import Site, all_positions, answer_logit_diff, attribution_effects, causal_effects, naive_effects, read, score_sites, sweep_flops
+from rcid.causal.engine import restart_error
+from rcid.core import embedded
+from rcid.data import TASKS, Reader, build_pairs, load_pairs, name_pool, pack_blocks, pad_sentences, story_pairs, told_problems
 from rcid.data.pairs import ContrastiveDataset
+from rcid.data.reasoning import encode_problems, exact_match, extract_number, load_reasoning, number
+from rcid.data.reasoning_pairs import reasoning_rows
+from rcid.data.sources import read_rows
 from rcid.distill.targets import Wanted, hidden_signals
-from rcid.eval.decode import greedy_decode
-from rcid.models import get_adapter
+from rcid.eval import keep_correct, perplexity, stats, task_accuracy
+from rcid.eval.bench import run_bench
+from rcid.eval.consistency import consistency
+from rcid.eval.decode import greedy_decode, problem_prompts, solve
+from rcid.kv.teachers import Teacher
+from rcid.models import train_tokenizer
 
 
 # 5. layers that see a few tokens back only
@@ -105,3 +115,251 @@ def test_latent_places_of_a_short_sighted_model():
     model, lengths = LatentModel(windowed("qwen3"), 1, 2), pairs.attention_mask.sum(1).tolist()
     want = [greedy_decode(model, ids[i:i + 1, :n], pairs.attention_mask[i:i + 1, :n], 8)[0] for i, n in enumerate(lengths)]
     assert greedy_decode(model, ids, pairs.attention_mask, 8) == want
+
+
+# 4. what a prompt and its answer are to a tokenizer
+
+def words() -> list[str]:
+    "Every word that an embedded task can answer or swap."
+    facts, twins, sums = embedded("factual"), embedded("winogrande"), embedded("arithmetic")
+    return [*embedded("names")["first_names"], *sums["things"], *map(str, range(10)), *(w for r in facts["relations"] for f in r["facts"].items() for w in f),
+            *(w for t in twins["twins"] for w in t["words"] + (t["A"] + t["B"] if t["A"] != "name" else []))]
+
+
+def ends(core, before: str, after: str):
+    "A tokenizer whose post-processor puts special tokens around a text."
+    from tokenizers.processors import TemplateProcessing
+    tokens = [(t, core.token_to_id(t)) for t in ("<|bos|>", "<|eos|>")]
+    core.post_processor = TemplateProcessing(single=f"{before} $A {after}".strip(), special_tokens=tokens)
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|bos|>", eos_token="<|eos|>", pad_token="<|pad|>")
+
+
+@functools.lru_cache
+def byte_level(prefix: bool = False) -> str:
+    "GPT-2's kind, as JSON; with `prefix` a text begins with a space of the tokenizer's own."
+    core = train_tokenizer([f" {w}" for w in words()] * 3 + [t["text"] for t in embedded("ioi")["templates"]], vocab=4000).backend_tokenizer
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    return core.to_str()
+
+
+@functools.lru_cache
+def sentencepiece(scheme: str) -> str:
+    "LLaMA 2's kind, as JSON: every text begins with a space of the tokenizer's own; `scheme` is the normaliser of old files, or a Metaspace scheme of new ones."
+    specials = ["<unk>", "<|pad|>", "<|bos|>", "<|eos|>", *(f"<0x{b:02X}>" for b in range(256))]
+    core = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    letters = ["".join(chr(c) for c in range(33, 127))]
+    core.train_from_iterator(words() * 3 + [t["text"] for t in embedded("ioi")["templates"]] + letters, trainers.BpeTrainer(vocab_size=4500, special_tokens=specials, show_progress=False))
+    if scheme == "legacy":
+        core.normalizer, core.pre_tokenizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), None
+    else: core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return core.to_str()
+
+
+KINDS = {"gpt2": byte_level, "prefix_space": lambda: byte_level(True), "legacy": lambda: sentencepiece("legacy"), "first": lambda: sentencepiece("first"), "always": lambda: sentencepiece("always")}
+AROUND = {"plain": ("", ""), "bos": ("<|bos|>", ""), "eos": ("", "<|eos|>"), "both": ("<|bos|>", "<|eos|>")}
+TASKS_HERE = (dict(task="ioi"), dict(task="factual"), dict(task="winogrande"), dict(task="winogrande", form="referent"), dict(task="arithmetic"), dict(task="arithmetic", form="words"))
+
+
+@functools.lru_cache
+def tokenizer_of(kind: str, around: str): return ends(Tokenizer.from_str(KINDS[kind]()), *AROUND[around])
+
+
+def drawn(**how) -> tuple[ContrastiveDataset | None, str]:
+    "Pairs, or why there are none."
+    try: return load_pairs(**how), ""
+    except ValueError as e: return None, str(e)
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_are_looked_up_inside_a_sentence(kind, around):
+    usable = name_pool(tokenizer_of(kind, around))[0]
+    assert len(usable) >= 120 and set(usable) == set(name_pool(tokenizer_of("gpt2", "plain"))[0])
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", TASKS_HERE, ids=lambda h: "-".join(h.values()))
+def test_the_answer_is_what_follows_the_prompt(kind, around, how):
+    tokenizer, one = tokenizer_of(kind, around), dict(how)
+    pairs, why = drawn(**how, tokenizer=tokenizer, n=12)
+    assert pairs is not None, why
+    rows = TASKS[one.pop("task")](tokenizer, split="test", seed=0, **one)
+    def tokens(text): # as a prompt: without what the tokenizer appends
+        read = tuple(tokenizer(text)["input_ids"])
+        return read[:-1] if AROUND[around][1] else read
+    found = {}                                                             # tokens of both prompts with their answers -> the row they are
+    ends = pairs.attention_mask.sum(1).tolist()
+    both = [tuple((*ids[i, :n].tolist(), int(answer[i])) for ids, answer in ((pairs.clean_ids, pairs.correct_token_id), (pairs.corrupt_ids, pairs.wrong_token_id))) for i, n in enumerate(ends)]
+    for row in itertools.islice(rows, 4000):
+        key = tokens(row.clean + row.correct), tokens(row.corrupt + row.wrong)
+        if key in both: found[key] = row
+        if len(found) == 12: break
+    for i, (clean, corrupt) in enumerate(both):
+        row, n = found.get((clean, corrupt)), ends[i]
+        assert row is not None, tokenizer.convert_ids_to_tokens(clean)
+        assert clean[:-1] == tokens(row.clean) and int(pairs.answer_pos[i]) == n - 1 == int(pairs.key_positions["end"][i])
+        assert tokenizer.eos_token_id not in clean + corrupt and clean.count(tokenizer.bos_token_id) == bool(AROUND[around][0])
+        for role in row.modified:
+            low, high = row.roles[role]
+            assert tokenizer.decode([clean[pairs.key_positions[role][i]]]).strip() == row.clean[low:high]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("around, same", (("eos", "plain"), ("both", "bos")))
+def test_an_appended_end_changes_nothing_that_is_measured(kind, around, same, make_model):
+    with_end, without = tokenizer_of(kind, around), tokenizer_of(kind, same)
+    for how in TASKS_HERE[:2]:
+        (a, why), (b, _) = (drawn(**how, tokenizer=t, n=8) for t in (with_end, without))
+        assert a is not None, why
+        assert a.content_hash() == b.content_hash()
+    problems = load_reasoning(n=6)
+    for eos in (True, False):
+        a, b = (encode_problems(problems, t, eos=eos) for t in (with_end, without))
+        assert a.content_hash() == b.content_hash()
+        assert all(problem_prompts(a, upto)[0].equal(problem_prompts(b, upto)[0]) for upto in ("prompt", "cue"))
+    a, b = (build_pairs(reasoning_rows(t, steps=(1, 2), largest=9), t, 6).content_hash() for t in (with_end, without))
+    assert a == b
+    told = told_problems(n=40, steps=(1,), largest=9)
+    try: a, b = (story_pairs(told, {"x": Reader(t)})["x"].content_hash() for t in (with_end, without))
+    except ValueError: a = b = "this tokenizer gives a digit two tokens"
+    assert a == b
+    for a, b in zip(*(pad_sentences(["Ann met Bob.", "Ann and Bob met at the store."], t, 99) for t in (with_end, without))): assert a.equal(b)
+    assert pack_blocks(["Ann met Bob."] * 9, with_end, 8).equal(pack_blocks(["Ann met Bob."] * 9, without, 8))
+    model = make_model("qwen3", vocab=len(with_end))
+    a, b = (perplexity(model, ["Ann and Bob met at the store.", "Bob left."], t) for t in (with_end, without))
+    assert a == b
+
+
+def test_a_drawn_reasoning_follows_the_question(make_model):
+    seen = []
+    for around in ("bos", "both"):
+        tokenizer = tokenizer_of("gpt2", around)
+        model = make_model("llama", vocab=len(tokenizer))
+        model.generate = lambda ids, **kw: seen.append(ids.tolist()) or torch.cat([ids, ids[:, :1]], 1)
+        Teacher("s", "", sample=1).read(told_problems(n=2), model, tokenizer)
+    assert seen[:2] == seen[2:] and tokenizer.eos_token_id not in seen[2][0]
+
+
+# 6. generation settings
+
+class Listening:
+    "A tokenizer that keeps the tokens it was asked to decode."
+    def __init__(self, tokenizer): self.tokenizer, self.decoded = tokenizer, []
+    def __getattr__(self, name): return getattr(self.tokenizer, name)
+    def __call__(self, *args, **kw): return self.tokenizer(*args, **kw)
+    def decode(self, ids, *args, **kw):
+        self.decoded.append(torch.as_tensor(ids).tolist())
+        return self.tokenizer.decode(ids, *args, **kw)
+
+
+@pytest.mark.parametrize("where", ("generation_config", "config"))
+def test_solve_ends_at_every_end_token(make_model, where):
+    tokenizer = tokenizer_of("gpt2", "bos")
+    model, data = make_model("llama", vocab=len(tokenizer)), encode_problems(load_reasoning(n=3), tokenizer)
+    free = greedy_decode(model, *problem_prompts(data), 8)
+    ends = [free[0][0], free[1][-1]]
+    setattr(getattr(model, where), "eos_token_id", ends)
+    ear = Listening(tokenizer)
+    solve(model, data, ear, max_new=8)
+    assert ear.decoded == [text[:min([text.index(e) for e in (*ends, tokenizer.eos_token_id) if e in text], default=8)] for text in free] != free
+
+
+def test_drawing_is_as_asked_whatever_the_models_settings(make_model):
+    from copy import deepcopy
+    tokenizer = tokenizer_of("gpt2", "bos")
+    model, drawn = make_model("llama", vocab=len(tokenizer)), []
+    leaks = (dict(), dict(top_p=.05), dict(repetition_penalty=9.), dict(min_p=.5), dict(no_repeat_ngram_size=1), dict(num_beams=2), dict(temperature=.01, do_sample=False, top_k=2), dict(min_new_tokens=9))
+    for settings in leaks:
+        other, ear = deepcopy(model), Listening(tokenizer)
+        for k, v in settings.items(): setattr(other.generation_config, k, v)
+        own, before = other.generation_config, other.generation_config.to_dict()
+        Teacher("s", "", sample=3, longest=8).read(told_problems(n=2), other, ear)
+        drawn.append(ear.decoded)
+        assert other.generation_config is own and own.to_dict() == before
+    assert all(d == drawn[0] for d in drawn), [s for s, d in zip(leaks, drawn) if d != drawn[0]]
+
+
+def test_a_benchmark_asks_the_model_plainly_and_leaves_it_as_it_was(make_model, monkeypatch):
+    lm_eval = pytest.importorskip("lm_eval")
+    tokenizer, asked = tokenizer_of("gpt2", "bos"), []
+    tokenizer = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<|bos|>", eos_token="<|eos|>")   # without a pad token
+    model = make_model("llama", vocab=len(tokenizer)).train()
+    model.generation_config.repetition_penalty, model.generation_config.eos_token_id = 9., [5, 6]
+    own, before = model.generation_config, model.generation_config.to_dict()
+    def evaluate(lm, **kw):
+        c = lm.model.generation_config
+        asked.append((c.repetition_penalty, {5, 6} <= set(c.eos_token_id)))
+        return {"results": {}, "n-samples": {}}
+    monkeypatch.setattr(lm_eval, "simple_evaluate", evaluate)
+    run_bench(model, tokenizer, ["gsm8k"], "hub")
+    assert asked == [(None, True)] and model.generation_config is own and own.to_dict() == before
+    assert tokenizer.pad_token_id is None and model.training
+
+
+# 21. answers as people write them, and nothing to measure
+
+@pytest.mark.parametrize("said, value", [("−3", "-3"), ("–3", "-3"), ("‑3", "-3"), ("－3", "-3"), ("-3", "-3"), ("-$3", "-3"), ("$-3", "-3"), ("−$3.50", "-3.5"), ("３", "3"), ("１，０００", "1000"), ("1,000", "1000"),
+    ("$1,000", "1000"), ("1,000.50", "1000.5"), ("1, 2 and 3", "1"), ("1,2", "1"), ("3.0", "3"), ("3.", "3"), ("0.50", "0.5"), (".5", "0.5"), ("−.5", "-0.5"), ("12−5", "12"), ("2–3", "2"), ("−0", "0")])
+def test_a_number_is_read_as_it_is_written(said, value):
+    assert extract_number(f"So: 77. The answer is: {said}.") == value and extract_number(f"#### {said}") == value
+    assert exact_match([f"The answer is: {said}"], [value]) == 1 and exact_match(["The answer is: 41"], [said]) == 0
+
+
+@pytest.mark.parametrize("written, value", [("−3", "-3"), ("–3", "-3"), ("１，０００", "1000"), ("$1,000.0", "1000"), ("3.0", "3"), ("3.", "3"), (" 7 ", "7"), ("−0", "0"), ("x", None), ("", None)])
+def test_a_gold_answer_is_read_like_a_given_one(written, value):
+    assert number(written) == value
+    if value: assert exact_match([f"The answer is: {value}"], [written]) == 1
+
+
+def test_dashes_between_numbers_are_no_sign(): assert [extract_number(t) for t in ("it takes 2–3", "so 12−5 makes 7", "12 − 5", "she has—5")] == ["3", "7", "5", "5"]
+
+
+def refusal(call) -> str:
+    "What a call says when it refuses; anything but a ValueError is no refusal."
+    try: call()
+    except Exception as e: return f"{e}" if type(e) is ValueError else f"[{type(e).__name__}] {e}"
+    return "[nothing]"
+
+
+def test_nothing_to_measure_is_said_in_one_line(make_model):
+    model, pairs = make_model("qwen3"), long_pairs()
+    none, tokenizer, ids = pairs[:0], tokenizer_of("gpt2", "plain"), torch.zeros(0, 4, dtype=torch.long)
+    calls = {
+        "no texts": lambda: perplexity(model, []), "leave it out": lambda: perplexity(model, ["Ann met Bob.", ""], tokenizer), "text 0": lambda: perplexity(model, torch.tensor([5])),
+        "no pairs": lambda: task_accuracy(model, none), "no pairs given": lambda: causal_effects(model, none), "no  pairs given": lambda: naive_effects(model, none), "no pairs  given": lambda: answer_logit_diff(model, none),
+        "no   pairs given": lambda: attribution_effects(model, none), "no pairs   given": lambda: score_sites(model, none, "norm"), "no  pairs  given": lambda: sweep_flops(model, none), "hold no tokens": lambda: read(model, ids, [Site(0)]),
+        "no sites given": lambda: causal_effects(model, pairs, []), "no sites  given": lambda: naive_effects(model, pairs, []), "keep_correct: no pairs": lambda: keep_correct(model, none), "and a site": lambda: consistency(*[np.zeros((4, 0))] * 2, *[(np.ones(4), np.zeros(4))] * 2),
+        "no rows": lambda: stats.cluster_bootstrap(lambda w: w.mean(1), []), "resamples": lambda: stats.cluster_bootstrap(lambda w: w.mean(1), [1, 2], n=0), "at least 2 values": lambda: stats.lin_concordance([1.], [2.]),
+        "at least 2  values": lambda: stats.lin_concordance([], []), "at least one prompt": lambda: greedy_decode(model, ids, ids, 2), "no sentences": lambda: pad_sentences([], tokenizer, 4), "n=0 pairs": lambda: load_pairs("ioi", tokenizer, n=0),
+    }
+    said = {words: refusal(call) for words, call in calls.items()}
+    assert not {w: s for w, s in said.items() if " ".join(w.split()) not in s or "\n" in s}
+    assert len(none.trimmed()) == 0 and np.isnan(stats.fisher_mean([])[0]) and len(stats.holm([])) == len(stats.benjamini_hochberg([])) == 0
+    assert stats.paired_test([1.], [2.]).n == 1 and np.isnan(stats.paired_test([1.], [2.]).p_t)
+
+
+# 15. rows of files
+
+STRANGE = "\u2028\u2029\x85\x1c\x0b\x0c"
+
+
+def test_a_row_is_a_line_whatever_it_says(tmp_path, monkeypatch):
+    rows = [dict(question=f"How {c} many?", answer=f"2 + 3 = <<2+3=5>>5 {c}\n#### 5") for c in STRANGE] + [dict(question="Last?", answer="1 + 1 = 2\n#### 2")]
+    text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+    for end, name in (("", "whole"), ("\n", "ended")):
+        folder = tmp_path/name/"gsm8k"
+        folder.mkdir(parents=True)
+        (folder/"train.jsonl").write_text("", encoding="utf-8")
+        (folder/"test.jsonl").write_bytes((text.rstrip("\n") + end).encode())
+        (folder/"PROVENANCE.jsonl").write_text("".join(json.dumps(dict(file=f.name, bytes=f.stat().st_size, note=STRANGE), ensure_ascii=False) + "\n" for f in (folder/"train.jsonl", folder/"test.jsonl")), encoding="utf-8")
+        monkeypatch.setenv("RCID_DATA_DIR", str(tmp_path/name))
+        said = refusal(lambda: read_rows("gsm8k", "test.jsonl"))
+        assert said == "[nothing]"
+        assert read_rows("gsm8k", "test.jsonl") == rows and read_rows("gsm8k", "train.jsonl") == []
+    (folder/"test.jsonl").write_bytes(text.encode()[:-20])
+    assert "truncated or was changed" in refusal(lambda: read_rows("gsm8k", "test.jsonl"))
+    (folder/"PROVENANCE.jsonl").unlink()
+    assert f"line {len(rows)} is not valid JSON" in refusal(lambda: read_rows("gsm8k", "test.jsonl"))

@@ -25,7 +25,8 @@ def run_logit_diff(model: nn.Module, ids: Int[Tensor, "pair seq"], pairs: Contra
     return logit_difference(a, normed, pairs.correct_token_id, pairs.wrong_token_id)
 
 def checked(model: nn.Module, pairs: ContrastiveDataset) -> ContrastiveDataset:
-    "The pairs on the model's device; ValueError for unequal lengths or padding on the left."
+    "The pairs on the model's device; ValueError for no pairs, unequal lengths or padding on the left."
+    if not len(pairs): raise ValueError("no pairs given: an effect needs at least one, draw some with load_pairs")
     if pairs.clean_ids.shape != pairs.corrupt_ids.shape: raise ValueError(f"pairs of unequal length: clean {tuple(pairs.clean_ids.shape)}, corrupt {tuple(pairs.corrupt_ids.shape)}")
     p = pairs.to(model_device(model))
     seen = torch.arange(p.clean_ids.shape[1], device=p.answer_pos.device) <= p.answer_pos[:, None]
@@ -167,6 +168,7 @@ def sweep_flops(model: nn.Module, pairs: ContrastiveDataset,
     skip_zero: bool = True                       # as in `causal_effects`
 ) -> dict[str, float]:
     "Hand-counted floor: FLOPs of `forward`, `base`, `source`, `patched`, and `equivalents` = (base + source + patched) / forward."
+    checked(model, pairs)
     sites, a = list(all_sites(model, pairs) if sites is None else sites), get_adapter(model)
     _, _, runs, _ = _needed(pairs, torch.tensor([s[0] for s in sites]), site_positions(model, pairs, sites).cpu(), a.n_layers - 1, skip_zero)
     macs = count_macs(a, pairs.clean_ids.shape[1], pairs.answer_pos.cpu(), first_difference(pairs).cpu(), runs)

@@ -87,5 +87,6 @@ def pack_blocks(texts: list[str], tokenizer, seq: int) -> Int[Tensor, "block seq
 
 def pad_sentences(texts: list[str], tokenizer, seq: int) -> tuple[Int[Tensor, "block seq"], Int[Tensor, "block seq"]]:
     "One sentence a row: ids (cut at `seq`, without an EOS that the text does not have) and mask."
-    rows = [torch.tensor(r[:seq]) for r in prompt_ids(tokenizer, texts)]
+    if not texts: raise ValueError("pad_sentences: no sentences given: pass at least one")
+    rows = [torch.tensor(r[:seq], dtype=torch.long) for r in prompt_ids(tokenizer, texts)]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id or 0), pad_mask([len(r) for r in rows])

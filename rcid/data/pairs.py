@@ -57,7 +57,7 @@ class ContrastiveDataset:
 
     def trimmed(self) -> "ContrastiveDataset":
         "Without columns that are padding in every row."
-        n = int(self.attention_mask.sum(1).max())
+        n = int(self.attention_mask.sum(1).max()) if len(self) else 0
         return replace(self, clean_ids=self.clean_ids[:, :n], corrupt_ids=self.corrupt_ids[:, :n], attention_mask=self.attention_mask[:, :n])
 
     def content_hash(self) -> str:
@@ -104,12 +104,12 @@ def single_token(tokenizer, word: str,
     return ids[0] if ids is not None and len(ids) == 1 else None
 
 def _encode(tokenizer, row: Row) -> dict | str: # a reason when it cannot be taken
-    answers = [following(tokenizer, prompt, [row.correct, row.wrong]) for prompt in (row.clean, row.corrupt)]
-    if None in answers[0] + answers[1]: return "an answer changes the tokens of its prompt"
-    if any(len(ids) != 1 for ids in answers[0] + answers[1]): return "answer is not one token"
-    if answers[0] != answers[1]: return "an answer is another token behind the corrupt prompt"
-    correct, wrong = (ids[0] for ids in answers[0])
-    if correct == wrong: return "both answers are one token"
+    answers = following(tokenizer, row.clean, [row.correct, row.wrong])
+    if None in answers: return "an answer changes the tokens of its prompt"
+    if any(len(ids) != 1 for ids in answers): return "answer is not one token"
+    if answers[0] == answers[1]: return "both answers are one token"
+    if following(tokenizer, row.corrupt, [row.correct, row.wrong]) != answers: return "an answer is another token behind the corrupt prompt"
+    correct, wrong = (ids[0] for ids in answers)
     clean, corrupt = prompt_ids(tokenizer, [row.clean, row.corrupt])
     if len(clean) != len(corrupt): return "clean and corrupt have unequal length"
     spans = tokenizer(row.clean, return_offsets_mapping=True)["offset_mapping"][:len(clean)]
@@ -126,6 +126,7 @@ def build_pairs(
     task: str = "", model_family: str = ""
 ) -> ContrastiveDataset:
     "Tokenizes rows; rows that fail a check are dropped and counted in `.dropped`."
+    if n is not None and n < 1: raise ValueError(f"{task or 'task'}: n={n} pairs asked for: ask for at least one, or leave n out")
     kept, dropped = [], Counter()
     for row in rows:
         if n is not None and len(kept) == n: break

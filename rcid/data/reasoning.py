@@ -102,16 +102,19 @@ def word_problems(
     raise ValueError(f"no more problems of {tuple(steps)} steps of {operations!r} up to {largest} in split {split!r} after {len(seen)}: raise largest or steps")
 
 # %% ../../nbs/02_data/09_reasoning.ipynb #b67520ad
-_NUMBER = re.compile(r"(?<![\d.])-?\$?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(r"(?<![\d.])-?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])-?\$?\.\d+")
+# what stands for a plain sign in print: hyphens, dashes and the minus sign; full-width signs
+_PLAIN = str.maketrans({**dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"), "\uff0c": ",", "\uff0e": ".", "\uff04": "$"})
 
 def number(text: str | float) -> str | None:
-    "One way to write a number: no commas, currency or needless zeros; None if it is not one."
-    try: value = Decimal(str(text).replace(",", "").replace("$", "").strip())
+    "One way to write a number: no commas, currency or needless zeros, a hyphen as its minus; None if it is not one."
+    try: value = Decimal(str(text).translate(_PLAIN).replace(",", "").replace("$", "").strip())
     except InvalidOperation: return None
     return format(value.normalize() + 0, "f") if value.is_finite() else None   # + 0: no minus zero
 
 def extract_number(text: str) -> str | None:
     "The number a text answers with, or None."
+    text = text.translate(_PLAIN)
     cues = [m.end() for m in re.finditer(r"(?i)answer is:?|####", text)]
     found = _NUMBER.findall(text[cues[-1]:] if cues else text)
     return number(found[0] if cues else found[-1]) if found else None

@@ -28,7 +28,7 @@ def read_rows(dataset: str, file: str) -> list[dict]:
     expected = _sizes(path.parent).get(file, path.stat().st_size)
     if path.stat().st_size != expected: raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {expected}: it is truncated or was changed; copy it again")
     rows = []
-    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for n, line in enumerate(_lines(path), 1):
         try: rows.append(json.loads(line))
         except json.JSONDecodeError: raise ValueError(f"{path}, line {n} is not valid JSON: the file is truncated or damaged; copy it again") from None
     return rows
@@ -42,7 +42,11 @@ def read_table(dataset: str, file: str) -> dict:
 
 def _sizes(folder) -> dict[str, int]: # file -> bytes, where the folder says so
     notes = folder/"PROVENANCE.jsonl"
-    return {r["file"]: r["bytes"] for r in map(json.loads, notes.read_text(encoding="utf-8").splitlines())} if notes.exists() else {}
+    return {r["file"]: r["bytes"] for r in map(json.loads, _lines(notes))} if notes.exists() else {}
+
+def _lines(path) -> list[str]: # at line feeds only: `splitlines` also cuts at U+2028 and the like, which JSON allows inside a text
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return lines if lines[-1] else lines[:-1]
 
 # %% ../../nbs/02_data/08_sources.ipynb #9c2f6321
 def hub_rows(name: str, config: str | None = None, split: str = "train", revision: str | None = None) -> list[dict]:

@@ -32,7 +32,7 @@ def load_pairs(
     family = opts.pop("model_family", "")
     if unknown := set(opts) - takes: raise ValueError(f"task {task!r} has no options {sorted(unknown)}: there are {sorted(takes - {'tokenizer', 'split', 'seed', 'source'})}")
     rows = TASKS[task](tokenizer, split=split, seed=seed, **opts, **({"source": source} if "source" in takes else {}))
-    return build_pairs(rows, tokenizer, n=n or 128, task=task, model_family=family)
+    return build_pairs(rows, tokenizer, n=128 if n is None else n, task=task, model_family=family)
 
 def variants_of(task: str) -> tuple[str, ...]:
     "In distribution first, then what lies outside of it."

@@ -6,12 +6,14 @@
 __all__ = ['COPIES', 'HUB_ONLY', 'Copy', 'harness_folder', 'local_tasks', 'pooled', 'run_bench']
 
 # %% ../../nbs/07_eval/08_bench.ipynb #8c67fd71
-import importlib.util, json, tempfile
+import copy, importlib.util, json, tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 from torch import nn
+from ..causal.engine import evaluating
 from ..data.sources import read_rows
+from ..models.generation import plain_generation
 
 # %% ../../nbs/07_eval/08_bench.ipynb #4466fa9d
 class Copy(NamedTuple):
@@ -97,9 +99,10 @@ def run_bench(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
-    lm, out = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length), {}
+    out = {}
     for name in tasks:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, plain_generation(model, tokenizer), evaluating(model):
+            lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, max_length=max_length)   # it sets a pad token where there is none
             if source == "path": names, manager = local_tasks(name, folder), TaskManager(include_path=folder, include_defaults=False)
             else: names, manager = [{**{k: c.hub for k, c in COPIES.items()}, **HUB_ONLY}[name]], TaskManager()
             done = simple_evaluate(lm, tasks=names, limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=0)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
+from ..data.pairs import prompt_ids
 from ..models.adapters import get_adapter, model_device
 from ..causal.engine import evaluating
 
@@ -37,9 +38,10 @@ def perplexity(
     "Token-weighted perplexity of a text under a sliding window."
     texts, a, device = text if isinstance(text, list) else [text], get_adapter(model), model_device(model)
     if tokenizer is None and any(isinstance(t, str) for t in texts): raise ValueError("perplexity: text needs its tokenizer (tokenizer=)")
-    texts = [torch.as_tensor(tokenizer(t)["input_ids"] if isinstance(t, str) else t) for t in texts]
-    for t in texts:
-        if t.ndim != 1 or len(t) < 2: raise ValueError(f"perplexity: ids of shape {tuple(t.shape)}, expected one row of at least 2 tokens")
+    texts = [torch.as_tensor(prompt_ids(tokenizer, [t])[0] if isinstance(t, str) else t) for t in texts]
+    if not texts: raise ValueError("perplexity: no texts given: pass at least one of two tokens or more")
+    for i, t in enumerate(texts):
+        if t.ndim != 1 or len(t) < 2: raise ValueError(f"perplexity: text {i} has ids of shape {tuple(t.shape)}, expected one row of at least 2 tokens: leave it out")
     plan, total = [(ids, *w) for ids in texts for w in windows(len(ids), window, stride)], 0.
     with evaluating(model):
         for group in (plan[i:i + batch_size] for i in range(0, len(plan), batch_size)):

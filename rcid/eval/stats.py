@@ -58,6 +58,8 @@ def cluster_bootstrap(
 ) -> Bootstrap:
     "Percentile interval of a statistic of weighted rows, resampling whole clusters (Davison & Hinkley 1997)."
     names, of = np.unique(np.asarray(clusters), return_inverse=True)
+    if n < 1: raise ValueError(f"cluster_bootstrap: n={n} resamples: ask for at least one")
+    if not len(of): raise ValueError("cluster_bootstrap: no rows: there is nothing to resample")
     if len(names) < 2: raise ValueError(f"cluster_bootstrap: {len(names)} cluster, resampling needs at least 2: cluster by something finer")
     rng, values, step = np.random.default_rng(seed), [], max(1, 2**22 // len(of))    # 32 MB of weights at a time
     for start in range(0, n, step):
@@ -83,6 +85,7 @@ def fisher_mean(r) -> tuple[float, int]:
 def lin_concordance(x, y) -> np.ndarray:
     "Lin's concordance correlation over the first axis (Lin 1989); NaN where both are the same constant."
     x, y = (np.asarray(v, float) for v in (x, y))
+    if x.shape != y.shape or len(x) < 2: raise ValueError(f"lin_concordance: shapes {x.shape} and {y.shape}: needs the same at least 2 values on both sides")
     mx, my = x.mean(0), y.mean(0)
     bottom = x.var(0) + y.var(0) + (mx - my)**2
     return np.where(bottom > 0, 2 * ((x - mx) * (y - my)).mean(0) / np.where(bottom > 0, bottom, 1.), np.nan)

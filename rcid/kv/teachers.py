@@ -18,10 +18,12 @@ from ..core.hardware import pick_device
 from ..core.paths import read_json, sha256, write_json
 from ..distill.targets import code_hash
 from ..data.holdout import Told, part_hash
+from ..data.pairs import prompt_ids
 from ..data.reasoning import CUE, Problem, ReasoningDataset, encode_problems
 from .cache import KVCache, forward_kv, load_kv, save_kv
 from .rope import Rope, rope_of
 from ..models.adapters import get_adapter
+from ..models.generation import plain_generation
 from ..models.load import load_model
 
 # %% ../../nbs/06_kv/11_teachers.ipynb #5ffe0be1
@@ -45,9 +47,10 @@ class Teacher:
             return [self._draw(p, model, tokenizer) for p in styled]
 
     def _draw(self, p: Problem, model, tokenizer) -> Problem | None:
-        ids = tokenizer(p.prompt + "\n", return_tensors="pt")["input_ids"].to(model.device)
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=self.temperature, top_k=0, max_new_tokens=self.longest, pad_token_id=tokenizer.pad_token_id)
-        text = tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
+        ids = torch.tensor(prompt_ids(tokenizer, [p.prompt + "\n"]), device=model.device)
+        with plain_generation(model, tokenizer):
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=self.temperature, top_k=0, max_new_tokens=self.longest)
+        text = tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         reasoning, _, said = text.partition(f"\n{CUE}")
         return p._replace(reasoning=reasoning.strip()) if reasoning.strip() and said.split()[:1] == [p.value] else None
 

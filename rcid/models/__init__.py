@@ -10,5 +10,6 @@ from .adapters import ModelAdapter, get_adapter, common_vocab, model_device
 from .cast import cast
 from .load import load_model, save_model
 from .convert import head_scales, to_qwen3
+from .generation import end_tokens, plain_generation
 from .shrink import shrink, even_layers, choose_layers
 from .tokenizers import train_tokenizer, byte_tokenizer, real_tokenizer
