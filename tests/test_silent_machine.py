@@ -1,4 +1,4 @@
-"""Limits of control groups, failing programs, odd folders, no git or home, broken settings: heeded, or said in a line."""
+"""Limits of control groups, failing programs, odd folders, no git or home, broken settings: heeded, or one line."""
 
 import os, re, shutil, subprocess, sys
 from pathlib import Path
