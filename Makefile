@@ -35,7 +35,7 @@ setup: .venv/.ready
 	$(call say,merge driver and commit check in .git; embedded data)
 	@$(BIN)/python -m rcid.core.commits install
 	@git rev-parse --git-dir >/dev/null 2>&1 || $(BIN)/dvc config --local core.no_scm true
-	@$(BIN)/dvc pull --quiet -r embedded data.dvc 2> >(grep -v 'no default remote' >&2)
+	@$(BIN)/python -m rcid.core.workspace tables
 
 repro: setup
 ifeq ($(SCALE),laptop)
