@@ -1,4 +1,4 @@
-"""Golden numbers of alignment and losses, computed by hand or in the source that each test names, and Procrustes against scipy."""
+"""Golden numbers of METHOD.md sections 5 and 6, and Procrustes against scipy."""
 import numpy as np, pytest, torch
 from scipy.linalg import orthogonal_procrustes
 from rcid.align import hsic1, linear_cka, map_layers, procrustes, random_orthogonal

@@ -37,7 +37,7 @@ def entity_split(entities: Int[np.ndarray, "pair entity"], rng: np.random.Genera
     return ~inside.any(1), inside.all(1)
 
 def control_labels(types: np.ndarray, y: Int[np.ndarray, "pair"], rng: np.random.Generator) -> Int[np.ndarray, "pair"]:
-    "A random class per type, as many and as often as `y` has (Hewitt & Liang, 1909.03368, draw them independently)."
+    "A random class per type; as many classes as `y` has, and as often as whole types allow (Hewitt & Liang, 1909.03368)."
     names, of = np.unique(types, return_inverse=True)
     counts, order, classes = np.bincount(of), rng.permutation(len(names)), len(np.unique(y))
     if len(names) < max(2, classes): raise ValueError(f"control_labels: {len(names)} types for {classes} classes: a random label per type needs at least as many types as classes")
@@ -90,10 +90,7 @@ def probe_purity(
     splits: int = 10, c: float = 1., n_boot: int = 2000, seed: int = 0,      # c: inverse strength of the L2 penalty
     least: int = 5,                              # a class that fewer types show is left out
 ) -> PurityReport:
-    "Selectivity of logistic probes on `h` and `d`: task accuracy on unseen types minus control accuracy on seen types."
-    # The control task is that of Hewitt & Liang (1909.03368). They score both accuracies on one test set, whose types are
-    # mostly known from training. Here no test entity is, so a task must carry over to new entities, and a control, which
-    # cannot, is scored on new rows of known ones: this selectivity is at most theirs where a probe remembers types.
+    "Selectivity of logistic probes on `h` and `d`, split by entity (Hewitt & Liang, 1909.03368)."
     (h, d), label, entities, template = (np.asarray(v, np.float32) for v in (h, d)), *map(np.asarray, (label, entities, template))
     sites, n, types = list(range(len(h))) if sites is None else sites, h.shape[1], entities[:, 0] if types is None else np.asarray(types)
     if not h.shape == d.shape or {n} != {len(label), len(entities), len(template), len(types)}:
