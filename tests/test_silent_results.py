@@ -238,18 +238,3 @@ def test_what_is_fetched_is_checked_and_kept(tmp_path, monkeypatch):
     (tmp_path/"qwen3"/"tokenizer.json").write_text("{}")
     fetch.fetch("qwen3")
     assert asked == ["qwen3"] * 2 and not broken_seal(tmp_path/"qwen3")
-
-
-def test_both_directions_are_in_the_tables():
-    "Denoising is computed for every student and every teacher: the tables print it beside noising."
-    from rcid.report import companions_table, method_rows, sites_table
-    of = lambda r: dict(consistency=r, low=r - .1, high=r + .1, spearman_mean=r, concordance_mean=r, sign_agreement_mean=r,
-        iia_mean=r, iia_flipped=r, n_undefined=0, pearson=[r], null=dict(mean=0., low=-.1, high=.1), ceiling=None,
-        null_within=dict(mean=0., low=-.1, high=.1), split_half=None)
-    cell = dict(family="llama", task="ioi", method="rcid", seed=42, accuracy=dict(accuracy=.9, ci=[.8, .95], top1=.9), perplexity=9.,
-        consistency=dict(trained=of(.11), held_out=of(.22)), denoising={**of(.7654), "trained": of(.33), "held_out": of(.7654)})
-    assert "0.77" in companions_table(method_rows([cell]))
-    plan = dict(roles=["s2", "end"], score=[[3., 0.], [1., 2.]], selected=[[0, "s2"]], held_out=[[1, "end"]],
-        maps={"proportional": {"0": 0, "1": 1}},
-        directions={k: dict(noising=[2.5], denoising=[1.25]) for k in ("selected", "held_out")})
-    assert "2.50 & 1.25" in sites_table({"llama": plan}, used="proportional")

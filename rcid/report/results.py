@@ -81,8 +81,6 @@ def method_rows(cells: list[dict]) -> list[dict]:
                    "null_within_band": {p: _ends(report(p, "null_within", "band"), _mean) for p in PARTS},
                    "n_nan": {p: sum(report(p, "n_nan")) if None not in report(p, "n_nan") else None for p in PARTS},
                    "seeds": {"accuracy": accuracy, **{p: report(p, "mean") for p in PARTS}}}
-            reverse = {p: [(c.get("denoising") or {}).get(p) for c in seeds] for p in PARTS}
-            row["denoising"] = {p: fisher_mean(summary(r).get("mean") for r in reverse[p]) for p in PARTS}
             for key in ("spearman", "lin", "sign_agreement", "interchange_accuracy", "iia_flipped"): row[key] = {p: _mean(report(p, key)) for p in PARTS}
             rows.append(row)
     return rows
@@ -228,17 +226,16 @@ def pilot_claim(pilots: dict[str, dict]) -> str:
     return f"The {listing(label(f) for f in failed)} famil{'y does' if len(failed) == 1 else 'ies do'} not pass and {'is' if len(failed) == 1 else 'are'} left out of what follows."
 
 def sites_table(sites: dict[str, dict], used: str) -> str:
-    "`{family: metrics/sites JSON}`: each site with its effect in both directions and its student layer under every map; the map `used` in bold."
+    "`{family: metrics/sites JSON}`: each selected and held-out site with its effect and its student layer under every map; the map `used` in bold."
     maps = list(dict.fromkeys(m for s in sites.values() for m in s["maps"]))
     body = []
     for family, s in sites.items():
         body.append(label(family))
         for kind, name in (("selected", "trained on"), ("held_out", "held out")):
-            for i, (layer, role) in enumerate(s.get(kind, [])):
-                tested = [number(s["directions"][kind][mode][i]) for mode in ("noising", "denoising")]
+            for layer, role in s.get(kind, []):
                 to = [s["maps"].get(m, {}).get(str(layer)) for m in maps]
-                body.append([rf"\quad layer {layer}, {label(role)}", name, number(s["score"][layer][s["roles"].index(role)]), *tested, *("--" if v is None else rf"\textbf{{{v}}}" if m == used else str(v) for m, v in zip(maps, to))])
-    return tabular(["site", "", "training", "noising", "denoising", *(m.upper() if m == "cka" else m for m in maps)], body, "llrrr" + "r" * len(maps))
+                body.append([rf"\quad layer {layer}, {label(role)}", name, number(s["score"][layer][s["roles"].index(role)]), *("--" if v is None else rf"\textbf{{{v}}}" if m == used else str(v) for m, v in zip(maps, to))])
+    return tabular(["site", "", r"mean $\left|\Delta\right|$ (logits)", *(m.upper() if m == "cka" else m for m in maps)], body, "llr" + "r" * len(maps))
 
 # %% ../../nbs/08_report/04_results.ipynb #897751ea
 def setup_values(cells: list[dict], scale: str, **values: str | int) -> dict[str, str]:
