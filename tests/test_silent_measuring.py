@@ -1,5 +1,5 @@
 """What the measuring parts do with tokenizers, models, files and answers that are not the usual ones."""
-import functools, itertools, json, shutil, warnings
+import ast, functools, io, itertools, json, re, shutil, tokenize, warnings
 import numpy as np, pytest, torch
 from conftest import ROOT
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -16,6 +16,7 @@ from rcid.distill.targets import Wanted, hidden_signals
 from rcid.eval import keep_correct, perplexity, stats, task_accuracy
 from rcid.eval.bench import run_bench
 from rcid.eval.consistency import consistency
+from rcid.eval.purity import control_labels, probe_purity
 from rcid.eval.decode import greedy_decode, problem_prompts, solve
 from rcid.kv.teachers import Teacher
 from rcid.models import train_tokenizer
@@ -428,3 +429,63 @@ def test_the_companions_show_the_consistency_of_both_directions():
     assert row.get("denoising") == pytest.approx({"trained": float(np.tanh(np.arctanh(back["pearson"][:2]).mean())), "held_out": back["pearson"][2]}), row.keys()
     assert f"{back['pearson'][2]:.2f}".replace("-", "$-") in companions_table([row]) and "denois." in companions_table([row])
     assert method_rows([{k: v for k, v in cell.items() if k != "denoising"}])[0]["denoising"] == {"trained": None, "held_out": None}
+
+
+# 27. what selectivity compares
+
+def test_selectivity_is_of_unseen_entities_and_the_controls_chance_is_by_construction():
+    rng, n, people = np.random.default_rng(0), 600, 40
+    entities, y = np.stack([rng.integers(people, size=n), people + rng.integers(2, size=n)], 1), rng.integers(2, size=n)
+    who, task = np.eye(people)[entities[:, 0]] * 3, (2*y - 1)[:, None] * np.ones((1, people))       # who it is; the answer, for everybody alike
+    own = rng.choice([-1, 1], people)                                      # the answer in a code of everybody's own: only memory reads it
+    private = who * ((2*y - 1)[:, None] * own[None])
+    features = np.stack([who, task, private]) + .01 * rng.normal(size=(3, n, people))
+    r = probe_purity(features, features, y, entities[:, :1], np.zeros(n, int), sites=["who", "task", "private"], splits=6, n_boot=200)
+    x = {k: np.array(v) for k, v in r.h.items()}
+    assert x["control"][0] > .95 and .3 < x["control_unseen"].min() and x["control_unseen"].max() < .6        # known types are remembered, unseen ones guessed, whatever the features say
+    assert x["accuracy"][1] > .99 and x["accuracy_seen"][2] > .95 and abs(x["accuracy"][2] - .5) < .16
+    assert np.allclose(x["selectivity"], x["accuracy"] - x["control"])     # the stricter one: unseen entities against known types
+    assert "selectivity_seen" in x and np.allclose(x["selectivity_seen"], x["accuracy_seen"] - x["control"])            # Hewitt & Liang's: the same rows
+    assert x["selectivity"][2] < x["selectivity_seen"][2] - .3 and "unseen" in probe_purity.__doc__
+
+
+def test_control_labels_are_one_per_type_and_as_frequent_as_the_task():
+    rng = np.random.default_rng(1)
+    types, y = np.repeat(np.arange(60), 5), (np.arange(300) < 75).astype(int)
+    for seed in range(5):
+        labels = control_labels(types, y, np.random.default_rng(seed))
+        assert all(len(set(labels[types == t])) == 1 for t in range(60)) and np.bincount(labels).tolist() == [225, 75]
+    many = np.array([control_labels(types, y, rng)[::5] for _ in range(400)])
+    assert abs(many.mean(0) - .25).max() < .1                              # and which type has which is chance
+
+
+# 25. what the repository cites, it has
+
+NAMED = re.compile(r"(?<![\w/.*<{-])((?:\.{0,2}/)*(?:[\w-]+/)*[\w-]+\.(?:md|ipynb|py))\b(?![\w/*{])")
+
+
+def said(name: str, text: str) -> list[str]:
+    "What a file says rather than does: markdown, comments and docstrings."
+    if name.endswith((".md", ".tex")): return text.splitlines()
+    cells = [("code", text)] if name.endswith(".py") else [(c["cell_type"], "".join(c["source"])) for c in json.loads(text)["cells"]]
+    out = [line for kind, source in cells if kind != "code" for line in source.splitlines()]
+    for source in (s for kind, s in cells if kind == "code"):
+        try: tree = ast.parse(source)
+        except SyntaxError: continue                                       # a magic
+        out += [t.string for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT]
+        has_docstring = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        out += [d for node in ast.walk(tree) if isinstance(node, has_docstring) and (d := ast.get_docstring(node))]
+    return out
+
+
+def test_every_cited_file_is_in_the_repository(tracked):
+    absent = []
+    for name in tracked:
+        if not name.endswith((".md", ".py", ".ipynb", ".tex")) or name.startswith("rcid/_modidx"): continue
+        for line in said(name, (ROOT/name).read_text(encoding="utf-8")):
+            for cited in NAMED.findall(line):
+                tail = re.sub(r"^(\.{0,2}/)+", "", cited)
+                if tail.startswith("runs/") or "NAME" in tail: continue            # made by a run; any name
+                if not any(f == tail or f.endswith("/" + tail) for f in tracked): absent.append(f"{name} cites {cited}")
+    assert not absent
+    assert NAMED.findall("METHOD.md section 3, nbs/03_causal/01_effects.ipynb and [x](../a/02_b.ipynb), a.b/<x>.py") == ["METHOD.md", "nbs/03_causal/01_effects.ipynb", "../a/02_b.ipynb"]
