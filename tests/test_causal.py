@@ -1,4 +1,4 @@
-"""METHOD.md section 3: the identities of patching, and the fast path against the reference."""
+"""The identities of patching (nbs/03_causal/01_effects.ipynb states them), and the fast path against the reference."""
 import re
 import pytest, torch
 from conftest import ARCHS, real

@@ -1,4 +1,4 @@
-"""Golden numbers of METHOD.md sections 5 and 6, and Procrustes against scipy."""
+"""Golden numbers of CKA and of the divergences, each beside the data that it is of (formulas: nbs/04_align/01_cka.ipynb, nbs/05_distill/00_losses.ipynb), and Procrustes against scipy."""
 import numpy as np, pytest, torch
 from scipy.linalg import orthogonal_procrustes
 from rcid.align import hsic1, linear_cka, map_layers, procrustes, random_orthogonal

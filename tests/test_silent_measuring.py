@@ -1,5 +1,5 @@
 """What the measuring parts do with tokenizers, models, files and answers that are not the usual ones."""
-import functools, itertools, json, warnings
+import ast, functools, io, itertools, json, re, shutil, tokenize, warnings
 import numpy as np, pytest, torch
 from conftest import ROOT
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -16,9 +16,11 @@ from rcid.distill.targets import Wanted, hidden_signals
 from rcid.eval import keep_correct, perplexity, stats, task_accuracy
 from rcid.eval.bench import run_bench
 from rcid.eval.consistency import consistency
+from rcid.eval.purity import control_labels, probe_purity
 from rcid.eval.decode import greedy_decode, problem_prompts, solve
 from rcid.kv.teachers import Teacher
 from rcid.models import train_tokenizer
+from rcid.report import companions_table, method_rows, sites_table
 
 
 # 5. layers that see a few tokens back only
@@ -363,3 +365,127 @@ def test_a_row_is_a_line_whatever_it_says(tmp_path, monkeypatch):
     assert "truncated or was changed" in refusal(lambda: read_rows("gsm8k", "test.jsonl"))
     (folder/"PROVENANCE.jsonl").unlink()
     assert f"line {len(rows)} is not valid JSON" in refusal(lambda: read_rows("gsm8k", "test.jsonl"))
+
+
+# 24. both directions of an effect are shown
+
+def stage(name: str, folder, monkeypatch, **parameters) -> dict:
+    "The variables that a stage's notebook leaves when its code cells run in `folder`."
+    monkeypatch.setenv("RCID_ROOT", str(folder)), monkeypatch.chdir(folder)
+    cells, names = json.loads((ROOT/"nbs"/"experiments"/f"{name}.ipynb").read_text(encoding="utf-8"))["cells"], {}
+    for i, cell in enumerate(c for c in cells if c["cell_type"] == "code"):
+        try: exec(compile("".join(cell["source"]), f"{name}, code cell {i}", "exec"), names)
+        except RuntimeError as e: assert "pilot of the required family" in str(e)      # a random teacher passes no gate
+        if i == 0: names.update(parameters)
+    return names
+
+
+@pytest.fixture
+def begun(tmp_path, make_model, tokenizers, monkeypatch):
+    "A workspace with a random teacher and student and pairs of both, as the stages before `pilot` and `sites` leave them."
+    from rcid.core import write_json
+    from rcid.data import save_pairs
+    from rcid.models import save_model
+    for file in ("params.yaml", "dvc.yaml"): shutil.copyfile(ROOT/file, tmp_path/file)
+    (tmp_path/"data").symlink_to(ROOT/"data")
+    for who, layers in (("teacher", 4), ("student", 2)): save_model(make_model("qwen3", layers=layers), tokenizers["qwen3"], tmp_path/"artifacts"/"models"/"qwen3"/who)
+    for split in ("train", "val", "test"): save_pairs(load_pairs("ioi", tokenizers["qwen3"], split=split, n=12), tmp_path/"artifacts"/"pairs"/"qwen3"/"ioi"/split)
+    write_json(tmp_path/"metrics"/"models"/"qwen3.json", dict(student_layers=[1, 3]))
+    return tmp_path
+
+
+def table(values) -> torch.Tensor: return torch.tensor([[float("nan") if v is None else v for v in row] for row in values])
+
+
+@pytest.mark.parametrize("name, key, split", (("pilot", "effects", "val"), ("sites", "score", "train")))
+def test_the_stages_write_and_draw_both_directions(begun, monkeypatch, name, key, split):
+    left = stage(name, begun, monkeypatch)
+    file = begun/"metrics"/name/("qwen3.json" if name == "pilot" else "qwen3-ioi.json")
+    wrote = json.loads(file.read_text())
+    assert "denoising" in wrote, sorted(wrote)
+    pairs = left["pairs"] if name == "pilot" else left["few"]
+    ways = {k: causal_effects(left["teacher"], pairs, mode=mode).abs().mean(0).view(4, -1) for k, mode in ((key, "noising"), ("denoising", "denoising"))}
+    for k, want in ways.items():
+        got = table(wrote[k])
+        assert got.shape == want.shape and torch.allclose(got[~got.isnan()], want[~got.isnan()], atol=1e-5) and (want[got.isnan()] == 0).logical_or(torch.tensor(name == "sites")).all(), k
+    assert table(wrote[key]).isnan().equal(table(wrote["denoising"]).isnan()) and not torch.allclose(*ways.values(), atol=1e-4)
+    if name == "pilot": assert [a.get_title("left").split()[-1] for a in left["figure"].axes if a.get_title("left")] == ["noising", "denoising"]
+
+
+def test_the_sites_table_shows_both_directions():
+    sites = dict(roles=["s2", "end"], score=[[3., 0.], [1., 2.]], denoising=[[2.5, 0.], [1., 1.25]], selected=[[0, "s2"]], held_out=[[1, "end"]], maps={"proportional": {"0": 0, "1": 1}})
+    lines = sites_table({"llama": sites}, "proportional").split("\n")
+    assert any("denoising" in l for l in lines) and any("3.00 & 2.50 &" in l for l in lines) and any("2.00 & 1.25 &" in l for l in lines)
+    assert any("3.00 & -- &" in l for l in sites_table({"llama": {k: v for k, v in sites.items() if k != "denoising"}}, "proportional").split("\n"))      # metrics of an earlier run
+
+
+def test_the_companions_show_the_consistency_of_both_directions():
+    rng = np.random.default_rng(0)
+    effects, ld = rng.normal(size=(12, 3)), (np.ones(12), -np.ones(12))
+    report = lambda n: consistency(effects[:, :n], effects[:, :n] + rng.normal(size=(12, n)), ld, ld, n_boot=20, n_shuffles=20).to_dict()
+    back = report(3)                                                       # two sites trained on, one held out
+    cell = dict(family="llama", task="ioi", method="rcid", seed=1, accuracy=dict(accuracy=1.), consistency=dict(trained=report(2), held_out=report(1)), denoising=back)
+    row = method_rows([cell])[0]
+    assert row.get("denoising") == pytest.approx({"trained": float(np.tanh(np.arctanh(back["pearson"][:2]).mean())), "held_out": back["pearson"][2]}), row.keys()
+    assert f"{back['pearson'][2]:.2f}".replace("-", "$-") in companions_table([row]) and "denois." in companions_table([row])
+    assert method_rows([{k: v for k, v in cell.items() if k != "denoising"}])[0]["denoising"] == {"trained": None, "held_out": None}
+
+
+# 27. what selectivity compares
+
+def test_selectivity_is_of_unseen_entities_and_the_controls_chance_is_by_construction():
+    rng, n, people = np.random.default_rng(0), 600, 40
+    entities, y = np.stack([rng.integers(people, size=n), people + rng.integers(2, size=n)], 1), rng.integers(2, size=n)
+    who, task = np.eye(people)[entities[:, 0]] * 3, (2*y - 1)[:, None] * np.ones((1, people))       # who it is; the answer, for everybody alike
+    own = rng.choice([-1, 1], people)                                      # the answer in a code of everybody's own: only memory reads it
+    private = who * ((2*y - 1)[:, None] * own[None])
+    features = np.stack([who, task, private]) + .01 * rng.normal(size=(3, n, people))
+    r = probe_purity(features, features, y, entities[:, :1], np.zeros(n, int), sites=["who", "task", "private"], splits=6, n_boot=200)
+    x = {k: np.array(v) for k, v in r.h.items()}
+    assert x["control"][0] > .95 and .3 < x["control_unseen"].min() and x["control_unseen"].max() < .6        # known types are remembered, unseen ones guessed, whatever the features say
+    assert x["accuracy"][1] > .99 and x["accuracy_seen"][2] > .95 and abs(x["accuracy"][2] - .5) < .16
+    assert np.allclose(x["selectivity"], x["accuracy"] - x["control"])     # the stricter one: unseen entities against known types
+    assert "selectivity_seen" in x and np.allclose(x["selectivity_seen"], x["accuracy_seen"] - x["control"])            # Hewitt & Liang's: the same rows
+    assert x["selectivity"][2] < x["selectivity_seen"][2] - .3 and "unseen" in probe_purity.__doc__
+
+
+def test_control_labels_are_one_per_type_and_as_frequent_as_the_task():
+    rng = np.random.default_rng(1)
+    types, y = np.repeat(np.arange(60), 5), (np.arange(300) < 75).astype(int)
+    for seed in range(5):
+        labels = control_labels(types, y, np.random.default_rng(seed))
+        assert all(len(set(labels[types == t])) == 1 for t in range(60)) and np.bincount(labels).tolist() == [225, 75]
+    many = np.array([control_labels(types, y, rng)[::5] for _ in range(400)])
+    assert abs(many.mean(0) - .25).max() < .1                              # and which type has which is chance
+
+
+# 25. what the repository cites, it has
+
+NAMED = re.compile(r"(?<![\w/.*<{-])((?:\.{0,2}/)*(?:[\w-]+/)*[\w-]+\.(?:md|ipynb|py))\b(?![\w/*{])")
+
+
+def said(name: str, text: str) -> list[str]:
+    "What a file says rather than does: markdown, comments and docstrings."
+    if name.endswith((".md", ".tex")): return text.splitlines()
+    cells = [("code", text)] if name.endswith(".py") else [(c["cell_type"], "".join(c["source"])) for c in json.loads(text)["cells"]]
+    out = [line for kind, source in cells if kind != "code" for line in source.splitlines()]
+    for source in (s for kind, s in cells if kind == "code"):
+        try: tree = ast.parse(source)
+        except SyntaxError: continue                                       # a magic
+        out += [t.string for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT]
+        has_docstring = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        out += [d for node in ast.walk(tree) if isinstance(node, has_docstring) and (d := ast.get_docstring(node))]
+    return out
+
+
+def test_every_cited_file_is_in_the_repository(tracked):
+    absent = []
+    for name in tracked:
+        if not name.endswith((".md", ".py", ".ipynb", ".tex")) or name.startswith("rcid/_modidx"): continue
+        for line in said(name, (ROOT/name).read_text(encoding="utf-8")):
+            for cited in NAMED.findall(line):
+                tail = re.sub(r"^(\.{0,2}/)+", "", cited)
+                if tail.startswith("runs/") or "NAME" in tail: continue            # made by a run; any name
+                if not any(f == tail or f.endswith("/" + tail) for f in tracked): absent.append(f"{name} cites {cited}")
+    assert not absent
+    assert NAMED.findall("METHOD.md section 3, nbs/03_causal/01_effects.ipynb and [x](../a/02_b.ipynb), a.b/<x>.py") == ["METHOD.md", "nbs/03_causal/01_effects.ipynb", "../a/02_b.ipynb"]

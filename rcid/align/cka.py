@@ -89,7 +89,7 @@ def hsic1(x: Float[Tensor, "n d_x"], y: Float[Tensor, "n d_y"]) -> Float[Tensor,
     return _hsic(x[None], y[None])[0].squeeze().to(_dtype(x, y))
 
 def linear_cka(x: Float[Tensor, "n d_x"], y: Float[Tensor, "n d_y"], debiased: bool = True) -> Float[Tensor, ""]:
-    "Linear CKA (Kornblith et al., 1905.00414), debiased (Davari et al., 2210.16156) unless told otherwise; n >= 4."
+    "Linear CKA (Kornblith et al., 1905.00414), debiased (HSIC1 in the ratio, Nguyen et al., 2010.15327) unless told otherwise; n >= 4."
     return _ratio(*_hsic(x[None], y[None], debiased)).squeeze().to(_dtype(x, y))
 
 # %% ../../nbs/04_align/01_cka.ipynb #72762a58

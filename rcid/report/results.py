@@ -82,6 +82,9 @@ def method_rows(cells: list[dict]) -> list[dict]:
                    "n_nan": {p: sum(report(p, "n_nan")) if None not in report(p, "n_nan") else None for p in PARTS},
                    "seeds": {"accuracy": accuracy, **{p: report(p, "mean") for p in PARTS}}}
             for key in ("spearman", "lin", "sign_agreement", "interchange_accuracy", "iia_flipped"): row[key] = {p: _mean(report(p, key)) for p in PARTS}
+            back = [c["denoising"]["pearson"] for c in seeds if c.get("denoising")]                      # one list: the sites trained on, then those held out
+            n = len(seeds[0]["consistency"].get("trained", {}).get("pearson", ()))
+            row["denoising"] = {p: fisher_mean([fisher_mean(b[part]) for b in back]) for p, part in (("trained", slice(n)), ("held_out", slice(n, None)))}
             rows.append(row)
     return rows
 
@@ -226,7 +229,7 @@ def pilot_claim(pilots: dict[str, dict]) -> str:
     return f"The {listing(label(f) for f in failed)} famil{'y does' if len(failed) == 1 else 'ies do'} not pass and {'is' if len(failed) == 1 else 'are'} left out of what follows."
 
 def sites_table(sites: dict[str, dict], used: str) -> str:
-    "`{family: metrics/sites JSON}`: each selected and held-out site with its effect and its student layer under every map; the map `used` in bold."
+    "`{family: metrics/sites JSON}`: each selected and held-out site with its effect in both directions and its student layer under every map; the map `used` in bold."
     maps = list(dict.fromkeys(m for s in sites.values() for m in s["maps"]))
     body = []
     for family, s in sites.items():
@@ -234,8 +237,8 @@ def sites_table(sites: dict[str, dict], used: str) -> str:
         for kind, name in (("selected", "trained on"), ("held_out", "held out")):
             for layer, role in s.get(kind, []):
                 to = [s["maps"].get(m, {}).get(str(layer)) for m in maps]
-                body.append([rf"\quad layer {layer}, {label(role)}", name, number(s["score"][layer][s["roles"].index(role)]), *("--" if v is None else rf"\textbf{{{v}}}" if m == used else str(v) for m, v in zip(maps, to))])
-    return tabular(["site", "", r"mean $\left|\Delta\right|$ (logits)", *(m.upper() if m == "cka" else m for m in maps)], body, "llr" + "r" * len(maps))
+                body.append([rf"\quad layer {layer}, {label(role)}", name, *(number(s[k][layer][s["roles"].index(role)]) if k in s else "--" for k in ("score", "denoising")), *("--" if v is None else rf"\textbf{{{v}}}" if m == used else str(v) for m, v in zip(maps, to))])
+    return tabular(["site", "", r"mean $\left|\Delta\right|$ (logits)", "denoising", *(m.upper() if m == "cka" else m for m in maps)], body, "llrr" + "r" * len(maps))
 
 # %% ../../nbs/08_report/04_results.ipynb #897751ea
 def setup_values(cells: list[dict], scale: str, **values: str | int) -> dict[str, str]:
