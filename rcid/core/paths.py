@@ -102,7 +102,9 @@ def broken_seal(folder: str | Path) -> list[str]:
     "Files of a sealed folder that are missing or not what they were; nothing is said of a folder without a seal."
     folder = Path(folder)
     if not (folder/SEAL).exists(): return []
-    lines = [line.partition("  ") for line in (folder/SEAL).read_text(encoding="utf-8", errors="replace").splitlines()]
+    text = (folder/SEAL).read_text(encoding="utf-8", errors="replace").removesuffix("\n")
+    # a name may hold what `splitlines` takes for an end of line
+    lines = [line.partition("  ") for line in text.split("\n")] if text else []
     return [name or SEAL for digest, _, name in lines if not name or not (folder/name).is_file() or sha256(folder/name) != digest]
 
 # %% ../../nbs/00_core/00_paths.ipynb #74c7baf6
