@@ -100,7 +100,8 @@ def _why_not(model, pairs) -> str | None: # None if the engine can restart this 
     kind = (model.config._attn_implementation, model.dtype, model_device(model))
     seen = _restartable.setdefault(model, {})
     if kind not in seen:
-        if strange := set(getattr(model.config, "layer_types", None) or ()) - KNOWN_LAYERS: seen[kind] = f"it has layers of {', '.join(sorted(strange))}"
+        strange = set(getattr(model.config, "layer_types", None) or ()) - KNOWN_LAYERS
+        if strange: seen[kind] = f"it has layers of {', '.join(sorted(strange))}"
         else:
             few = pairs[:2]
             try: error = restart_error(model, few.clean_ids, few.attention_mask, few.answer_pos)

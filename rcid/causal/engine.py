@@ -77,13 +77,18 @@ class Window:
         "A cache with the keys and values before the first `n` rows."
         return Past(tuple(x[self.pair[:n], :self.past].transpose(1, 2) for x in kv) if self.past else ())
 
-    def run(self, layer: nn.Module, h: Float[Tensor, "row query d_model"], past: Past, back: int | None) -> Float[Tensor, "row query d_model"]:
-        "The layer's output for the first rows, at the last `query` positions of the window; `back` as in `mask_of`."
+    def run(self, layer: nn.Module, h: Float[Tensor, "row query d_model"], past: Past,
+        back: int | None                         # as in `mask_of`
+    ) -> Float[Tensor, "row query d_model"]:
+        "The layer's output for the first rows, at the last `query` positions of the window."
         n, q = h.shape[:2]
-        return hidden_of(layer(h, attention_mask=self.mask_of(back)[:n, :, -q:], position_ids=self.positions[:n, -q:], past_key_values=past, use_cache=True,
-            position_embeddings=tuple(x[:n, -q:] for x in self.rotary)))
+        mask, rotary = self.mask_of(back)[:n, :, -q:], tuple(x[:n, -q:] for x in self.rotary)
+        return hidden_of(layer(h, attention_mask=mask, position_ids=self.positions[:n, -q:], past_key_values=past, use_cache=True,
+            position_embeddings=rotary))
 
-    def run_last(self, layer: nn.Module, h: Float[Tensor, "row width d_model"], past: Past, back: int | None) -> Float[Tensor, "row d_model"]:
+    def run_last(self, layer: nn.Module, h: Float[Tensor, "row width d_model"], past: Past,
+        back: int | None                         # as in `mask_of`
+    ) -> Float[Tensor, "row d_model"]:
         "The last layer's output at the answer; the other positions only give keys and values."
         past.stop = h.shape[1] > 1
         try: self.run(layer, h, past, back)

@@ -61,7 +61,8 @@ def read(model: nn.Module,
     positions: dict[str, Int[Tensor, "batch"]] | None = None # role -> position per row; needed for sites named by role
 ) -> dict[Site, Tensor]:
     "The residuals at `sites`: `(batch, d_model)` each, `(batch, seq, d_model)` for a whole layer."
-    if not input_ids.numel(): raise ValueError(f"read: input_ids of shape {tuple(input_ids.shape)} hold no tokens: pass at least one row")
+    if not input_ids.numel():
+        raise ValueError(f"read: input_ids of shape {tuple(input_ids.shape)} hold no tokens: pass at least one row")
     sites = [Site(*s) for s in sites]
     where = [rows_of(s, *input_ids.shape, positions, input_ids.device) for s in sites]
     with capture(model, {s.layer for s in sites}) as hidden: get_adapter(model).trunk(input_ids, attention_mask)

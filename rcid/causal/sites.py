@@ -20,7 +20,7 @@ def attribution_effects(model: nn.Module, pairs: ContrastiveDataset,
     sites: list[Site] | None = None,             # None = all layers x roles
     batch_size: int = 16                         # pairs per backward
 ) -> Float[Tensor, "pair site"]:
-    "First-order estimate of the noising effect of residuals: plain attribution patching, without AtP*'s repairs of saturation and cancellation (Kramar et al., arXiv 2403.00745)."
+    "First-order estimate of the noising effect: attribution patching, without the repairs of AtP* (Kramar et al., 2403.00745)."
     sites, p, a = list(all_sites(model, pairs) if sites is None else sites), checked(model, pairs), get_adapter(model)
     position, layers, estimates = site_positions(model, p, sites), sorted({s[0] for s in sites}), []
     # frozen weights give no graph: let it begin at the embedding

@@ -132,7 +132,8 @@ def broken_seal(folder: str | Path) -> list[str]:
     folder = Path(folder)
     if not (folder/SEAL).exists(): return []
     text = (folder/SEAL).read_text(encoding="utf-8", errors="replace").removesuffix("\n")
-    lines = [line.partition("  ") for line in text.split("\n")] if text else []       # a name may hold what `splitlines` takes for an end of line
+    # a name may hold what `splitlines` takes for an end of line
+    lines = [line.partition("  ") for line in text.split("\n")] if text else []
     return [name or SEAL for digest, _, name in lines if not name or not (folder/name).is_file() or sha256(folder/name) != digest]
 
 # %% ../../nbs/00_core/00_paths.ipynb #74c7baf6

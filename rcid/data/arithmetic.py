@@ -40,7 +40,7 @@ def arithmetic_rows(
     table, rng = embedded("arithmetic"), random.Random(f"arithmetic-{split}-{seed}-{variant}-{form}")
     names, templates = names_of(tokenizer, split) or ["She"], [t for t in table[form] if t["ood"] == (variant == "ood_templates")]
     known = {op: problems(op, split) for op in OPERATIONS}
-    lead = " " if single_token(tokenizer, " 7", "=") is not None else ""       # the space that the number's token holds is not the prompt's
+    lead = " " if single_token(tokenizer, " 7", "=") is not None else ""       # a space in the number's token, not in the prompt
     seen = set()
     for k in range(1_000_000):
         template = templates[k % len(templates)]

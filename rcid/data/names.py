@@ -20,9 +20,10 @@ def split_of(entity: str) -> str:
 
 def name_pool(tokenizer) -> tuple[list[str], list[str]]:
     "First names that are one token inside a sentence (with leading space), and those that are not."
-    names, ok, bad = embedded("names")["first_names"], [], []
-    for name, ids in zip(names, following(tokenizer, "and", [f" {n}" for n in names])): (ok if ids is not None and len(ids) == 1 else bad).append(name)
-    return ok, bad
+    names = embedded("names")["first_names"]
+    added = following(tokenizer, "and", [f" {n}" for n in names])
+    one = [ids is not None and len(ids) == 1 for ids in added]
+    return [n for n, ok in zip(names, one) if ok], [n for n, ok in zip(names, one) if not ok]
 
 def names_of(tokenizer, split: str) -> list[str]:
     "The usable names of one split."

@@ -108,7 +108,8 @@ def _encode(tokenizer, row: Row) -> dict | str: # a reason when it cannot be tak
     if None in answers: return "an answer changes the tokens of its prompt"
     if any(len(ids) != 1 for ids in answers): return "answer is not one token"
     if answers[0] == answers[1]: return "both answers are one token"
-    if following(tokenizer, row.corrupt, [row.correct, row.wrong]) != answers: return "an answer is another token behind the corrupt prompt"
+    if following(tokenizer, row.corrupt, [row.correct, row.wrong]) != answers:
+        return "an answer is another token behind the corrupt prompt"
     correct, wrong = (ids[0] for ids in answers)
     clean, corrupt = prompt_ids(tokenizer, [row.clean, row.corrupt])
     if len(clean) != len(corrupt): return "clean and corrupt have unequal length"
@@ -126,7 +127,8 @@ def build_pairs(
     task: str = "", model_family: str = ""
 ) -> ContrastiveDataset:
     "Tokenizes rows; rows that fail a check are dropped and counted in `.dropped`."
-    if n is not None and n < 1: raise ValueError(f"{task or 'task'}: n={n} pairs asked for: ask for at least one, or leave n out")
+    if n is not None and n < 1:
+        raise ValueError(f"{task or 'task'}: n={n} pairs asked for: ask for at least one, or leave n out")
     kept, dropped = [], Counter()
     for row in rows:
         if n is not None and len(kept) == n: break

@@ -104,7 +104,8 @@ def word_problems(
 # %% ../../nbs/02_data/09_reasoning.ipynb #b67520ad
 _NUMBER = re.compile(r"(?<![\d.])-?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])-?\$?\.\d+")
 # what stands for a plain sign in print: hyphens, dashes and the minus sign; full-width signs
-_PLAIN = str.maketrans({**dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"), "\uff0c": ",", "\uff0e": ".", "\uff04": "$"})
+_HYPHENS = "\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d"
+_PLAIN = str.maketrans({**dict.fromkeys(_HYPHENS, "-"), "\uff0c": ",", "\uff0e": ".", "\uff04": "$"})
 
 def number(text: str | float) -> str | None:
     "One way to write a number: no commas, currency or needless zeros, a hyphen as its minus; None if it is not one."
@@ -181,7 +182,7 @@ def encode_problems(
     rows = []
     for p in problems:
         e = tokenizer(p.text, return_offsets_mapping=True)
-        ids = prompt_ids(tokenizer, [p.text])[0]                            # an end that the tokenizer appends is ours to give
+        ids = prompt_ids(tokenizer, [p.text])[0]                           # without the end that a tokenizer appends: see `eos`
         offsets = [tuple(o) for o in e["offset_mapping"]][:len(ids)]
         if eos and tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id: ids.append(tokenizer.eos_token_id); offsets.append((0, 0))
         bounds = segment_bounds(offsets[:max_length], p)

@@ -44,7 +44,7 @@ def _sizes(folder) -> dict[str, int]: # file -> bytes, where the folder says so
     notes = folder/"PROVENANCE.jsonl"
     return {r["file"]: r["bytes"] for r in map(json.loads, _lines(notes))} if notes.exists() else {}
 
-def _lines(path) -> list[str]: # at line feeds only: `splitlines` also cuts at U+2028 and the like, which JSON allows inside a text
+def _lines(path) -> list[str]: # `splitlines` also cuts at U+2028 and the like, which JSON allows inside a text
     lines = path.read_text(encoding="utf-8").split("\n")
     return lines if lines[-1] else lines[:-1]
 

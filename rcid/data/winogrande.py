@@ -87,7 +87,7 @@ def _referent(twin: Twin, side: int, tokenizer) -> Row:
     question = f' Here "_" stands for{article}'
     pieces = [_pieces(tokenizer, question, f" {twin.options[s]}") for s in (side, 1 - side)]
     first = next((i for i, (x, y) in enumerate(zip(*pieces)) if x != y), None)
-    answers = [x[first] for x in pieces] if first is not None else ["", ""]        # one option begins with the other: dropped
+    answers = [x[first] for x in pieces] if first is not None else ["", ""] # one option begins with the other: dropped
     question += "".join(pieces[0][:first]) if first else ""
     word = twin.words[side]
     clean, corrupt = (f"{text} {w}{twin.tail}{question}" for w in (word, twin.words[1 - side]))

@@ -55,7 +55,8 @@ def final_at(model: nn.Module,
     a, row = get_adapter(model), torch.arange(len(ids), device=ids.device)[:, None]
     h, past, (*before, last) = a.embed(ids), Past(), a.layers
     masks, rotary = a.masks(mask, h, position_ids), a.rotary(h, position_ids)
-    for l, layer in enumerate(before): h = hidden_of(layer(h, attention_mask=masks[a.window(l)], position_ids=position_ids, position_embeddings=rotary))
+    for l, layer in enumerate(before):
+        h = hidden_of(layer(h, attention_mask=masks[a.window(l)], position_ids=position_ids, position_embeddings=rotary))
     past.stop, mask = True, masks[a.window(a.n_layers - 1)]
     try: last.forward(h, attention_mask=mask, position_ids=position_ids, position_embeddings=rotary, past_key_values=past, use_cache=True)
     except Enough: past.stop = False
@@ -80,7 +81,8 @@ def hidden_signals(model: nn.Module, pairs: ContrastiveDataset, wanted: Wanted) 
     "`final`, `sites`, `layers` (and `final_corrupt`, `sites_corrupt`, `swapped`) of one batch of pairs; gradients flow."
     a, row, seq = get_adapter(model), torch.arange(len(pairs), device=pairs.clean_ids.device), pairs.clean_ids.shape[1]
     packed = pack_pairs(pairs) if wanted.corrupt else _clean_rows(pairs)
-    whole = wanted.everywhere or a.recomputes or a.n_layers - 1 in wanted.read_layers or bool(set(getattr(model.config, "layer_types", None) or ()) - KNOWN_LAYERS)
+    strange = set(getattr(model.config, "layer_types", None) or ()) - KNOWN_LAYERS
+    whole = wanted.everywhere or a.recomputes or a.n_layers - 1 in wanted.read_layers or bool(strange)
     at, there = (lambda h, pos: h[row, pos]), (lambda pos: packed.corrupt[row, pos])                                          # there: the same place in the corrupt run
     answers = torch.stack([pairs.answer_pos, there(pairs.answer_pos)] if wanted.corrupt else [pairs.answer_pos], 1)
     with capture(model, wanted.read_layers) as hidden:

@@ -102,7 +102,8 @@ def run_bench(
     out = {}
     for name in tasks:
         with tempfile.TemporaryDirectory() as folder, plain_generation(model, tokenizer), evaluating(model):
-            lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, max_length=max_length)   # it sets a pad token where there is none
+            own = copy.deepcopy(tokenizer)                                 # it sets a pad token where there is none
+            lm = HFLM(pretrained=model, tokenizer=own, batch_size=batch_size, max_length=max_length)
             if source == "path": names, manager = local_tasks(name, folder), TaskManager(include_path=folder, include_defaults=False)
             else: names, manager = [{**{k: c.hub for k, c in COPIES.items()}, **HUB_ONLY}[name]], TaskManager()
             done = simple_evaluate(lm, tasks=names, limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=0)

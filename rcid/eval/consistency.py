@@ -93,10 +93,11 @@ def consistency(
     top: tuple | None = None,                     # (teacher, student) most likely token of each patched run, "pair site"
     n_boot: int = 10_000, n_shuffles: int = 10_000, seed: int = 0, floor: float = 1e-4,
 ) -> ConsistencyReport:
-    "Causal consistency of two models from their patching effects (Zhang & Nanda, 2309.16042); `iia` is after Geiger et al. (2106.02997), between two models and among the pair's two answers."
+    "Causal consistency from patching effects (Zhang & Nanda, 2309.16042); `iia`, of two answers, after Geiger et al. (2106.02997)."
     if mode not in ("noising", "denoising"): raise ValueError(f"consistency: unknown mode {mode!r}, use noising or denoising")
     t = _array(effects_t, "effects_t")
-    if t.ndim != 2 or len(t) < 3 or not t.shape[1]: raise ValueError(f"consistency: effects_t has shape {t.shape}, expected (pair, site) with at least 3 pairs and a site")
+    if t.ndim != 2 or len(t) < 3 or not t.shape[1]:
+        raise ValueError(f"consistency: effects_t has shape {t.shape}, expected (pair, site) with at least 3 pairs and a site")
     s, (n, n_sites) = _array(effects_s, "effects_s", t.shape), t.shape
     ld_t, ld_s = ([_array(v, what, (n,)) for v in ld] for ld, what in ((ld_t, "ld_t"), (ld_s, "ld_s")))
     number = lambda v, what: np.unique(_array(v, what, (n,)), return_inverse=True)[1]

@@ -26,15 +26,21 @@ def greedy_decode(
 ) -> list[list[int]]:                    # the new tokens of each row, without the end-of-text token
     "The most likely next token, again and again, with the KV cache."
     if max_new < 1: raise ValueError(f"greedy_decode: max_new={max_new} must be at least 1")
-    if not input_ids.numel(): raise ValueError(f"greedy_decode: prompts of shape {tuple(input_ids.shape)} hold no tokens: pass at least one prompt")
-    mask, ends = attention_mask.long(), input_ids.new_tensor([] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id))
+    if not input_ids.numel():
+        raise ValueError(f"greedy_decode: prompts of shape {tuple(input_ids.shape)} hold no tokens: pass at least one prompt")
+    if eos_id is None: eos_id = []
+    ends = input_ids.new_tensor([eos_id] if isinstance(eos_id, int) else list(eos_id))
+    mask = attention_mask.long()
     if not mask[:, 0].all() or (mask.diff(dim=1) > 0).any(): raise ValueError("greedy_decode: prompts must be padded on the right, and none may be empty")
     length, row = mask.sum(1), torch.arange(len(mask), device=mask.device)
-    if len(length.unique()) > 1 and any(get_adapter(model).window(l) for l in range(get_adapter(model).n_layers)):
-        texts = {}                                # the cache of a layer with a window counts columns, padding among them: rows of one length at a time
+    a = get_adapter(model)
+    if len(length.unique()) > 1 and any(a.window(l) for l in range(a.n_layers)):
+        # the cache of a layer with a window counts columns, padding among them: rows of one length at a time
+        texts = {}
         for n in length.unique().tolist():
             same = (length == n).nonzero()[:, 0]
-            texts |= dict(zip(same.tolist(), greedy_decode(model, input_ids[same, :n], mask[same, :n], max_new, eos_id)))
+            new = greedy_decode(model, input_ids[same, :n], mask[same, :n], max_new, eos_id)
+            texts |= dict(zip(same.tolist(), new))
         return [texts[i] for i in range(len(mask))]
     positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     with evaluating(model):

@@ -41,7 +41,8 @@ def perplexity(
     texts = [torch.as_tensor(prompt_ids(tokenizer, [t])[0] if isinstance(t, str) else t) for t in texts]
     if not texts: raise ValueError("perplexity: no texts given: pass at least one of two tokens or more")
     for i, t in enumerate(texts):
-        if t.ndim != 1 or len(t) < 2: raise ValueError(f"perplexity: text {i} has ids of shape {tuple(t.shape)}, expected one row of at least 2 tokens: leave it out")
+        if t.ndim != 1 or len(t) < 2:
+            raise ValueError(f"perplexity: text {i} has ids of shape {tuple(t.shape)}, expected one row of at least 2 tokens: leave it out")
     plan, total = [(ids, *w) for ids in texts for w in windows(len(ids), window, stride)], 0.
     with evaluating(model):
         for group in (plan[i:i + batch_size] for i in range(0, len(plan), batch_size)):

@@ -37,7 +37,7 @@ def entity_split(entities: Int[np.ndarray, "pair entity"], rng: np.random.Genera
     return ~inside.any(1), inside.all(1)
 
 def control_labels(types: np.ndarray, y: Int[np.ndarray, "pair"], rng: np.random.Generator) -> Int[np.ndarray, "pair"]:
-    "A random class per type; as many classes as `y` has, and as often as whole types allow (after Hewitt & Liang, 1909.03368, who draw each type's label)."
+    "A random class per type, dealt so that each is as often as in `y` (Hewitt & Liang, 1909.03368, draw each type's class)."
     names, of = np.unique(types, return_inverse=True)
     counts, order, classes = np.bincount(of), rng.permutation(len(names)), len(np.unique(y))
     if len(names) < max(2, classes): raise ValueError(f"control_labels: {len(names)} types for {classes} classes: a random label per type needs at least as many types as classes")
@@ -60,7 +60,8 @@ class PurityReport:
     chance: float                   # share of the most frequent class; no selectivity can exceed 1 - chance in the mean
     template_chance: float          # NaN with a single template: no nuisance to find
     sites: list                     # (layer, role)
-    h: dict                         # accuracy (unseen entities), accuracy_seen, control (known types), control_unseen, template, selectivity = accuracy - control, selectivity_seen = accuracy_seen - control; each with `_ci`
+    h: dict                         # accuracy (unseen entities), accuracy_seen, control (known types), control_unseen, template,
+                                    # selectivity = accuracy - control, selectivity_seen = accuracy_seen - control; each with `_ci`
     d: dict
     difference: list                # selectivity of d minus that of h
     difference_ci: list
@@ -90,7 +91,7 @@ def probe_purity(
     splits: int = 10, c: float = 1., n_boot: int = 2000, seed: int = 0,      # c: inverse strength of the L2 penalty
     least: int = 5,                              # a class that fewer types show is left out
 ) -> PurityReport:
-    "Logistic probes on `h` and `d`: the task on unseen entities minus a control on known types (`selectivity`), and both on known ones as in Hewitt & Liang (`selectivity_seen`)."
+    "Logistic probes on `h` and `d`: the task on unseen entities minus a control on known types; both on known ones as `_seen`."
     (h, d), label, entities, template = (np.asarray(v, np.float32) for v in (h, d)), *map(np.asarray, (label, entities, template))
     sites, n, types = list(range(len(h))) if sites is None else sites, h.shape[1], entities[:, 0] if types is None else np.asarray(types)
     if not h.shape == d.shape or {n} != {len(label), len(entities), len(template), len(types)}:
@@ -124,10 +125,11 @@ def probe_purity(
     weights = np.concatenate([np.ones((1, len(y))), draws[:, of.reshape(entities.shape)].prod(-1)])                   # the data as they are, then the resamples
     with np.errstate(invalid="ignore", divide="ignore"): scores = np.einsum("bp,fikp->fikb", weights, right, optimize=True) / (seen @ weights.T)
     if groups.max() == 0: scores[:, :, 4] = np.nan
-    scores = np.concatenate([scores, scores[:, :, :2] - scores[:, :, 2:3]], 2)                                        # selectivity on unseen, on seen entities
+    scores = np.concatenate([scores, scores[:, :, :2] - scores[:, :, 2:3]], 2)            # selectivity on unseen, on seen entities
+    keys = ("accuracy", "accuracy_seen", "control", "control_unseen", "template", "selectivity", "selectivity_seen")
     return PurityReport(name, len(y), int((~keep).sum()), len(names), int(y.max()) + 1, int((seen[0] > 0).sum()), splits, int(np.isnan(scores[0, 0, 5, 1:]).sum()),
         float(np.bincount(y).max() / len(y)), float(np.bincount(groups).max() / len(y)) if groups.max() else float("nan"), sites,
-        *({k: v for j, key in enumerate(("accuracy", "accuracy_seen", "control", "control_unseen", "template", "selectivity", "selectivity_seen")) for k, v in _with_ci(key, s[:, j]).items()} for s in scores),
+        *({k: v for j, key in enumerate(keys) for k, v in _with_ci(key, s[:, j]).items()} for s in scores),
         *_with_ci("", scores[1, :, 5] - scores[0, :, 5]).values(), *_with_ci("", scores[1, :, 4] - scores[0, :, 4]).values())
 
 def _with_ci(key: str, values: np.ndarray) -> dict: # (site, 1 + resample)

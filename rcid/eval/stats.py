@@ -85,7 +85,7 @@ def fisher_mean(r) -> tuple[float, int]:
 def lin_concordance(x, y) -> np.ndarray:
     "Lin's concordance correlation over the first axis (Lin 1989); NaN where both are the same constant."
     x, y = (np.asarray(v, float) for v in (x, y))
-    if x.shape != y.shape or len(x) < 2: raise ValueError(f"lin_concordance: shapes {x.shape} and {y.shape}: needs the same at least 2 values on both sides")
+    if x.shape != y.shape or len(x) < 2: raise ValueError(f"lin_concordance: shapes {x.shape} and {y.shape}: at least 2 values a side")
     mx, my = x.mean(0), y.mean(0)
     bottom = x.var(0) + y.var(0) + (mx - my)**2
     return np.where(bottom > 0, 2 * ((x - mx) * (y - my)).mean(0) / np.where(bottom > 0, bottom, 1.), np.nan)

@@ -49,7 +49,8 @@ class Teacher:
     def _draw(self, p: Problem, model, tokenizer) -> Problem | None:
         ids = torch.tensor(prompt_ids(tokenizer, [p.prompt + "\n"]), device=model.device)
         with plain_generation(model, tokenizer):
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=self.temperature, top_k=0, max_new_tokens=self.longest)
+            how = dict(do_sample=True, temperature=self.temperature, top_k=0, max_new_tokens=self.longest)
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
         text = tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         reasoning, _, said = text.partition(f"\n{CUE}")
         return p._replace(reasoning=reasoning.strip()) if reasoning.strip() and said.split()[:1] == [p.value] else None

@@ -62,8 +62,12 @@ class ModelAdapter:
         closed = torch.zeros(sees.shape, dtype=like.dtype, device=sees.device)
         return closed.masked_fill_(~sees, torch.finfo(like.dtype).min)
 
-    def masks(self, sees: Bool[Tensor, "batch 1 seq seq"], like: Tensor, position_ids: Int[Tensor, "batch seq"] | None = None) -> dict[int | None, Tensor]:
-        "The kernel's mask by window of the layers: what `sees` allows, and no further back than the window, counted in positions."
+    def masks(self,
+        sees: Bool[Tensor, "batch 1 seq seq"],                         # query sees key
+        like: Tensor,                                                  # of the dtype and on the device
+        position_ids: Int[Tensor, "batch seq"] | None = None           # None: 0, 1, 2 ...
+    ) -> dict[int | None, Tensor]:
+        "The kernel's masks by window of a layer: what `sees` allows, and no further back than the window, in positions."
         at = torch.arange(sees.shape[-1], device=sees.device)[None] if position_ids is None else position_ids
         back = at[:, None, :, None] - at[:, None, None, :]                         # (batch, 1, query, key)
         windows = {self.window(l) for l in range(self.n_layers)}

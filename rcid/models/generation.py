@@ -19,11 +19,12 @@ def end_tokens(model: nn.Module, tokenizer=None) -> list[int]:
 # %% ../../nbs/01_models/06_generation.ipynb #aeca4e6b
 @contextmanager
 def plain_generation(model: nn.Module, tokenizer=None):
-    "Inside the block `model.generate` does what its arguments say: of the model's own settings only the special tokens are left."
+    "Inside the block `model.generate` does what its arguments say: only the special tokens of the model's settings are left."
     from transformers import GenerationConfig
     own = model.generation_config
     pad = getattr(tokenizer, "pad_token_id", None)
-    plain = GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=end_tokens(model, tokenizer) or None, pad_token_id=own.pad_token_id if pad is None else pad)
+    plain = GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=end_tokens(model, tokenizer) or None,
+        pad_token_id=own.pad_token_id if pad is None else pad)
     try:
         model.generation_config = plain
         yield

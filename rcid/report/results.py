@@ -82,9 +82,10 @@ def method_rows(cells: list[dict]) -> list[dict]:
                    "n_nan": {p: sum(report(p, "n_nan")) if None not in report(p, "n_nan") else None for p in PARTS},
                    "seeds": {"accuracy": accuracy, **{p: report(p, "mean") for p in PARTS}}}
             for key in ("spearman", "lin", "sign_agreement", "interchange_accuracy", "iia_flipped"): row[key] = {p: _mean(report(p, key)) for p in PARTS}
-            back = [c["denoising"]["pearson"] for c in seeds if c.get("denoising")]                      # one list: the sites trained on, then those held out
+            back = [c["denoising"]["pearson"] for c in seeds if c.get("denoising")]      # one list: sites trained on, then held out
             n = len(seeds[0]["consistency"].get("trained", {}).get("pearson", ()))
-            row["denoising"] = {p: fisher_mean([fisher_mean(b[part]) for b in back]) for p, part in (("trained", slice(n)), ("held_out", slice(n, None)))}
+            parts = {"trained": slice(n), "held_out": slice(n, None)}
+            row["denoising"] = {p: fisher_mean([fisher_mean(b[part]) for b in back]) for p, part in parts.items()}
             rows.append(row)
     return rows
 
