@@ -94,9 +94,9 @@ MAIN_COLUMNS = {"accuracy": with_interval("accuracy", "accuracy_ci", digits=3), 
                 "$r$, held-out sites": with_interval("consistency", "consistency_ci", "held_out")}
 def _upper(value: str): return lambda row: number(((row.get(value) or {}).get("held_out") or [None, None])[1])
 
-COMPANION_COLUMNS = {"Spearman": plain("spearman", "held_out"), "Lin": plain("lin", "held_out"), "sign": plain("sign_agreement", "held_out"),
+COMPANION_COLUMNS = {r"$\rho$": plain("spearman", "held_out"), "Lin": plain("lin", "held_out"), "sign": plain("sign_agreement", "held_out"),
                      "denois.": plain("denoising", "held_out"),
-                     "interch.": plain("interchange_accuracy", "held_out"), "flips": plain("iia_flipped", "held_out"), "null": _upper("null_band"), "within": _upper("null_within_band"),
+                     "IIA": plain("interchange_accuracy", "held_out"), "flips": plain("iia_flipped", "held_out"), "null": _upper("null_band"), "within": _upper("null_within_band"),
                      "undef.": lambda row: number((row.get("n_nan") or {}).get("held_out"), 0), "ppl.": plain("perplexity", digits=1)}
 
 # %% ../../nbs/08_report/01_tables.ipynb #9d62f33f
