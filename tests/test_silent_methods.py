@@ -283,21 +283,15 @@ def changed(teacher, how, pairs):
         layer.self_attn.scaling *= 3
         try: yield
         finally: layer.self_attn.scaling /= 3
-    elif how == "training mode":
-        for l in teacher.model.layers: l.self_attn.attention_dropout = 0.5
-        teacher.train()
-        try: yield
-        finally: teacher.eval()
     elif how == "autocast":
         with torch.autocast("cpu", torch.bfloat16): yield
 
-STATES = ("write", "hook", "pre-hook", "parametrization", "a forward of its own", "rotation", "attention scale", "training mode", "autocast")
+STATES = ("write", "hook", "pre-hook", "parametrization", "a forward of its own", "rotation", "attention scale", "autocast")
 
 @pytest.mark.parametrize("how", STATES)
 def test_targets_of_a_changed_teacher_are_its_own(toy, tmp_path, how):
     teacher, pairs = toy
     teacher = copy.deepcopy(teacher)
-    for l in teacher.model.layers: l.self_attn.attention_dropout = 0.5 if how == "training mode" else l.self_attn.attention_dropout
     wanted = Wanted(corrupt=False, layers=(1,))
     def targets(folder):
         torch.manual_seed(0)

@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from ..core.paths import broken_seal, read_json, seal, whole_folder, write_json
 from .corpus import general_text, without_test_entities
+from ..models.adapters import model_device
 
 # %% ../../nbs/02_data/14_samples.ipynb #5a3b0006
 def _first_token(tokenizer) -> int:
@@ -21,7 +22,7 @@ def _first_token(tokenizer) -> int:
 
 def _draw(model: nn.Module, rows: int, length: int, first: int, vocab: int, ends: list[int], generator: torch.Generator) -> Int[Tensor, "row step"]:
     from transformers import StaticCache
-    device = next(model.parameters()).device
+    device = model_device(model)
     token = torch.full((rows, 1), first, device=device)
     cache = StaticCache(config=model.config, max_cache_len=length)          # a growing cache is copied at every token
     ends, done, drawn = torch.tensor(ends, device=device), torch.zeros(rows, 1, dtype=torch.bool, device=device), []

@@ -129,7 +129,7 @@ def changed_by_hand(model: nn.Module) -> bool:
 def computes_hash(model: nn.Module) -> str:
     "SHA-256 of what a model computes with beside config and weights: number formats, attention kernel, mode, buffers and plain settings of its modules, device, precision; never the same twice for a model that is `changed_by_hand`."
     if changed_by_hand(model): return secrets.token_hex(32)
-    device = next(model.parameters()).device.type
+    device = model_device(model).type
     h = hashlib.sha256(repr((model.config._attn_implementation, device, torch.get_float32_matmul_precision(), torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device))).encode())
     for m in _everything(model):
         h.update(repr((type(m).__module__, type(m).__qualname__, [(k, v) for k, v in sorted(vars(m).items()) if _plain(v)])).encode())
