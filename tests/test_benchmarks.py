@@ -1,4 +1,5 @@
 """The committed benchmark results are whole, and the benchmark's own rulers measure what they say. Nothing here is about how fast a machine is."""
+
 import json, sys
 import pytest, torch
 from conftest import ROOT
@@ -19,25 +20,39 @@ def test_results_have_every_part_from_one_thread(results):
 
 
 def test_results_agree_with_the_references(results):
-    assert all(e["error"] <= 1e-4 for e in results["sweep"]["errors"]) and {e["mode"] for e in results["sweep"]["errors"]} == {"noising", "denoising"}
+    assert all(e["error"] <= 1e-4 for e in results["sweep"]["errors"]) and {
+        e["mode"] for e in results["sweep"]["errors"]
+    } == {"noising", "denoising"}
     assert all(r["difference"] <= 1e-4 for r in results["peers"]["rows"])
     assert all(r["loss_difference"] <= 1e-4 for r in results["step"]["rows"] if r["step"] in ("rcid", "+ fused AdamW"))
-    assert all(r["error"] <= 1e-5 for r in results["cka"]["rows"] if r["tool"] == "rcid") and results["cka"]["models"]["error"] <= 1e-5
+    assert (
+        all(r["error"] <= 1e-5 for r in results["cka"]["rows"] if r["tool"] == "rcid")
+        and results["cka"]["models"]["error"] <= 1e-5
+    )
     assert all(m["peak_mib"] <= m["budget_mib"] for m in results["sweep"]["memory"])
 
 
 def test_peers_are_there_or_a_note_says_why(results):
     said = json.dumps([r.get("notes") for r in results.values()])
-    for part, peers in dict(peers=("transformer-lens", "nnsight", "pyvene"), step=("trl",), cka=("torch_cka", "ckatorch")).items():
-        for peer in peers: assert any(peer in json.dumps(row) for row in results[part]["rows"]) or peer.replace("-", "_") in said, peer
+    for part, peers in dict(
+        peers=("transformer-lens", "nnsight", "pyvene"), step=("trl",), cka=("torch_cka", "ckatorch")
+    ).items():
+        for peer in peers:
+            assert any(peer in json.dumps(row) for row in results[part]["rows"]) or peer.replace("-", "_") in said, peer
 
 
 def test_a_part_replaces_its_own_numbers_only(tmp_path, monkeypatch):
     import common
     monkeypatch.setattr(common, "RESULTS", tmp_path/"results.json")
-    common.save("step", dict(rows=[dict(cost=1 / 3)])), common.save("cka", dict(rows=[])), common.save("step", dict(rows=[dict(cost=2 / 3)]))
+    common.save("step", dict(rows=[dict(cost=1 / 3)])), common.save("cka", dict(rows=[])), common.save(
+        "step", dict(rows=[dict(cost=2 / 3)])
+    )
     kept = json.loads((tmp_path/"results.json").read_text())
-    assert set(kept) == {"step", "cka"} and kept["step"]["rows"] == [{"cost": 0.6667}] and kept["cka"]["machine"]["threads"] == torch.get_num_threads()
+    assert (
+        set(kept) == {"step", "cka"}
+        and kept["step"]["rows"] == [{"cost": 0.6667}]
+        and kept["cka"]["machine"]["threads"] == torch.get_num_threads()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +65,8 @@ def test_scale_run_has_the_settings_of_its_scale(scale_run, tmp_path):
     from rcid.core.workspace import compose_params
     compose_params(tmp_path/"params.yaml", "scale=gpu")
     now, then = settings(load_params(tmp_path/"params.yaml")), json.loads(json.dumps(scale_run["settings"]))
-    assert then["lm"].pop("source") == "embedded"                           # that run's text: the page says so, until the run is made again
+    # that run's text: the page says so, until the run is made again
+    assert then["lm"].pop("source") == "embedded"
     for key in ("source", "samples", "path", "hub"): now["lm"].pop(key)
     assert then == now, "conf/scale/gpu.yaml changed after the run: run it again (tests/benchmarks/scale.py)"
 
@@ -58,28 +74,47 @@ def test_scale_run_has_the_settings_of_its_scale(scale_run, tmp_path):
 def test_scale_run_has_every_student_of_the_matrix(scale_run):
     s, e = scale_run["settings"], scale_run["experiments"]
     assert len(s["seeds"]) >= 3
-    matrix = {(f, t, m) for block in ("core", "more") for f in s[block]["families"] for t in s[block]["tasks"] for m in s[block]["methods"]}
+    matrix = {
+        (f, t, m)
+        for block in ("core", "more")
+        for f in s[block]["families"]
+        for t in s[block]["tasks"]
+        for m in s[block]["methods"]
+    }
     assert len(matrix) == 42
     rows = {(r["family"], r["task"], r["method"]): r for r in e["exp2"]["rows"]}
     assert matrix <= set(rows) and all(rows[k]["n_seeds"] == len(s["seeds"]) for k in matrix)
-    assert {(p["family"], p["task"], p["method"], p["seed"]) for p in e["exp3"]["points"]} == {(*k, seed) for k in matrix for seed in s["seeds"]}
-    assert scale_run["seconds"]["distill"]["stages"] + scale_run["seconds"]["distill_more"]["stages"] == len(matrix) * len(s["seeds"])
-    assert all(m["pilot"]["passed"] for m in scale_run["models"].values()) and set(scale_run["models"]) == set(s["families"])
+    assert {(p["family"], p["task"], p["method"], p["seed"]) for p in e["exp3"]["points"]} == {
+        (*k, seed) for k in matrix for seed in s["seeds"]
+    }
+    assert scale_run["seconds"]["distill"]["stages"] + scale_run["seconds"]["distill_more"]["stages"] == len(
+        matrix
+    ) * len(s["seeds"])
+    assert all(m["pilot"]["passed"] for m in scale_run["models"].values()) and set(scale_run["models"]) == set(
+        s["families"]
+    )
 
 
 def test_scale_run_of_other_sources_or_unfinished_is_refused(tmp_path, monkeypatch):
     import scale, subprocess
     monkeypatch.setenv("RCID_ROOT", str(tmp_path))
-    git = lambda *a: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *a], cwd=tmp_path, check=True, capture_output=True)
+    git = lambda *a: subprocess.run(
+        ["git", "-c", "user.name=a", "-c", "user.email=a@b", *a], cwd=tmp_path, check=True, capture_output=True
+    )
     stages = json.dumps(dict(stages={e: dict(cmd="true", deps=["rcid/a.py"]) for e in scale.EXPERIMENTS}))
     for folder in (tmp_path, tmp_path/".workspaces"/"gpu"):
         (folder/"rcid").mkdir(parents=True), (folder/"nbs"/"experiments").mkdir(parents=True)
-        (folder/"rcid"/"a.py").write_text("a = 1\n"), (folder/"nbs"/"experiments"/"e.ipynb").write_text("{}\n"), (folder/"dvc.yaml").write_text(stages)
+        (folder / "rcid" / "a.py").write_text("a = 1\n"), (folder / "nbs" / "experiments" / "e.ipynb").write_text(
+            "{}\n"
+        ), (folder / "dvc.yaml").write_text(stages)
     git("init", "-q"), git("add", "rcid", "nbs", "dvc.yaml"), git("commit", "-qm", "a")
-    dvc = lambda *a: subprocess.run([sys.executable, "-m", "dvc", *a], cwd=tmp_path/".workspaces"/"gpu", check=True, capture_output=True)
+    dvc = lambda *a: subprocess.run(
+        [sys.executable, "-m", "dvc", *a], cwd=tmp_path / ".workspaces" / "gpu", check=True, capture_output=True
+    )
     dvc("init", "--no-scm", "-q"), dvc("repro", "-q", *scale.EXPERIMENTS[:4])
     with pytest.raises(SystemExit, match="is not up to date:\nexp5:"): scale.collect("gpu", "HEAD")
     dvc("repro", "-q")
-    with pytest.raises(FileNotFoundError, match="params.yaml"): scale.collect("gpu", "HEAD")             # nothing stale: it goes on to the settings
+    # nothing stale: it goes on to the settings
+    with pytest.raises(FileNotFoundError, match="params.yaml"): scale.collect("gpu", "HEAD")
     (tmp_path/".workspaces"/"gpu"/"rcid"/"a.py").write_text("a = 2\n")
     with pytest.raises(SystemExit, match="rcid/a.py are not those of commit HEAD"): scale.collect("gpu", "HEAD")

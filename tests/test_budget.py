@@ -1,4 +1,5 @@
 """The large scales before anything is paid for: counts of the 8B models, the a100 matrix, the conversion of the gpu scale."""
+
 import sys
 import pytest, torch
 from conftest import output_of, run
@@ -9,7 +10,12 @@ from rcid.distill import DistillConfig
 from rcid.models import get_adapter, to_qwen3
 from rcid.report.budget import SHAPES, layer_bytes, parameters, run_budget, shaped_model, training_memory
 
-KNOWN = {"Qwen/Qwen3-8B": 8_190_735_360, "Qwen/Qwen3-0.6B": 596_049_920, "meta-llama/Llama-3.1-8B": 8_030_261_248, "meta-llama/Llama-3.2-1B": 1_235_814_400}
+KNOWN = {
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen3-0.6B": 596_049_920,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +45,11 @@ def test_memory_is_the_sum_of_its_parts(shapes):
     student, teacher = shapes["Qwen/Qwen3-0.6B"], shapes["Qwen/Qwen3-8B"]
     m = training_memory(student, teacher, 1000, 32)
     trained = sum(p.numel() for p in student.model.layers.parameters()) + 1024
-    assert m["student"] == 4 * KNOWN["Qwen/Qwen3-0.6B"] and m["teacher"] == 2 * KNOWN["Qwen/Qwen3-8B"] and (m["gradients"], m["adamw"]) == (4 * trained, 8 * trained)
+    assert (
+        m["student"] == 4 * KNOWN["Qwen/Qwen3-0.6B"]
+        and m["teacher"] == 2 * KNOWN["Qwen/Qwen3-8B"]
+        and (m["gradients"], m["adamw"]) == (4 * trained, 8 * trained)
+    )
     assert m["activations"] == 28 * 1000 * layer_bytes(student) and m["logits"] == 20 * 32 * 151936
     assert m["total"] == sum(v for k, v in m.items() if k != "total")
 
@@ -47,12 +57,19 @@ def test_memory_is_the_sum_of_its_parts(shapes):
 @pytest.mark.parametrize("method", ("standard_kd", "standard_kd_pairs", "fitnets", "rcid"))
 def test_budget_of_a_run(shapes, pairs, method):
     p = pairs["qwen3"]["equal"]
-    c = DistillConfig(sites=(Site(10, "s2"), Site(20, "end")), layer_map={l: l * 28 // 36 for l in range(36)}, steps=10, batch=4)
+    c = DistillConfig(
+        sites=(Site(10, "s2"), Site(20, "end")), layer_map={l: l * 28 // 36 for l in range(36)}, steps=10, batch=4
+    )
     b = run_budget(shapes["Qwen/Qwen3-0.6B"], shapes["Qwen/Qwen3-8B"], p, method, c, peak=1e12, share=.5)
-    assert b["seconds"] == pytest.approx(b["flops"] / 5e11) and b["memory_recomputed"] < b["memory"] and b["flops"] > 10 * b["step_flops"]
+    assert (
+        b["seconds"] == pytest.approx(b["flops"] / 5e11)
+        and b["memory_recomputed"] < b["memory"]
+        and b["flops"] > 10 * b["step_flops"]
+    )
     tokens, seq = b["tokens"] / 40, p.clean_ids.shape[1]
     trunk = sum(x.numel() for x in shapes["Qwen/Qwen3-0.6B"].model.layers.parameters())
-    assert 6 * trunk * tokens * 4 * 27 / 28 < b["step_flops"] and tokens < 2 * seq     # the last layer runs whole at the answers only
+    # the last layer runs whole at the answers only
+    assert 6 * trunk * tokens * 4 * 27 / 28 < b["step_flops"] and tokens < 2 * seq
     hidden = {"standard_kd": 1, "standard_kd_pairs": 2, "fitnets": 1 + 28 * seq, "rcid": 2 + 2 * 2}[method]
     assert b["targets"] == 2 * hidden * 4096 * len(p)
 
@@ -80,14 +97,16 @@ def test_a100_resolves_in_dvc(copy):
 # the conversion
 
 def turned(model, scales):
-    "Every head's projection is a rotation times a number, and no norm adds a constant to a square: heads then have one scale on all tokens, exactly."
+    """Every head's projection is a rotation times a number, and no norm adds a constant to a square: heads then have
+    one scale on all tokens, exactly."""
     turn = lambda: torch.linalg.qr(torch.randn(32, 32))[0]
     model.config.rms_norm_eps = 1e-12
     for m in model.modules():
         if hasattr(m, "variance_epsilon"): m.variance_epsilon = 1e-12
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.self_attn.q_proj.weight.copy_(torch.cat([s * turn() for s in scales])); layer.self_attn.k_proj.weight.copy_(turn())
+            layer.self_attn.q_proj.weight.copy_(torch.cat([s * turn() for s in scales]))
+            layer.self_attn.k_proj.weight.copy_(turn())
     return model
 
 
@@ -99,10 +118,19 @@ def test_conversion_keeps_what_a_shared_norm_can(make_model, scales, equal):
     before = {k: v.clone() for k, v in llama.state_dict().items()}
     qwen, lost = to_qwen3(llama, ids)
     with torch.no_grad(): a, b = (m(ids).logits for m in (llama, qwen))
-    assert torch.allclose(a, b, atol=1e-4) == equal and (float(lost[0].max()) < 1e-4) == equal and float(lost[1].max()) < 1e-4
-    assert qwen.config.model_type == "qwen3" and qwen.config.rope_parameters == llama.config.rope_parameters and qwen.lm_head.weight is qwen.model.embed_tokens.weight
+    assert (
+        torch.allclose(a, b, atol=1e-4) == equal
+        and (float(lost[0].max()) < 1e-4) == equal
+        and float(lost[1].max()) < 1e-4
+    )
+    assert (
+        qwen.config.model_type == "qwen3"
+        and qwen.config.rope_parameters == llama.config.rope_parameters
+        and qwen.lm_head.weight is qwen.model.embed_tokens.weight
+    )
     for k, v in before.items(): assert torch.equal(llama.state_dict()[k], v) and torch.equal(qwen.state_dict()[k], v)
 
 
 def test_only_llama_is_converted(models):
-    with pytest.raises(ValueError, match="cannot convert a qwen3 model: only llama"): to_qwen3(models["qwen3"], torch.zeros(1, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match="cannot convert a qwen3 model: only llama"):
+        to_qwen3(models["qwen3"], torch.zeros(1, 4, dtype=torch.long))

@@ -33,13 +33,16 @@ def hooks(model): return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) f
 
 def test_lengths_are_what_they_say(pairs):
     for both in pairs.values():
-        assert len(both["equal"].attention_mask.sum(1).unique()) == 1 < len(both["unequal"].attention_mask.sum(1).unique())
+        assert (
+            len(both["equal"].attention_mask.sum(1).unique()) == 1 < len(both["unequal"].attention_mask.sum(1).unique())
+        )
 
 
 def test_fast_equals_naive(model, some, mode):
     want, scale = naive_effects(model, some, mode=mode), answer_logit_diff(model, some)[0].abs().mean()
     assert want.abs().max() > 1e-3 * scale                                 # there is something to agree about
-    for batch_size in (1, 3, None): assert close(causal_effects(model, some, mode=mode, batch_size=batch_size), want, scale), batch_size
+    for batch_size in (1, 3, None):
+        assert close(causal_effects(model, some, mode=mode, batch_size=batch_size), want, scale), batch_size
     assert close(naive_effects(model, some[:2], mode=mode, batch_size=1), want[:2], scale)
 
 
@@ -53,7 +56,10 @@ def test_bfloat16_is_as_close_to_float32_as_the_oracle_is(model, some, mode):
     half = type(model)(model.config).to(torch.bfloat16).eval()
     half.load_state_dict(model.state_dict())
     want, scale = naive_effects(model, some, mode=mode), answer_logit_diff(model, some)[0].abs().mean()
-    off = [float((effects(half, some, mode=mode) - want).abs().max() / scale) for effects in (naive_effects, causal_effects)]
+    off = [
+        float((effects(half, some, mode=mode) - want).abs().max() / scale)
+        for effects in (naive_effects, causal_effects)
+    ]
     assert 0 < off[1] <= 3 * off[0] + 0.01
 
 
@@ -61,23 +67,34 @@ class LiveBytes(TorchDispatchMode):
     "Bytes of the tensors that operations make and that are alive at the same time, parameters aside."
     def __init__(self, model):
         super().__init__()
-        self.old, self.live, self.peak = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}, {}, 0
+        self.old, self.live, self.peak = (
+            {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())},
+            {},
+            0,
+        )
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         self.live = {k: x for k, x in self.live.items() if not x[0].expired()}
         for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in self.old: self.live[t.untyped_storage()._cdata] = (StorageWeakRef(t.untyped_storage()), t.untyped_storage().nbytes())
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in self.old:
+                self.live[t.untyped_storage()._cdata] = (
+                    StorageWeakRef(t.untyped_storage()),
+                    t.untyped_storage().nbytes(),
+                )
         self.peak = max(self.peak, sum(n for _, n in self.live.values()))
         return out
 
 
-@pytest.mark.parametrize("attention, dtype", (("sdpa", torch.float32), ("eager", torch.float32), ("sdpa", torch.bfloat16)))
+@pytest.mark.parametrize(
+    "attention, dtype", (("sdpa", torch.float32), ("eager", torch.float32), ("sdpa", torch.bfloat16))
+)
 def test_sweep_keeps_to_its_memory(model, pairs, attention, dtype):
     other = type(model)(model.config).to(dtype).eval()
     other.load_state_dict(model.state_dict()), other.set_attn_implementation(attention)
     some = pairs[get_adapter(model).family]["unequal"][:3].trimmed()
     sites = all_positions(other, some)[::3]
-    free = causal_effects(other, some, sites)                              # also: from now on the engine knows the model
+    # also: from now on the engine knows the model
+    free = causal_effects(other, some, sites)
     def peak(memory):
         with LiveBytes(other) as live: got = causal_effects(other, some, sites, memory=memory)
         assert torch.allclose(got, free, atol=1e-5 if dtype == torch.float32 else 0.1)
@@ -98,15 +115,20 @@ def test_identities_of_places(model, some, mode, path):
     first = first_difference(some)
     assert (first == some.key_positions["s2"]).all()                       # by design the corruption changes S2 only
     for j, role in enumerate(roles):
-        if (some.key_positions[role] < first).all(): assert (effects[:, :, j] == 0).all(), f"{role} lies before the corruption"
+        if (some.key_positions[role] < first).all():
+            assert (effects[:, :, j] == 0).all(), f"{role} lies before the corruption"
         if role != "end": assert (effects[:, last, j] == 0).all(), f"{role} of the last layer cannot reach the answer"
     assert close(effects[:, last, roles.index("end")], clean - corrupt, (clean - corrupt).abs().mean())
-    assert {"io", "s1"} <= {r for r in roles if (some.key_positions[r] < first).all()} and (some.key_positions["end"] == some.answer_pos).all()
+    assert {"io", "s1"} <= {r for r in roles if (some.key_positions[r] < first).all()} and (
+        some.key_positions["end"] == some.answer_pos
+    ).all()
 
 
 def test_whole_layer_reproduces_the_other_run(model, some, mode):
     clean, corrupt = answer_logit_diff(model, some)
-    base, source, want = (some.clean_ids, some.corrupt_ids, corrupt) if mode == "noising" else (some.corrupt_ids, some.clean_ids, clean)
+    base, source, want = (
+        (some.clean_ids, some.corrupt_ids, corrupt) if mode == "noising" else (some.corrupt_ids, some.clean_ids, clean)
+    )
     with torch.no_grad():
         for layer in range(get_adapter(model).n_layers):
             value = read(model, source, [Site(layer)], some.attention_mask)
@@ -145,7 +167,9 @@ def test_residual_is_taken_before_the_final_norm(model, some):
         out = model(some.clean_ids, attention_mask=some.attention_mask, output_hidden_states=True)
         h = read(model, some.clean_ids, [Site(last)], some.attention_mask)[Site(last)]
         real = some.attention_mask.bool()
-        assert torch.allclose(a.final_norm(h)[real], out.hidden_states[-1][real], atol=1e-5) and not torch.allclose(h[real], out.hidden_states[-1][real], atol=1e-2)
+        assert torch.allclose(a.final_norm(h)[real], out.hidden_states[-1][real], atol=1e-5) and not torch.allclose(
+            h[real], out.hidden_states[-1][real], atol=1e-2
+        )
 
 
 @pytest.mark.slow
@@ -158,5 +182,10 @@ def test_real_weights(mode_):
     sites = [Site(l, r) for l in (0, n//2, int(.7*n), n - 1) for r in ("s2", "end")] + [Site(n//2, "io")]
     clean, corrupt = answer_logit_diff(model, few)
     want = naive_effects(model, few, sites, mode=mode_)
-    for batch_size in (1, None): assert close(causal_effects(model, few, sites, mode=mode_, batch_size=batch_size), want, clean.abs().mean(), 1e-3)
-    assert (want[:, -1] == 0).all() and close(want[:, sites.index(Site(n - 1, "end"))], clean - corrupt, clean.abs().mean(), 1e-3)
+    for batch_size in (1, None):
+        assert close(
+            causal_effects(model, few, sites, mode=mode_, batch_size=batch_size), want, clean.abs().mean(), 1e-3
+        )
+    assert (want[:, -1] == 0).all() and close(
+        want[:, sites.index(Site(n - 1, "end"))], clean - corrupt, clean.abs().mean(), 1e-3
+    )

@@ -3,11 +3,35 @@ import os, re, sys
 import pytest, torch
 from conftest import ARCHS, ROOT, real, run
 from rcid.core import embedded
-from rcid.data import check_disjoint, general_text, load_pairs, load_saved_pairs, name_pool, names_of, pack_blocks, save_pairs, templated_sentences, without_test_entities
+from rcid.data import (
+    check_disjoint,
+    general_text,
+    load_pairs,
+    load_saved_pairs,
+    name_pool,
+    names_of,
+    pack_blocks,
+    save_pairs,
+    templated_sentences,
+    without_test_entities,
+)
 from rcid.data.ioi import VARIANTS
 from rcid.data.names import SPLITS, split_of
 
-GOLDEN_SPLITS = {"Aaron": "train", "Albert": "train", "Amanda": "train", "Amy": "train", "Betty": "val", "Brandon": "val", "Brian": "val", "Christine": "val", "Adam": "test", "Alexander": "test", "Alice": "test", "Andrew": "test"}
+GOLDEN_SPLITS = {
+    "Aaron": "train",
+    "Albert": "train",
+    "Amanda": "train",
+    "Amy": "train",
+    "Betty": "val",
+    "Brandon": "val",
+    "Brian": "val",
+    "Christine": "val",
+    "Adam": "test",
+    "Alexander": "test",
+    "Alice": "test",
+    "Andrew": "test",
+}
 
 
 @pytest.fixture(params=[*ARCHS, "SmolLM2"])
@@ -29,7 +53,11 @@ def test_roles_are_at_the_right_words(tokenizer, variant):
         assert p.key_positions["end"][i] == p.answer_pos[i] == n - 1
         assert (p.clean_ids[i] != p.corrupt_ids[i]).nonzero()[:, 0].tolist() == [int(p.key_positions["s2"][i])]
         text = tokenizer.decode(p.clean_ids[i, :n], skip_special_tokens=True)
-        assert len(re.findall(rf"\b{s}\b", text)) == 2 and len(re.findall(rf"\b{io}\b", text)) == 1 and text.endswith(word(p.clean_ids, "end"))
+        assert (
+            len(re.findall(rf"\b{s}\b", text)) == 2
+            and len(re.findall(rf"\b{io}\b", text)) == 1
+            and text.endswith(word(p.clean_ids, "end"))
+        )
         assert [embedded("names")["first_names"][e] for e in p.entity_ids[i]] == [io, s]
     firsts = (p.key_positions["io"] < p.key_positions["s1"]).tolist()
     assert len(set(firsts)) == 2                                           # ABBA and BABA
@@ -44,13 +72,16 @@ def test_splits_share_no_entity_and_no_sentence(tokenizer):
     for s, p in splits.items():
         assert {split_of(names[e]) for e in p.entity_ids.flatten().tolist()} == {s}
         assert len({tuple(row) for row in p.clean_ids.tolist()}) == len(p)   # no pair twice
-    with pytest.raises(ValueError, match="splits train and again share"): check_disjoint(train=splits["train"], again=splits["train"][:3])
+    with pytest.raises(ValueError, match="splits train and again share"):
+        check_disjoint(train=splits["train"], again=splits["train"][:3])
 
 
 def test_name_pool_is_checked_against_the_tokenizer(tokenizer):
     ok, bad = name_pool(tokenizer)
     assert sorted(ok + bad) == sorted(embedded("names")["first_names"]) and len(ok) >= 20
-    assert all(len(tokenizer(f" {n}", add_special_tokens=False)["input_ids"]) == 1 for n in ok) and not any(len(tokenizer(f" {n}", add_special_tokens=False)["input_ids"]) == 1 for n in bad)
+    assert all(len(tokenizer(f" {n}", add_special_tokens=False)["input_ids"]) == 1 for n in ok) and not any(
+        len(tokenizer(f" {n}", add_special_tokens=False)["input_ids"]) == 1 for n in bad
+    )
     assert sorted(n for s in SPLITS for n in names_of(tokenizer, s)) == sorted(ok)
 
 
@@ -76,7 +107,10 @@ def test_variants_differ_in_what_they_say(tokenizers):
     plain, names = get("id"), embedded("names")["first_names"]
     assert not templates(get("ood_templates")) & templates(plain)
     assert {split_of(names[e]) for e in get("ood_names").entity_ids.flatten().tolist()} == {"test"}
-    assert float(get("ood_long").attention_mask.sum(1).float().mean()) > float(plain.attention_mask.sum(1).float().mean()) + 3
+    assert (
+        float(get("ood_long").attention_mask.sum(1).float().mean())
+        > float(plain.attention_mask.sum(1).float().mean()) + 3
+    )
     with pytest.raises(ValueError, match="unknown IOI variant 'ood_chess'"): get("ood_chess")
 
 
@@ -84,7 +118,11 @@ def test_saved_pairs_come_back_and_tampering_is_seen(pairs, tmp_path):
     p = pairs["llama"]["unequal"]
     save_pairs(p, tmp_path/"p")
     back = load_saved_pairs(tmp_path/"p")
-    assert back.content_hash() == p.content_hash() and (back.roles, back.is_modified, back.dropped) == (p.roles, p.is_modified, p.dropped)
+    assert back.content_hash() == p.content_hash() and (back.roles, back.is_modified, back.dropped) == (
+        p.roles,
+        p.is_modified,
+        p.dropped,
+    )
     other = p[[1, 0, 2, 3, 4]]
     assert other.content_hash() != p.content_hash()
     save_pairs(other, tmp_path/"q")
@@ -95,7 +133,9 @@ def test_saved_pairs_come_back_and_tampering_is_seen(pairs, tmp_path):
 def test_training_text_names_no_test_person():
     held = [n for n in embedded("names")["first_names"] if split_of(n) == "test"]
     docs = [f"{n} is here.\n\nNobody is here." for n in embedded("names")["first_names"]]
-    assert set(without_test_entities(docs)) == {d for d, n in zip(docs, embedded("names")["first_names"]) if n not in held} | {"Nobody is here."}
+    assert set(without_test_entities(docs)) == {
+        d for d, n in zip(docs, embedded("names")["first_names"]) if n not in held
+    } | {"Nobody is here."}
     assert not re.search(rf"\b({'|'.join(held)})\b", "\n".join(templated_sentences(300, splits=("train",))))
     assert re.search(rf"\b({'|'.join(held)})\b", "\n".join(templated_sentences(300)))
 

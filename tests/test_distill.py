@@ -6,19 +6,35 @@ from conftest import ROOT, run
 from rcid.causal import Site
 from rcid.core import read_json
 from rcid.data import load_pairs
-from rcid.distill import METHODS, RCID, DistillConfig, Wanted, distill, get_method, model_hash, plain_distill, random_sites, run_cost, teacher_targets
+from rcid.distill import (
+    METHODS,
+    RCID,
+    DistillConfig,
+    Wanted,
+    distill,
+    get_method,
+    model_hash,
+    plain_distill,
+    random_sites,
+    run_cost,
+    teacher_targets,
+)
 from rcid.distill import targets
 from rcid.distill.methods import Signals
 from rcid.models import shrink
 
 SITES = (Site(0, "s2"), Site(1, "end"), Site(2, "end"))
-CONFIG = DistillConfig(sites=SITES, layer_map={0: 0, 1: 0, 2: 1, 3: 1}, steps=12, batch=16, lr=3e-3, log_every=1, checkpoint_every=4)
+CONFIG = DistillConfig(
+    sites=SITES, layer_map={0: 0, 1: 0, 2: 1, 3: 1}, steps=12, batch=16, lr=3e-3, log_every=1, checkpoint_every=4
+)
 
 
 @pytest.fixture(scope="module")
 def toy(make_model, tokenizers):
     "A random teacher (four layers) and sixteen pairs."
-    return make_model("qwen3", d_model=32, heads=2, kv_heads=1, d_mlp=64), load_pairs("ioi", tokenizers["qwen3"], split="train", n=16)
+    return make_model("qwen3", d_model=32, heads=2, kv_heads=1, d_mlp=64), load_pairs(
+        "ioi", tokenizers["qwen3"], split="train", n=16
+    )
 
 
 def train(toy, method, config=CONFIG, **kw):
@@ -30,13 +46,18 @@ def train(toy, method, config=CONFIG, **kw):
 def test_every_method_learns(toy, method):
     before = {n: p.clone() for n, p in shrink(toy[0], 2).state_dict().items()}
     result = train(toy, method)
-    own = lambda h: h["kl"] + h.get("method_loss", 0)                      # both parts, also where the second one starts later
+    # both parts, also where the second one starts later
+    own = lambda h: h["kl"] + h.get("method_loss", 0)
     first, last = result.history[1], result.history[-1]
-    assert [h["step"] for h in result.history] == list(range(13)) and own(last) < own(first) and last["kl"] < first["kl"]
+    assert (
+        [h["step"] for h in result.history] == list(range(13)) and own(last) < own(first) and last["kl"] < first["kl"]
+    )
     moved = {n for n, p in result.student.state_dict().items() if not torch.equal(p, before[n])}
-    assert moved and all(n.startswith("model.layers.") or n == "model.norm.weight" for n in moved)   # embeddings are frozen
+    # embeddings are frozen
+    assert moved and all(n.startswith("model.layers.") or n == "model.norm.weight" for n in moved)
     assert result.tokens > 0 < result.flops and (("method_loss" in last) == (get_method(method).reads != "nothing"))
-    if get_method(method).reads == "sites" and isinstance(get_method(method), RCID): assert last["method_loss"] >= last["floor"] - 1e-5
+    if get_method(method).reads == "sites" and isinstance(get_method(method), RCID):
+        assert last["method_loss"] >= last["floor"] - 1e-5
 
 
 @pytest.mark.parametrize("kl_at", ("answer", "all"))
@@ -51,11 +72,13 @@ def test_cached_targets_equal_the_plain_loop(toy, method, kl_at):
 def test_targets_are_read_back_and_damage_is_noticed(toy, tmp_path, monkeypatch):
     teacher, pairs = toy
     wanted = Wanted(corrupt=True, sites=SITES)
-    first = {k: v.clone() for k, v in teacher_targets(teacher, pairs, wanted, tmp_path).items()}   # out of the mapped file, which is damaged below
+    # out of the mapped file, which is damaged below
+    first = {k: v.clone() for k, v in teacher_targets(teacher, pairs, wanted, tmp_path).items()}
     (file,) = tmp_path.iterdir()
     def refuse(*_): raise AssertionError("the teacher ran again")
     monkeypatch.setattr(targets, "_code_hash", lambda code=targets._code_hash(): code)
-    monkeypatch.setattr(targets, "hidden_signals", refuse)                  # not by a hook: a teacher with hooks is another one, and is never looked up
+    # not by a hook: a teacher with hooks is another one, and is never looked up
+    monkeypatch.setattr(targets, "hidden_signals", refuse)
     again = teacher_targets(teacher, pairs, wanted, tmp_path)
     monkeypatch.undo()
     assert first.keys() == again.keys() and all(torch.equal(first[k], again[k]) for k in first)
@@ -69,17 +92,22 @@ def test_recomputed_activations_and_buckets_change_no_loss(toy, kl_at):
     config = replace(CONFIG, steps=4, batch=6, lr=1e-3, kl_at=kl_at)
     losses = lambda **kw: [h["loss"] for h in train(toy, "rcid", replace(config, **kw)).history]
     assert losses(checkpoint_gradients=True) == pytest.approx(losses(), abs=1e-6)
-    whole = dict(steps=2, batch=16)                                        # one batch holds all pairs: an order inside it is all that buckets can change
+    # one batch holds all pairs: an order inside it is all that buckets can change
+    whole = dict(steps=2, batch=16)
     assert losses(buckets=2, **whole) == pytest.approx(losses(**whole), abs=1e-5)
 
 
 @pytest.mark.parametrize("dtype, tolerance", ((torch.float16, 2e-3), (torch.bfloat16, 1e-2)))
 def test_targets_in_sixteen_bits(toy, tmp_path, dtype, tolerance):
     wanted = Wanted(corrupt=True, sites=SITES)
-    half, whole = teacher_targets(*toy, wanted, tmp_path/"half", dtype=dtype), teacher_targets(*toy, wanted, tmp_path/"whole")
+    half, whole = teacher_targets(*toy, wanted, tmp_path / "half", dtype=dtype), teacher_targets(
+        *toy, wanted, tmp_path / "whole"
+    )
     size = lambda name: sum(f.stat().st_size for f in (tmp_path/name).iterdir())
     assert size("half") < 0.6 * size("whole")
-    assert all(half[k].dtype == dtype and torch.allclose(half[k].float(), whole[k], rtol=tolerance, atol=1e-4) for k in whole)
+    assert all(
+        half[k].dtype == dtype and torch.allclose(half[k].float(), whole[k], rtol=tolerance, atol=1e-4) for k in whole
+    )
 
 
 def test_kept_targets_are_mapped_and_belong_to_model_data_and_code(toy, tmp_path, monkeypatch):
@@ -88,9 +116,14 @@ def test_kept_targets_are_mapped_and_belong_to_model_data_and_code(toy, tmp_path
     teacher_targets(teacher, pairs, wanted, tmp_path)
     kept = teacher_targets(teacher, pairs, wanted, tmp_path)
     (first,) = names()
-    if sys.platform == "linux": assert first in open("/proc/self/maps").read() and kept   # `kept` is alive: its rows stay on disk until they are used
-    for change in (lambda: teacher_targets(teacher, pairs[:8], wanted, tmp_path), lambda: teacher_targets(teacher, pairs, Wanted(), tmp_path),
-                   lambda: teacher_targets(shrink(teacher, 2), pairs, wanted, tmp_path), lambda: teacher_targets(teacher, pairs, wanted, tmp_path, dtype=torch.bfloat16)):
+    # `kept` is alive: its rows stay on disk until they are used
+    if sys.platform == "linux": assert first in open("/proc/self/maps").read() and kept
+    for change in (
+        lambda: teacher_targets(teacher, pairs[:8], wanted, tmp_path),
+        lambda: teacher_targets(teacher, pairs, Wanted(), tmp_path),
+        lambda: teacher_targets(shrink(teacher, 2), pairs, wanted, tmp_path),
+        lambda: teacher_targets(teacher, pairs, wanted, tmp_path, dtype=torch.bfloat16),
+    ):
         before = names(); change(); assert len(names() - before) == 1
     monkeypatch.setattr(targets, "_code_hash", lambda: "other code")
     before = names(); teacher_targets(teacher, pairs, wanted, tmp_path); assert len(names() - before) == 1
@@ -99,7 +132,12 @@ def test_kept_targets_are_mapped_and_belong_to_model_data_and_code(toy, tmp_path
 @pytest.mark.parametrize("method", ("standard_kd", "fitnets", "rcid"))
 def test_teacher_is_untouched(toy, method):
     teacher, pairs = toy
-    state = lambda: (model_hash(teacher), [p.requires_grad for p in teacher.parameters()], teacher.training, sum(len(m._forward_hooks) for m in teacher.modules()))
+    state = lambda: (
+        model_hash(teacher),
+        [p.requires_grad for p in teacher.parameters()],
+        teacher.training,
+        sum(len(m._forward_hooks) for m in teacher.modules()),
+    )
     before, rows = state(), pairs.content_hash()
     train(toy, method, replace(CONFIG, steps=2))
     assert state() == before and pairs.content_hash() == rows and all(p.grad is None for p in teacher.parameters())
@@ -128,7 +166,9 @@ def test_checkpoint_of_another_run_is_not_taken(toy, tmp_path, capsys):
     config = replace(CONFIG, checkpoint_dir=str(tmp_path/"run"))
     with pytest.raises(KeyboardInterrupt): train(toy, "standard_kd", config, probe=trip)
     other = replace(config, lr=1e-3)
-    assert model_hash(train(toy, "standard_kd", other).student) == model_hash(train(toy, "standard_kd", replace(other, checkpoint_dir=None)).student)
+    assert model_hash(train(toy, "standard_kd", other).student) == model_hash(
+        train(toy, "standard_kd", replace(other, checkpoint_dir=None)).student
+    )
     assert "resumed" not in "".join(capsys.readouterr())
 
 
@@ -136,7 +176,9 @@ def test_nan_stops_and_keeps_the_checkpoint(toy, tmp_path):
     def poison(student, step):
         if step == 6: student.model.norm.weight.data.fill_(float("nan"))
         return {}
-    with pytest.raises(FloatingPointError, match=r"loss is nan at step 6 .*lower distill\.lr; the last good checkpoint is in") as e:
+    with pytest.raises(
+        FloatingPointError, match=r"loss is nan at step 6 .*lower distill\.lr; the last good checkpoint is in"
+    ) as e:
         train(toy, "rcid", replace(CONFIG, checkpoint_dir=str(tmp_path/"run")), probe=poison)
     assert "\n" not in str(e.value) and read_json(tmp_path/"run"/"progress.json")["step"] == 4
 
@@ -144,7 +186,9 @@ def test_nan_stops_and_keeps_the_checkpoint(toy, tmp_path):
 @pytest.mark.parametrize("method", ("informed_fitnets", "rcid", "rcid_identity", "rcid_random_w"))
 def test_frozen_map_has_no_gradient(method):
     g = torch.Generator().manual_seed(0)
-    signal = lambda: Signals(sites=torch.randn(3, 20, 8, generator=g, requires_grad=True), sites_corrupt=torch.randn(3, 20, 8, generator=g))
+    signal = lambda: Signals(
+        sites=torch.randn(3, 20, 8, generator=g, requires_grad=True), sites_corrupt=torch.randn(3, 20, 8, generator=g)
+    )
     s, t, m = signal(), signal(), METHODS[method]
     state = m.start(s, t, 0)
     m.loss(s, t, state)[0].backward()
@@ -160,19 +204,26 @@ def test_frozen_map_stays_through_training(toy):
             kept.append(super().start(student, teacher, seed))
             return kept[-1]
     result = train(toy, Spy(), replace(CONFIG, steps=6))
-    assert torch.equal(kept[0].w, METHODS["rcid"].start(*[Signals(**x) for x in initial(toy)], 0).w) and result.staleness > 0
+    assert (
+        torch.equal(kept[0].w, METHODS["rcid"].start(*[Signals(**x) for x in initial(toy)], 0).w)
+        and result.staleness > 0
+    )
 
 
 def initial(toy):
     "Signals of the undistilled student and of the teacher at the sites, on all pairs."
     teacher, pairs = toy
     for model, layers in ((shrink(teacher, 2), CONFIG.layer_map), (teacher, {i: i for i in range(4)})):
-        h = teacher_targets(model, pairs, Wanted(corrupt=True, sites=tuple(Site(layers[s.layer], s.role) for s in SITES)))
+        h = teacher_targets(
+            model, pairs, Wanted(corrupt=True, sites=tuple(Site(layers[s.layer], s.role) for s in SITES))
+        )
         yield {k: h[k].transpose(0, 1) for k in ("sites", "sites_corrupt")}
 
 
 @pytest.mark.parametrize("kl_at", ("answer", "all"))
-@pytest.mark.parametrize("method", ("sft", "standard_kd", "standard_kd_pairs", "fitnets", "informed_fitnets", "rcid", "diito"))
+@pytest.mark.parametrize(
+    "method", ("sft", "standard_kd", "standard_kd_pairs", "fitnets", "informed_fitnets", "rcid", "diito")
+)
 def test_micro_batches_sum_up_to_the_batch(toy, method, kl_at):
     config = replace(CONFIG, steps=3, batch=10, lr=1e-3, kl_at=kl_at)
     whole = train(toy, method, config)
@@ -185,7 +236,8 @@ def test_micro_batches_sum_up_to_the_batch(toy, method, kl_at):
 
 @pytest.mark.parametrize("method", ("cka", "rcid_shuffled"))
 def test_methods_that_compare_pairs_need_the_whole_batch(toy, method):
-    with pytest.raises(ValueError, match="compares the pairs of a batch.*micro_batch"): train(toy, method, replace(CONFIG, micro_batch=4))
+    with pytest.raises(ValueError, match="compares the pairs of a batch.*micro_batch"):
+        train(toy, method, replace(CONFIG, micro_batch=4))
 
 
 def test_equal_flops_buy_more_of_a_cheaper_step(toy):
@@ -197,19 +249,25 @@ def test_equal_flops_buy_more_of_a_cheaper_step(toy):
         result = train(toy, method, replace(CONFIG, steps=1, flops=budget))
         one_more = run_cost(student, teacher, pairs, method, replace(CONFIG, steps=result.steps + 1))[1]
         assert result.flops <= budget < one_more and result.history[-1]["step"] == result.steps
-        assert (result.tokens, result.flops) == run_cost(student, teacher, pairs, method, replace(CONFIG, steps=result.steps))
+        assert (result.tokens, result.flops) == run_cost(
+            student, teacher, pairs, method, replace(CONFIG, steps=result.steps)
+        )
         steps[method] = result.steps
     assert steps["standard_kd_pairs"] == CONFIG.steps and steps["standard_kd"] == steps["sft"] > CONFIG.steps, steps
-    with pytest.raises(ValueError, match="budget of 10 FLOPs does not pay for"): train(toy, "rcid", replace(CONFIG, flops=10.))
+    with pytest.raises(ValueError, match="budget of 10 FLOPs does not pay for"):
+        train(toy, "rcid", replace(CONFIG, flops=10.0))
 
 
 def test_refits_follow_the_student(toy, tmp_path):
-    "`refit_every` moves W, only where W is fitted; before the first refit nothing differs; a resumed run refits at the same steps."
+    """`refit_every` moves W, only where W is fitted; before the first refit nothing differs; a resumed run refits at
+    the same steps."""
     once, often = (train(toy, "rcid", replace(CONFIG, refit_every=n)) for n in (0, 5))
     assert once.history[:6] == often.history[:6] and once.history[6:] != often.history[6:]
     assert often.flops > once.flops and 0 < often.staleness < once.staleness
     for method in ("standard_kd", "fitnets", "rcid_identity"):
-        assert model_hash(train(toy, method).student) == model_hash(train(toy, method, replace(CONFIG, refit_every=5)).student), method
+        assert model_hash(train(toy, method).student) == model_hash(
+            train(toy, method, replace(CONFIG, refit_every=5)).student
+        ), method
     def trip(student, step):
         if step == 9: raise KeyboardInterrupt
         return {}
@@ -219,7 +277,9 @@ def test_refits_follow_the_student(toy, tmp_path):
 
 
 def test_random_sites_are_beside_the_causal_ones(make_model, tokenizers):
-    teacher, pairs = make_model("qwen3", layers=8, d_model=32, heads=2, kv_heads=1, d_mlp=64), load_pairs("ioi", tokenizers["qwen3"], split="train", n=16)
+    teacher, pairs = make_model("qwen3", layers=8, d_model=32, heads=2, kv_heads=1, d_mlp=64), load_pairs(
+        "ioi", tokenizers["qwen3"], split="train", n=16
+    )
     causal = [Site(0, "s2"), Site(3, "s2"), Site(2, "end"), Site(5, "end")]
     drawn = [random_sites(teacher, pairs, causal, seed) for seed in range(40)]
     for sites in drawn:
@@ -227,14 +287,26 @@ def test_random_sites_are_beside_the_causal_ones(make_model, tokenizers):
         assert not set(sites) & {*causal, Site(7, "end")}
     assert drawn[3] == random_sites(teacher, pairs, causal, 3) and len({tuple(s) for s in drawn}) > 20
     assert {s.layer for sites in drawn for s in sites} == set(range(8))
-    assert {s.role for s in random_sites(teacher, pairs, [*causal, Site(4, "io"), Site(4, "s1")], 0)} == {"s2", "end"}     # before the change there is no difference
-    with pytest.raises(ValueError, match="no site beside"): random_sites(teacher, pairs, [Site(l, "end") for l in range(7)], 0)
+    # before the change there is no difference
+    assert {s.role for s in random_sites(teacher, pairs, [*causal, Site(4, "io"), Site(4, "s1")], 0)} == {"s2", "end"}
+    with pytest.raises(ValueError, match="no site beside"):
+        random_sites(teacher, pairs, [Site(l, "end") for l in range(7)], 0)
 
 
 def test_trainer_never_asks_which_method_it_is(root):
     tree = ast.parse((root/"rcid"/"distill"/"trainer.py").read_text(encoding="utf-8"))
-    named = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str) and n.value in METHODS]
-    asked = [ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) in ("isinstance", "type") and ast.unparse(n.args[0]) == "method"]
+    named = [
+        n.value
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Constant) and isinstance(n.value, str) and n.value in METHODS
+    ]
+    asked = [
+        ast.unparse(n)
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Call)
+        and ast.unparse(n.func) in ("isinstance", "type")
+        and ast.unparse(n.args[0]) == "method"
+    ]
     assert not named and not asked, f"give the method object an attribute instead: {named + asked}"
 
 
@@ -265,8 +337,19 @@ def test_two_processes_train_like_one(tmp_path, tokenizers):
         (tmp_path/"job.py").write_text(PARALLEL)
         words = [str(tmp_path/"job.py"), "artifacts/test-parallel"]
         run(ROOT, sys.executable, *words, str(tmp_path/"one"))
-        run(ROOT, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words, str(tmp_path/"two"))
-    finally: shutil.rmtree(folder, ignore_errors=True)
+        run(
+            ROOT,
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            *words,
+            str(tmp_path / "two"),
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     one, a, b = (json.loads((tmp_path/f"{n}.json").read_text()) for n in ("one-0", "two-0", "two-1"))
     assert (one["n"], a["n"], b["n"]) == (1, 2, 2) and a["hash"] == b["hash"] and a["loss"] == b["loss"]
     assert a["loss"] == pytest.approx(one["loss"], abs=1e-5)

@@ -1,4 +1,5 @@
 """Golden numbers of CKA and of the divergences, each beside the data that it is of (formulas: nbs/04_align/01_cka.ipynb, nbs/05_distill/00_losses.ipynb), and Procrustes against scipy."""
+
 import numpy as np, pytest, torch
 from scipy.linalg import orthogonal_procrustes
 from rcid.align import hsic1, linear_cka, map_layers, procrustes, random_orthogonal
@@ -26,7 +27,9 @@ def test_cka_identities(xy, debiased):
     x, y = xy
     turn = random_orthogonal(10, 10, seed=3).double()
     assert float(linear_cka(x, x, debiased)) == pytest.approx(1)
-    assert float(linear_cka(5 * x @ turn + 2, y, debiased)) == pytest.approx(float(linear_cka(x, y, debiased)), abs=1e-6)
+    assert float(linear_cka(5 * x @ turn + 2, y, debiased)) == pytest.approx(
+        float(linear_cka(x, y, debiased)), abs=1e-6
+    )
     assert float(linear_cka(torch.ones(20, 3), x[:20].float(), debiased)) == 0           # no variance: guarded, not NaN
 
 
@@ -42,8 +45,19 @@ def test_cka_refuses_too_few_rows():
     with pytest.raises(ValueError, match="at least 4"): linear_cka(torch.randn(3, 2), torch.randn(3, 2))
 
 
-@pytest.mark.parametrize("kind, golden", [(dict(kind="jsd", beta=0), 1.822630), (dict(kind="jsd", beta=.1), .145486), (dict(kind="jsd", beta=.5), .353154),
-    (dict(kind="jsd", beta=.9), .139909), (dict(kind="jsd", beta=1), 1.685124), (dict(kind="skew", skew=.1), 1.199411), (dict(kind="forward"), 1.822630), (dict(kind="reverse"), 1.685124)])
+@pytest.mark.parametrize(
+    "kind, golden",
+    [
+        (dict(kind="jsd", beta=0), 1.822630),
+        (dict(kind="jsd", beta=0.1), 0.145486),
+        (dict(kind="jsd", beta=0.5), 0.353154),
+        (dict(kind="jsd", beta=0.9), 0.139909),
+        (dict(kind="jsd", beta=1), 1.685124),
+        (dict(kind="skew", skew=0.1), 1.199411),
+        (dict(kind="forward"), 1.822630),
+        (dict(kind="reverse"), 1.685124),
+    ],
+)
 def test_divergence_goldens(kind, golden):
     assert float(divergence(S, T, **kind)) == pytest.approx(golden, abs=1e-5)
     assert float(divergence(T, T, **kind)) == pytest.approx(0, abs=1e-6)
@@ -73,7 +87,9 @@ def test_procrustes_is_scipys_on_zero_padded_source(n, d_s, d_t):
 @pytest.mark.parametrize("normalize", (True, False))
 @pytest.mark.parametrize("d_s, d_t", [(6, 6), (6, 10)])
 def test_procrustes_finds_a_planted_rotation(d_s, d_t, normalize):
-    w, s = random_orthogonal(d_t, d_s, seed=1).double(), torch.randn(50, d_s, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    w, s = random_orthogonal(d_t, d_s, seed=1).double(), torch.randn(
+        50, d_s, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    )
     assert torch.allclose(procrustes(s, s @ w.T, normalize=normalize), w, atol=1e-6)
     shifted = procrustes(s + 3, s @ w.T - 7, center=True, normalize=False)
     assert torch.allclose(shifted, w, atol=1e-6)
@@ -84,7 +100,9 @@ def test_normalised_fit_has_the_best_mean_cosine():
     s, t = torch.randn(80, 6, generator=g, dtype=torch.float64), torch.randn(80, 9, generator=g, dtype=torch.float64)
     cosine = lambda w: float(torch.cosine_similarity(s @ w.T, t).mean())
     best = cosine(procrustes(s, t))
-    assert best > cosine(procrustes(s, t, normalize=False)) and all(best > cosine(random_orthogonal(9, 6, i).double()) for i in range(20))
+    assert best > cosine(procrustes(s, t, normalize=False)) and all(
+        best > cosine(random_orthogonal(9, 6, i).double()) for i in range(20)
+    )
 
 
 @pytest.mark.parametrize("n, d_s, d_t, words", [(50, 8, 5, "narrower"), (4, 8, 8, "4 rows cannot determine 8")])
@@ -97,7 +115,9 @@ def test_procrustes_refuses(n, d_s, d_t, words):
 def test_rcid_loss_is_two_minus_two_cosine_and_has_its_floor():
     g = torch.Generator().manual_seed(5)
     w, d_s, d_t = random_orthogonal(8, 5), torch.randn(30, 5, generator=g), torch.randn(30, 8, generator=g)
-    assert float(rcid_loss(d_s, d_t, w)) == pytest.approx(float(2 * (1 - torch.cosine_similarity(d_s @ w.T, d_t)).mean()), abs=1e-6)
+    assert float(rcid_loss(d_s, d_t, w)) == pytest.approx(
+        float(2 * (1 - torch.cosine_similarity(d_s @ w.T, d_t)).mean()), abs=1e-6
+    )
     assert float(rcid_loss(d_t @ w, d_t, w)) == pytest.approx(float(rcid_floor(d_t, w)), abs=1e-6)
     assert rcid_loss(d_s, d_t, w) > rcid_floor(d_t, w) > 0
 

@@ -1,11 +1,31 @@
 """Projection, time, alignment, losses and fusion of keys and values: goldens, identities, slow loops, gradients, bad input."""
+
 import json, subprocess, sys
 import pytest, torch
 from rcid.align import map_layers
-from rcid.kv.aligner import KVShape, MapProjectionAligner, kv_attention, layer_matrix, pretrain_aligner, profile_alignment, target_health
+from rcid.kv.aligner import (
+    KVShape,
+    MapProjectionAligner,
+    kv_attention,
+    layer_matrix,
+    pretrain_aligner,
+    profile_alignment,
+    target_health,
+)
 from rcid.kv.fusion import Router, fuse, masked_share
-from rcid.kv.losses import (AttentionWeighting, MercatorKVLoss, StructuralKVLoss, attention_weights, cka_loss, codi_loss, diagnose_losses, gather_weights, kv_cosine, kv_regression,
-    uniform_weights)
+from rcid.kv.losses import (
+    AttentionWeighting,
+    MercatorKVLoss,
+    StructuralKVLoss,
+    attention_weights,
+    cka_loss,
+    codi_loss,
+    diagnose_losses,
+    gather_weights,
+    kv_cosine,
+    kv_regression,
+    uniform_weights,
+)
 from rcid.kv.project import FlatProjector, HeadwiseMapProjector, load_projector, match_heads, uniform_head_weights
 from rcid.kv.warp import TimeWarper, find_segments
 
@@ -16,7 +36,8 @@ def rand(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator()
 
 
 @pytest.fixture
-def mask(): return torch.tensor([[1] * 7, [1] * 5 + [0] * 2, [0] * 3 + [1] * 4]).bool()          # full, right- and left-padded
+# full, right- and left-padded
+def mask(): return torch.tensor([[1] * 7, [1] * 5 + [0] * 2, [0] * 3 + [1] * 4]).bool()
 
 
 @pytest.fixture
@@ -31,8 +52,17 @@ def teacher(): return rand(3, 6, 4, 7, 8, seed=4), rand(3, 6, 4, 7, 8, seed=5), 
 def test_no_student_head_starts_dead(h_t):
     for h_s in range(1, 17):
         w = uniform_head_weights(h_t, h_s)
-        slow = torch.tensor([[max(0., min((s + 1) * h_t / h_s, t + 1) - max(s * h_t / h_s, t)) for t in range(h_t)] for s in range(h_s)])
-        assert torch.allclose(w, slow / slow.sum(1, keepdim=True), atol=1e-6) and (w.sum(1) > .999).all() and (w.sum(0) > 0).all()
+        slow = torch.tensor(
+            [
+                [max(0.0, min((s + 1) * h_t / h_s, t + 1) - max(s * h_t / h_s, t)) for t in range(h_t)]
+                for s in range(h_s)
+            ]
+        )
+        assert (
+            torch.allclose(w, slow / slow.sum(1, keepdim=True), atol=1e-6)
+            and (w.sum(1) > 0.999).all()
+            and (w.sum(0) > 0).all()
+        )
 
 
 @pytest.mark.parametrize("share", (True, False))
@@ -47,12 +77,19 @@ def test_headwise_is_a_slow_loop(share, h_t, h_s, d_t, d_s):
             assert torch.allclose(y[:, l, s], want, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [lambda: HeadwiseMapProjector(4, 2, 8, 6, 3, share_dim_proj=False, frozen=True), *[lambda i=i: FlatProjector(3, 4, 8, 2, 2, 6, i) for i in ("xavier", "orthogonal", "identity")]])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: HeadwiseMapProjector(4, 2, 8, 6, 3, share_dim_proj=False, frozen=True),
+        *[lambda i=i: FlatProjector(3, 4, 8, 2, 2, 6, i) for i in ("xavier", "orthogonal", "identity")],
+    ],
+)
 def test_projectors_survive_a_file(make, tmp_path):
     p, x = make(), rand(2, 3, 4, 5, 8)
     back = load_projector(p.save(tmp_path/"p.safetensors"))
     assert torch.equal(back(x), p(x)) and back.frozen == p.frozen and type(back) is type(p)
-    assert torch.equal(make()(x), p(x))                                                           # the same seed gives the same projector
+    # the same seed gives the same projector
+    assert torch.equal(make()(x), p(x))
 
 
 def test_matched_heads_undo_a_shuffle():
@@ -77,9 +114,19 @@ def test_warp_padded_is_row_by_row(smooth, lengths):
     y, mask = warper(x, src, tgt, lengths)
     for i in range(3):
         a, b, n = src[i, 0], src[i, 3], int(mask[i].sum())
-        alone, _ = warper(x[i:i+1, :, :, a:b], src[i:i+1] - a, None if tgt is None else tgt[i:i+1], None if lengths is None else lengths[i:i+1])
-        assert alone.shape[3] == n and torch.allclose(y[i:i+1, :, :, :n], alone, atol=1e-6) and (y[i, :, :, n:] == 0).all()
-        ends = [-1] if i == 1 else [0, -1]                                                        # sample 1 has one place for its prompt: it takes the last token
+        alone, _ = warper(
+            x[i : i + 1, :, :, a:b],
+            src[i : i + 1] - a,
+            None if tgt is None else tgt[i : i + 1],
+            None if lengths is None else lengths[i : i + 1],
+        )
+        assert (
+            alone.shape[3] == n
+            and torch.allclose(y[i : i + 1, :, :, :n], alone, atol=1e-6)
+            and (y[i, :, :, n:] == 0).all()
+        )
+        # sample 1 has one place for its prompt: it takes the last token
+        ends = [-1] if i == 1 else [0, -1]
         assert torch.allclose(alone[0][:, :, ends], x[i][:, :, a:b][:, :, ends])
 
 
@@ -100,7 +147,15 @@ def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message): call(rand(1, 2, 2, 6, 4))
 
 
-@pytest.mark.parametrize("kw", (dict(), dict(mode="flat"), dict(layer_map=[[(0, .3), (1, .7)], 2, 5]), dict(share_dim_proj=False, init_uniform=False)))
+@pytest.mark.parametrize(
+    "kw",
+    (
+        dict(),
+        dict(mode="flat"),
+        dict(layer_map=[[(0, 0.3), (1, 0.7)], 2, 5]),
+        dict(share_dim_proj=False, init_uniform=False),
+    ),
+)
 def test_aligner_shapes_and_rows(kw, teacher, mask):
     aligner = MapProjectionAligner(BIG, SMALL, parts="kvq", **kw)
     out = aligner(*teacher[:2], mask, teacher[2])
@@ -108,7 +163,8 @@ def test_aligner_shapes_and_rows(kw, teacher, mask):
     for i in range(3):
         at = mask[i]
         row = aligner(*(x[i:i+1][:, :, :, at] for x in teacher[:2]), mask[i:i+1, at], teacher[2][i:i+1][:, :, :, at])
-        for a, b in ((row.k, out.k), (row.v, out.v), (row.q, out.q)): assert torch.allclose(a, b[i:i+1][:, :, :, at], atol=1e-5) and (b[i][:, :, ~at] == 0).all()
+        for a, b in ((row.k, out.k), (row.v, out.v), (row.q, out.q)):
+            assert torch.allclose(a, b[i : i + 1][:, :, :, at], atol=1e-5) and (b[i][:, :, ~at] == 0).all()
 
 
 def test_layer_maps_of_map_layers():
@@ -119,7 +175,9 @@ def test_layer_maps_of_map_layers():
 @pytest.mark.parametrize("mode", ("structured", "flat"))
 def test_trivial_target_is_detected(mode, teacher, mask):
     for frozen in (True, False):
-        aligner, k = MapProjectionAligner(BIG, SMALL, mode, frozen=frozen), torch.zeros(1, 3, 2, 1, 6, requires_grad=True)
+        aligner, k = MapProjectionAligner(BIG, SMALL, mode, frozen=frozen), torch.zeros(
+            1, 3, 2, 1, 6, requires_grad=True
+        )
         start = target_health(aligner(*teacher[:2], mask).k, mask)
         optimizer = torch.optim.Adam([k, *(p for p in aligner.parameters() if p.requires_grad)], .03)
         for _ in range(200):
@@ -131,17 +189,34 @@ def test_trivial_target_is_detected(mode, teacher, mask):
 def test_pretrained_projectors_are_better_and_frozen(teacher, mask):
     true, aligner = MapProjectionAligner(BIG, SMALL, seed=9), MapProjectionAligner(BIG, SMALL)
     student = true(*teacher[:2], mask)
-    history = pretrain_aligner(aligner, [(dict(k=teacher[0], v=teacher[1], mask=mask), (student.k, student.v))], steps=60, lr=.03)
+    history = pretrain_aligner(
+        aligner, [(dict(k=teacher[0], v=teacher[1], mask=mask), (student.k, student.v))], steps=60, lr=0.03
+    )
     assert history[-1] < .3 * history[0] and not any(p.requires_grad for p in aligner.parameters())
-    rows = profile_alignment({"a": aligner, "true": true}, dict(k=teacher[0], v=teacher[1], mask=mask), student.k, student.v, rand(3, 3, 4, 7, 6))
-    assert json.dumps(rows) and rows[2]["cosine"] > .999 and abs(rows[2]["kl"]) < 1e-6 and all(r["nan"] == 0 for r in rows)
+    rows = profile_alignment(
+        {"a": aligner, "true": true},
+        dict(k=teacher[0], v=teacher[1], mask=mask),
+        student.k,
+        student.v,
+        rand(3, 3, 4, 7, 6),
+    )
+    assert (
+        json.dumps(rows)
+        and rows[2]["cosine"] > 0.999
+        and abs(rows[2]["kl"]) < 1e-6
+        and all(r["nan"] == 0 for r in rows)
+    )
 
 
 def test_attention_is_the_models_own(mask):
     q, k, n = rand(3, 1, 4, 7, 6), rand(3, 1, 2, 7, 6), 7
     see = torch.ones(n, n).tril().bool() & mask[:, None]
-    want = torch.nn.functional.scaled_dot_product_attention(q[:, 0], k[:, 0].repeat_interleave(2, 1), torch.eye(n).expand(3, 4, n, n), attn_mask=see[:, None])
-    assert torch.allclose(kv_attention(q, k, mask)[:, 0][mask[:, None].expand(3, 4, n)], want[mask[:, None].expand(3, 4, n)], atol=1e-6)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        q[:, 0], k[:, 0].repeat_interleave(2, 1), torch.eye(n).expand(3, 4, n, n), attn_mask=see[:, None]
+    )
+    assert torch.allclose(
+        kv_attention(q, k, mask)[:, 0][mask[:, None].expand(3, 4, n)], want[mask[:, None].expand(3, 4, n)], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", ("mse", "smooth_l1"))
@@ -150,7 +225,8 @@ def test_uniform_weights_are_the_masked_mean(kind, student, mask):
     assert abs(kv_regression(s, t, mask, uniform_weights(mask), kind) - kv_regression(s, t, mask, kind=kind)) < 1e-7
     assert abs(kv_cosine(s, t, mask, 5. * mask) - kv_cosine(s, t, mask)) < 1e-7
     e = (s - t).square().mean((1, 2, 4))
-    if kind == "mse": assert torch.isclose(kv_regression(s, t, mask), torch.stack([e[i][mask[i]].mean() for i in range(3)]).mean())
+    if kind == "mse":
+        assert torch.isclose(kv_regression(s, t, mask), torch.stack([e[i][mask[i]].mean() for i in range(3)]).mean())
 
 
 def test_attention_weights_in_every_form(mask):
@@ -160,7 +236,9 @@ def test_attention_weights_in_every_form(mask):
     for other in (a.mean(1), w): assert torch.allclose(attention_weights(other, mask), w, atol=1e-6)
     assert torch.allclose(gather_weights(w, torch.arange(7).expand(3, 7), mask), w)
     weighting = AttentionWeighting("student", warmup=2)
-    assert torch.equal(weighting(1, mask, student=a), uniform_weights(mask)) and torch.equal(weighting(2, mask, student=a), w)
+    assert torch.equal(weighting(1, mask, student=a), uniform_weights(mask)) and torch.equal(
+        weighting(2, mask, student=a), w
+    )
 
 
 def test_losses_of_a_model_with_itself_are_zero(student, mask):
@@ -176,7 +254,9 @@ def test_gradients_reach_the_student_only(mode, student, teacher, mask):
     aligner = MapProjectionAligner(BIG, SMALL, mode, parts="kvq")
     attention = torch.rand(3, 4, 7, 7, requires_grad=True)
     target = aligner(k, v, mask, q)
-    loss = StructuralKVLoss(a_norm=.1)(k_s, v_s, target.k, target.v, mask, attention_weights(attention, mask), q_s, target.q)["total"]
+    loss = StructuralKVLoss(a_norm=0.1)(
+        k_s, v_s, target.k, target.v, mask, attention_weights(attention, mask), q_s, target.q
+    )["total"]
     (loss + cka_loss(k_s, target.k, mask) + kv_regression(v_s, target.v, mask, layer_std=True)).backward()
     for x in (k_s, v_s, q_s): assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
     assert all(x.grad is None for x in (k, v, q, attention, *aligner.parameters()))
@@ -185,16 +265,43 @@ def test_gradients_reach_the_student_only(mode, student, teacher, mask):
 @pytest.mark.parametrize("how", ("fixed", "similarity", "learnable", "govern"))
 def test_fusion_identities(how, student, mask):
     k, features, prototypes = student[0], rand(3, 5), rand(2, 5)
-    kw = dict(fixed=dict(weights=[.9, .1]), similarity=dict(features=features, prototypes=prototypes), learnable=dict(features=features, prototypes=prototypes, router=Router(5)), govern=dict(student=student[1]))[how]
+    kw = dict(
+        fixed=dict(weights=[0.9, 0.1]),
+        similarity=dict(features=features, prototypes=prototypes),
+        learnable=dict(features=features, prototypes=prototypes, router=Router(5)),
+        govern=dict(student=student[1]),
+    )[how]
     same = fuse([k, k], [mask, mask], how, **kw)
-    assert (same.target - torch.where(mask[:, None, None, :, None], k, 0)).abs().max() < 1e-6 and torch.allclose(same.weights.sum(1), torch.ones(3))
+    assert (same.target - torch.where(mask[:, None, None, :, None], k, 0)).abs().max() < 1e-6 and torch.allclose(
+        same.weights.sum(1), torch.ones(3)
+    )
     gone = mask.clone(); gone[1] = False
-    out, other = (fuse([k, rand(*k.shape)][::d], [mask, gone][::d], how, **(kw | {n: kw[n][::d] for n in ("weights",) if n in kw} | {n: kw[n].flip(0) if d < 0 else kw[n] for n in ("prototypes",) if n in kw})) for d in (1, -1))
-    assert out.weights[1].tolist() == [1, 0] and torch.allclose(out.weights, other.weights.flip(1), atol=1e-6) and torch.allclose(out.target, other.target, atol=1e-6)
+    out, other = (
+        fuse(
+            [k, rand(*k.shape)][::d],
+            [mask, gone][::d],
+            how,
+            **(
+                kw
+                | {n: kw[n][::d] for n in ("weights",) if n in kw}
+                | {n: kw[n].flip(0) if d < 0 else kw[n] for n in ("prototypes",) if n in kw}
+            ),
+        )
+        for d in (1, -1)
+    )
+    assert (
+        out.weights[1].tolist() == [1, 0]
+        and torch.allclose(out.weights, other.weights.flip(1), atol=1e-6)
+        and torch.allclose(out.target, other.target, atol=1e-6)
+    )
 
 
 def test_govern_is_a_slow_loop():
-    teachers, student, masks = [rand(2, 1, 2, 3, 4, seed=s) for s in range(3)], rand(2, 1, 2, 3, 4, seed=7), torch.tensor([[[1, 1, 1], [1, 1, 1]], [[1, 1, 0], [1, 1, 1]], [[1, 1, 1], [0, 0, 0]]]).bool()
+    teachers, student, masks = (
+        [rand(2, 1, 2, 3, 4, seed=s) for s in range(3)],
+        rand(2, 1, 2, 3, 4, seed=7),
+        torch.tensor([[[1, 1, 1], [1, 1, 1]], [[1, 1, 0], [1, 1, 1]], [[1, 1, 1], [0, 0, 0]]]).bool(),
+    )
     out = fuse(teachers, list(masks), "govern", student=student)
     for at in torch.cartesian_prod(*map(torch.arange, student.shape)).tolist():
         b, *_, t, _ = at = tuple(at)
@@ -204,16 +311,29 @@ def test_govern_is_a_slow_loop():
         assert abs(out.target[at] - sum(counted) / len(counted)) < 1e-6
 
 
-def test_masked_share(): assert masked_share(torch.tensor([[1., 5., 1.]]), torch.tensor([[True, False, True]])).tolist() == [[.5, 0, .5]]
+def test_masked_share():
+    assert masked_share(torch.tensor([[1.0, 5.0, 1.0]]), torch.tensor([[True, False, True]])).tolist() == [
+        [0.5, 0, 0.5]
+    ]
 
 
 def test_diagnosis_says_what_is_out_of_scale():
-    d = diagnose_losses(dict, [dict(ce=1., kv=9., kv_plain=8., cka=.5 + i / 10) for i in range(4)], dict(ce=1., kv=1., cka=.05))
+    d = diagnose_losses(
+        dict, [dict(ce=1.0, kv=9.0, kv_plain=8.0, cka=0.5 + i / 10) for i in range(4)], dict(ce=1.0, kv=1.0, cka=0.05)
+    )
     assert abs(sum(r["share"] for r in d.rows) - 1) < 1e-9 and "kv" in d.table() and len(d.figure().axes) == 2
-    assert [any(w in a for a in d.advice) for w in ("1-10 %", "above 50 %", "attention weighting changes kv by +12.5%")] == [True] * 3
+    assert [
+        any(w in a for a in d.advice) for w in ("1-10 %", "above 50 %", "attention weighting changes kv by +12.5%")
+    ] == [True] * 3
 
 
 def test_no_heavy_imports():
-    "matplotlib and the modelling code of transformers come only when they are used; the name `transformers` alone is a lazy module (its version is in the key of cached targets)."
-    code = "import sys, rcid.kv.losses, rcid.kv.fusion; print([m for m in ('matplotlib', 'transformers.modeling_utils', 'transformers.models.auto.modeling_auto') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    """matplotlib and the modelling code of transformers come only when they are used; the name `transformers` alone is
+    a lazy module (its version is in the key of cached targets)."""
+    code = (
+        "import sys, rcid.kv.losses, rcid.kv.fusion; print([m for m in ('matplotlib', 'transformers.modeling_utils',"
+        " 'transformers.models.auto.modeling_auto') if m in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

@@ -3,24 +3,66 @@ import itertools
 import pytest
 import torch
 from conftest import ARCHS
-from rcid.data.reasoning import CUE, SEGMENTS, Problem, encode_problems, exact_match, extract_number, load_reasoning, word_problems
-from rcid.kv import (KVCache, Rope, answer_importance, compress_kv, dynamic_ntk_base, extract_kv, forward_kv, gather_kept, load_kv, ntk_base, positions_of, rope_of,
-                     rotate_keys, save_kv, unrotate_keys)
+from rcid.data.reasoning import (
+    CUE,
+    SEGMENTS,
+    Problem,
+    encode_problems,
+    exact_match,
+    extract_number,
+    load_reasoning,
+    word_problems,
+)
+from rcid.kv import (
+    KVCache,
+    Rope,
+    answer_importance,
+    compress_kv,
+    dynamic_ntk_base,
+    extract_kv,
+    forward_kv,
+    gather_kept,
+    load_kv,
+    ntk_base,
+    positions_of,
+    rope_of,
+    rotate_keys,
+    save_kv,
+    unrotate_keys,
+)
 from rcid.models import load_model
 
-SCALINGS = {"default": {}, "linear": dict(factor=4.0), "dynamic": dict(factor=4.0), "yarn": dict(factor=4.0, original_max_position_embeddings=16),
-            "llama3": dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)}
+SCALINGS = {
+    "default": {},
+    "linear": dict(factor=4.0),
+    "dynamic": dict(factor=4.0),
+    "yarn": dict(factor=4.0, original_max_position_embeddings=16),
+    "llama3": dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16),
+}
 
 
-def ids_of(model, *shape, seed=0): return torch.randint(5, model.config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+def ids_of(model, *shape, seed=0):
+    return torch.randint(5, model.config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def scaled_model(kind, arch="qwen3"):
     "A random model with one kind of RoPE scaling, trained length 16 (yarn: stretched to 64)."
     from transformers import AutoConfig, AutoModelForCausalLM
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, vocab_size=200, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=64 if kind == "yarn" else 16, rope_parameters={"rope_type": kind, "rope_theta": 10_000.0, **SCALINGS[kind]})).eval()
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            arch,
+            vocab_size=200,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=64 if kind == "yarn" else 16,
+            rope_parameters={"rope_type": kind, "rope_theta": 10_000.0, **SCALINGS[kind]},
+        )
+    ).eval()
 
 
 def test_goldens_of_the_bases():
@@ -31,16 +73,27 @@ def test_goldens_of_the_bases():
 @pytest.mark.parametrize("kind", SCALINGS)
 def test_pre_rope_keys_are_what_leaves_the_projection(kind):
     model, seen = scaled_model(kind), {}
-    hooks = [l.self_attn.k_norm.register_forward_hook(lambda m, i, o, n=n: seen.__setitem__(n, o.transpose(1, 2))) for n, l in enumerate(model.model.layers)]
-    hooks += [l.self_attn.q_norm.register_forward_hook(lambda m, i, o, n=n: seen.__setitem__(("q", n), o.transpose(1, 2))) for n, l in enumerate(model.model.layers)]
+    hooks = [
+        l.self_attn.k_norm.register_forward_hook(lambda m, i, o, n=n: seen.__setitem__(n, o.transpose(1, 2)))
+        for n, l in enumerate(model.model.layers)
+    ]
+    hooks += [
+        l.self_attn.q_norm.register_forward_hook(lambda m, i, o, n=n: seen.__setitem__(("q", n), o.transpose(1, 2)))
+        for n, l in enumerate(model.model.layers)
+    ]
     ids, mask = ids_of(model, 2, 40), torch.ones(2, 40, dtype=torch.long)        # longer than the trained 16
     mask[1, :13] = 0                                                             # and padded on the left
-    with torch.no_grad(): turned, cache = extract_kv(model, ids, mask, queries=True), extract_kv(model, ids, mask, queries=True, pre_rope=True)
+    with torch.no_grad():
+        turned, cache = extract_kv(model, ids, mask, queries=True), extract_kv(
+            model, ids, mask, queries=True, pre_rope=True
+        )
     for n in range(3):
         for got, want in ((cache.k[:, n], seen[n]), (cache.q[:, n], seen["q", n])):
             assert (got - want).transpose(1, 2)[mask.bool()].abs().max() <= 1e-5
     rope = rope_of(model)
-    assert (rotate_keys(cache.k, rope, cache.positions) - turned.k).abs().max() <= 1e-5 and (cache.rotated(rope).q - turned.q).abs().max() <= 1e-5
+    assert (rotate_keys(cache.k, rope, cache.positions) - turned.k).abs().max() <= 1e-5 and (
+        cache.rotated(rope).q - turned.q
+    ).abs().max() <= 1e-5
     assert (unrotate_keys(rotate_keys(cache.k, rope), rope) - cache.k).abs().max() <= 1e-5
     for h in hooks: h.remove()
 
@@ -52,7 +105,9 @@ def test_cache_is_the_models_own(arch, models):
     with torch.no_grad():
         hidden, cache = forward_kv(model, ids)
         past = model(ids, use_cache=True)
-    assert torch.equal(cache.k, torch.stack([l.keys for l in past.past_key_values.layers], 1)) and torch.equal(cache.v, torch.stack([l.values for l in past.past_key_values.layers], 1))
+    assert torch.equal(cache.k, torch.stack([l.keys for l in past.past_key_values.layers], 1)) and torch.equal(
+        cache.v, torch.stack([l.values for l in past.past_key_values.layers], 1)
+    )
     assert torch.allclose(model.lm_head(hidden), past.logits, atol=1e-5)
 
 
@@ -66,7 +121,10 @@ def test_padded_batch_equals_its_rows(arch, side, models):
     for i in range(3):
         at = mask[i].bool()
         with torch.no_grad(): alone = extract_kv(model, ids[i:i+1, at], queries=True, pre_rope=True)
-        for part in "kvq": assert (getattr(batch, part)[i][:, :, at] - getattr(alone, part)[0]).abs().max() < 1e-5 and (getattr(batch, part)[i][:, :, ~at] == 0).all()
+        for part in "kvq":
+            assert (getattr(batch, part)[i][:, :, at] - getattr(alone, part)[0]).abs().max() < 1e-5 and (
+                getattr(batch, part)[i][:, :, ~at] == 0
+            ).all()
         assert torch.equal(batch.positions[i][at], alone.positions[0])
 
 
@@ -74,7 +132,8 @@ def test_gradients_reach_keys_values_and_queries(make_model):
     model = make_model("qwen3")
     cache = extract_kv(model, ids_of(model, 1, 6), queries=True, pre_rope=True)
     (cache.k.square().sum() + cache.v.square().sum() + cache.q.square().sum()).backward()
-    for name in ("q_proj", "k_proj", "v_proj"): assert getattr(model.model.layers[0].self_attn, name).weight.grad.abs().sum() > 0
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert getattr(model.model.layers[0].self_attn, name).weight.grad.abs().sum() > 0
 
 
 def test_bad_models_and_caches(make_model, tmp_path):
@@ -88,7 +147,8 @@ def test_bad_models_and_caches(make_model, tmp_path):
     with torch.no_grad(): model.model.layers[1].self_attn.k_proj.weight.fill_(float("inf"))
     with pytest.raises(ValueError, match="keys of layer 1 hold NaN"): extract_kv(model, ids)
     with pytest.raises(ValueError, match="odd"): rotate_keys(torch.zeros(1, 1, 1, 2, 7), Rope(torch.ones(3)))
-    with pytest.raises(ValueError, match="keys have head_dim 8"): unrotate_keys(torch.zeros(1, 1, 1, 2, 8), rope_of(model))
+    with pytest.raises(ValueError, match="keys have head_dim 8"):
+        unrotate_keys(torch.zeros(1, 1, 1, 2, 8), rope_of(model))
     with pytest.raises(ValueError, match="does not fit keys"): KVCache(cache.k, cache.v, torch.ones(1, 5))
     f = save_kv(cache, tmp_path/"c.safetensors")
     assert torch.equal(load_kv(f).k, cache.k)
@@ -103,7 +163,11 @@ def thought():
     ids, mask, order = ids_of(model, 2, 24), torch.ones(2, 24, dtype=torch.long), torch.arange(24)
     mask[1, 17:] = 0
     with torch.no_grad(): cache = extract_kv(model, ids, mask, queries=True)
-    return cache, torch.stack([(order > 4) & (order < 18), (order > 2) & (order < 12)]), torch.stack([order > 17, (order > 11) & (order < 17)])
+    return (
+        cache,
+        torch.stack([(order > 4) & (order < 18), (order > 2) & (order < 12)]),
+        torch.stack([order > 17, (order > 11) & (order < 17)]),
+    )
 
 
 def slow_kava(cache, b, l, h, reasoning, answer, lam=0.1):
@@ -111,9 +175,19 @@ def slow_kava(cache, b, l, h, reasoning, answer, lam=0.1):
     k, importance = cache.k[b, l, h].double(), torch.zeros(len(candidates)).double()
     queries = [t for t in answer[b].nonzero().flatten().tolist() if cache.mask[b, t]]
     for t in queries:
-        logits = torch.stack([torch.stack([cache.q[b, l, h*group + g, t].double() @ k[j] for g in range(group)]).max() for j in candidates])/cache.head_dim**0.5
+        logits = (
+            torch.stack(
+                [
+                    torch.stack([cache.q[b, l, h * group + g, t].double() @ k[j] for g in range(group)]).max()
+                    for j in candidates
+                ]
+            )
+            / cache.head_dim**0.5
+        )
         importance += logits.softmax(0)/len(queries)
-    c = torch.stack([torch.stack([torch.cosine_similarity(k[i], k[j], 0) for j in candidates if j != i]).mean() for i in candidates])
+    c = torch.stack(
+        [torch.stack([torch.cosine_similarity(k[i], k[j], 0) for j in candidates if j != i]).mean() for i in candidates]
+    )
     score = lam*importance + (1 - lam)*(-c).softmax(0)
     return lambda budget: sorted(candidates[i] for i in score.argsort(descending=True)[:budget])
 
@@ -125,8 +199,12 @@ def test_kept_indices_equal_a_slow_loop(thought, budget):
     for b, l, h in itertools.product(range(2), range(4), range(2)):
         n = int(kept.cache.mask[b].sum())
         index = kept.index[b, l, h, :n].tolist()
-        assert n == min(budget, int(reasoning[b].sum())) and index == slow_kava(cache, b, l, h, reasoning, answer)(budget) == sorted(index)
-        assert torch.equal(kept.cache.v[b, l, h, :n], cache.v[b, l, h, index]) and (kept.cache.k[b, l, h, n:] == 0).all()
+        assert n == min(budget, int(reasoning[b].sum())) and index == slow_kava(cache, b, l, h, reasoning, answer)(
+            budget
+        ) == sorted(index)
+        assert (
+            torch.equal(kept.cache.v[b, l, h, :n], cache.v[b, l, h, index]) and (kept.cache.k[b, l, h, n:] == 0).all()
+        )
 
 
 @pytest.mark.parametrize("method", ("rkv", "crop", "random", "uniform"))
@@ -138,7 +216,10 @@ def test_every_method_keeps_ascending_candidates(thought, method):
         index = kept.index[b, :, :, :n]
         assert (index.diff(dim=-1) > 0).all() and reasoning[b][index].all()
     w = gather_kept(answer_importance(cache, answer, reasoning), kept)
-    assert torch.allclose(w.sum(-1), torch.ones(2, 4, 2)) and torch.allclose(gather_kept(torch.ones(2, 24), kept), (kept.cache.mask/kept.cache.mask.sum(1, keepdim=True))[:, None, None].expand(2, 4, 2, 11))
+    assert torch.allclose(w.sum(-1), torch.ones(2, 4, 2)) and torch.allclose(
+        gather_kept(torch.ones(2, 24), kept),
+        (kept.cache.mask / kept.cache.mask.sum(1, keepdim=True))[:, None, None].expand(2, 4, 2, 11),
+    )
 
 
 def test_decoding_keeps_its_window_and_equals_the_formula(thought):
@@ -155,19 +236,25 @@ def test_decoding_keeps_its_window_and_equals_the_formula(thought):
             for i in range(n):
                 if (alike := (cos[i] > 0.3).nonzero()).numel(): cos[i, alike[-1]] = 0
             score = lam*a - (1 - lam)*cos.mean(0).softmax(0)[:n - window]
-            assert kept.index[b, l, h].tolist() == sorted(score.topk(budget - window).indices.tolist()) + list(range(n - window, n))
+            assert kept.index[b, l, h].tolist() == sorted(score.topk(budget - window).indices.tolist()) + list(
+                range(n - window, n)
+            )
 
 
 def test_bad_compression(thought):
     cache, reasoning, answer = thought
     with pytest.raises(ValueError, match="budget 0"): compress_kv(cache, 0, query_at=answer)
-    with pytest.raises(ValueError, match="row 0 has no candidate"): compress_kv(cache, 2, query_at=answer, key_at=reasoning & False)
-    with pytest.raises(ValueError, match="in row 0 no query"): compress_kv(cache, 2, query_at=reasoning & False, key_at=reasoning)
-    with pytest.raises(ValueError, match="needs queries"): compress_kv(KVCache(cache.k, cache.v, cache.mask), 2, query_at=answer)
+    with pytest.raises(ValueError, match="row 0 has no candidate"):
+        compress_kv(cache, 2, query_at=answer, key_at=reasoning & False)
+    with pytest.raises(ValueError, match="in row 0 no query"):
+        compress_kv(cache, 2, query_at=reasoning & False, key_at=reasoning)
+    with pytest.raises(ValueError, match="needs queries"):
+        compress_kv(KVCache(cache.k, cache.v, cache.mask), 2, query_at=answer)
     with pytest.raises(ValueError, match="does not exceed the window"): compress_kv(cache, 8, "rkv_decode")
 
 
-def test_positions_count_from_the_first_token(): assert positions_of(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]]).bool()).tolist() == [[0, 0, 0, 1], [0, 1, 2, 2]]
+def test_positions_count_from_the_first_token():
+    assert positions_of(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]]).bool()).tolist() == [[0, 0, 0, 1], [0, 1, 2, 2]]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -177,12 +264,15 @@ def test_segments_are_the_text(arch, tokenizers):
     assert torch.equal(torch.stack([data.at(s) for s in SEGMENTS]).sum(0), data.attention_mask)
     for i, p in enumerate(problems):
         text = lambda s: tokenizer.decode(data.input_ids[i][data.at(s)[i]], skip_special_tokens=True).strip()
-        assert (text("reasoning"), text("answer")) == (p.reasoning, f"{CUE} {p.value}") and data.segments[i, 2] < data.cue_pos[i] < data.segments[i, 3] - 1
+        assert (text("reasoning"), text("answer")) == (p.reasoning, f"{CUE} {p.value}") and data.segments[
+            i, 2
+        ] < data.cue_pos[i] < data.segments[i, 3] - 1
 
 
 def test_bad_reasoning(tokenizers, monkeypatch):
     p = next(word_problems())
-    with pytest.raises(ValueError, match="longer than the sequence"): encode_problems([p], tokenizers["qwen3"], max_length=8)
+    with pytest.raises(ValueError, match="longer than the sequence"):
+        encode_problems([p], tokenizers["qwen3"], max_length=8)
     with pytest.raises(ValueError, match="is empty"): encode_problems([p._replace(reasoning=" ")], tokenizers["qwen3"])
     monkeypatch.setenv("RCID_DATA_DIR", "nowhere")
     for name in ("gsm8k", "svamp"):
@@ -193,4 +283,10 @@ def test_bad_reasoning(tokenizers, monkeypatch):
 
 def test_numbers():
     assert exact_match([Problem("q", "r", "8").text, "I have 3", "none"], ["8.00", "4", "1"]) == pytest.approx(1/3)
-    assert [extract_number(t) for t in ("#### 1,200", "12-5 = 7", "$3.50", "answer is -4.", "")] == ["1200", "7", "3.5", "-4", None]
+    assert [extract_number(t) for t in ("#### 1,200", "12-5 = 7", "$3.50", "answer is -4.", "")] == [
+        "1200",
+        "7",
+        "3.5",
+        "-4",
+        None,
+    ]

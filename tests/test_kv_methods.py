@@ -1,4 +1,5 @@
 """Latent places, KV methods in the one trainer, greedy decoding: identities, resume, gradients, causal evaluation, bad input."""
+
 import ast, itertools
 from dataclasses import replace
 import pytest, torch
@@ -21,12 +22,21 @@ SMALL = {n: replace(m, fit_steps=4, latents=4) for n, m in KV_METHODS.items()}
 
 @pytest.fixture(scope="module")
 def world():
-    "Tokenizer, 48 problems, a teacher of four layers and a maker of students of two, with other heads and another head_dim."
-    problems = list(itertools.islice(word_problems("train", style="equation", steps=(2,), operations="+-", largest=9), 48))
-    tokenizer = train_tokenizer([p.text for p in problems] + [r.clean for r in itertools.islice(reasoning_rows(train_tokenizer([], 259), largest=9), 200)], vocab=700)
+    """Tokenizer, 48 problems, a teacher of four layers and a maker of students of two, with other heads and another
+    head_dim."""
+    problems = list(
+        itertools.islice(word_problems("train", style="equation", steps=(2,), operations="+-", largest=9), 48)
+    )
+    tokenizer = train_tokenizer(
+        [p.text for p in problems]
+        + [r.clean for r in itertools.islice(reasoning_rows(train_tokenizer([], 259), largest=9), 200)],
+        vocab=700,
+    )
     make = lambda **sizes: load_model(dict(vocab=len(tokenizer), d_mlp=64) | sizes, dtype="float32", device="cpu")[0]
     teacher = make(arch="qwen3", layers=4, d_model=48, heads=4, kv_heads=4, head_dim=16, seed=1)
-    student = lambda t=2, arch="llama": LatentModel(make(arch=arch, layers=2, d_model=32, heads=4, kv_heads=2, head_dim=8, seed=2), tokenizer.bos_token_id, t)
+    student = lambda t=2, arch="llama": LatentModel(
+        make(arch=arch, layers=2, d_model=32, heads=4, kv_heads=2, head_dim=8, seed=2), tokenizer.bos_token_id, t
+    )
     return tokenizer, encode_problems(problems, tokenizer), teacher, student
 
 
@@ -38,23 +48,36 @@ def test_enough_iterations_are_sequential_decoding(world, arch, places):
     plain = student(0, arch).plain[0]
     size = plain.model.embed_tokens.weight.square().mean().sqrt()
     with torch.no_grad():
-        hidden = {t: LatentModel(plain, latent, t).model(short.input_ids, short.attention_mask).last_hidden_state for t in (places, places + 4)}
+        hidden = {
+            t: LatentModel(plain, latent, t).model(short.input_ids, short.attention_mask).last_hidden_state
+            for t in (places, places + 4)
+        }
         for i, n in enumerate(short.segments[:, 3].tolist()):
             x = torch.zeros(1, 0, plain.config.hidden_size)
             for token in short.input_ids[i, :n]:
                 new = plain.model.embed_tokens(token[None, None])
-                if token == latent: new = size * torch.nn.functional.rms_norm(plain.model(inputs_embeds=x).last_hidden_state[:, -1:], (x.shape[2],))
+                if token == latent:
+                    new = size * torch.nn.functional.rms_norm(
+                        plain.model(inputs_embeds=x).last_hidden_state[:, -1:], (x.shape[2],)
+                    )
                 x = torch.cat([x, new], 1)
             want = plain.model(inputs_embeds=x).last_hidden_state[0]
             for h in hidden.values(): assert (h[i, :n] - want).abs().max() < 1e-4
-        if places > 1: assert (LatentModel(plain, latent, places - 1).model(short.input_ids, short.attention_mask).last_hidden_state - hidden[places]).abs().max() > 1e-5
+        if places > 1:
+            assert (
+                LatentModel(plain, latent, places - 1).model(short.input_ids, short.attention_mask).last_hidden_state
+                - hidden[places]
+            ).abs().max() > 1e-5
 
 
 def test_without_places_it_is_the_plain_model(world):
     _, data, _, student = world
     model = student(5)
     for d in (data[:3], with_latents(data[:3], 0, model.model.latent_id)):
-        assert torch.equal(model(d.input_ids, d.attention_mask).logits, model.plain[0](d.input_ids, attention_mask=d.attention_mask).logits)
+        assert torch.equal(
+            model(d.input_ids, d.attention_mask).logits,
+            model.plain[0](d.input_ids, attention_mask=d.attention_mask).logits,
+        )
     assert model_hash(model) == model_hash(model.plain[0])
 
 
@@ -62,12 +85,21 @@ def test_without_places_it_is_the_plain_model(world):
 def test_greedy_decoding_is_argmax_step_by_step(world, arch):
     tokenizer, data, _, student = world
     model, short = student(2, arch), with_latents(data[:5], 4, tokenizer.bos_token_id)
-    prompts = [ids[:n] for ids, n in [*zip(data.input_ids, data.segments[:3, 1].tolist()), *zip(short.input_ids, (short.cue_pos + 1).tolist())]]
+    prompts = [
+        ids[:n]
+        for ids, n in [
+            *zip(data.input_ids, data.segments[:3, 1].tolist()),
+            *zip(short.input_ids, (short.cue_pos + 1).tolist()),
+        ]
+    ]
     slow = []
     with torch.no_grad():
         for ids in prompts:
             new = []
-            for _ in range(5): new.append(int(model(torch.cat([ids, torch.tensor(new, dtype=torch.long)])[None]).logits[0, -1].argmax()))
+            for _ in range(5):
+                new.append(
+                    int(model(torch.cat([ids, torch.tensor(new, dtype=torch.long)])[None]).logits[0, -1].argmax())
+                )
             slow.append(new)
     batch = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
     assert greedy_decode(model, batch, pad_mask([len(p) for p in prompts]), 5) == slow
@@ -87,19 +119,29 @@ def test_gradients_reach_the_student_only(world, name):
     grads = {n for n, p in s.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert any(n.endswith("k_proj.weight") for n in grads) and all(x.isfinite() for x in parts.values())
     assert model_hash(teacher) == before and all(p.grad is None for p in teacher.parameters())
-    if state is not None: assert all(not p.requires_grad and p.grad is None for p in state.parameters()) and not any(t.requires_grad for t in course.targets.values())
+    if state is not None:
+        assert all(not p.requires_grad and p.grad is None for p in state.parameters()) and not any(
+            t.requires_grad for t in course.targets.values()
+        )
 
 
 @pytest.mark.parametrize("name", KV_METHODS)
 def test_every_method_learns(world, name):
     _, data, teacher, student = world
     result = distill(student(), teacher, data, SMALL[name], CONFIG)
-    assert result.history[-1]["loss"] < result.history[0]["loss"] and result.history[-1]["ce"] < result.history[0]["ce"] and all(h["grad_norm"] > 0 for h in result.history[1:])
+    assert (
+        result.history[-1]["loss"] < result.history[0]["loss"]
+        and result.history[-1]["ce"] < result.history[0]["ce"]
+        and all(h["grad_norm"] > 0 for h in result.history[1:])
+    )
 
 
 def test_flat_and_structured_have_equal_budgets(world):
     _, data, teacher, student = world
-    budgets = {n: distill(student(), teacher, data, SMALL[n], replace(CONFIG, steps=1)) for n in ("kv_flat", "kv_structured", "kv_structured_random", "kv_structured_heads")}
+    budgets = {
+        n: distill(student(), teacher, data, SMALL[n], replace(CONFIG, steps=1))
+        for n in ("kv_flat", "kv_structured", "kv_structured_random", "kv_structured_heads")
+    }
     assert len({(b.tokens, b.flops) for b in budgets.values()}) == 1
 
 
@@ -113,7 +155,11 @@ def test_resume_is_bit_exact(world, tmp_path, capsys):
     config = replace(CONFIG, checkpoint_dir=str(tmp_path/"run"), targets_dir=str(tmp_path/"targets"))
     with pytest.raises(KeyboardInterrupt): distill(student(), teacher, data, method, config, probe=trip)
     again = distill(student(), teacher, data, method, config)
-    assert "resumed from step 4 of 8" in "".join(capsys.readouterr()) and model_hash(again.student) == model_hash(whole.student) and len(list((tmp_path/"targets").iterdir())) == 1
+    assert (
+        "resumed from step 4 of 8" in "".join(capsys.readouterr())
+        and model_hash(again.student) == model_hash(whole.student)
+        and len(list((tmp_path / "targets").iterdir())) == 1
+    )
     for a, b in zip(again.history, whole.history, strict=True): assert a == pytest.approx(b, rel=1e-7)
 
 
@@ -122,7 +168,15 @@ def test_nan_stops(world, tmp_path):
     def poison(model, step):
         if step == 5: model.model.norm.weight.data.fill_(float("nan"))
         return {}
-    with pytest.raises(FloatingPointError, match="at step 5"): distill(student(), teacher, data, SMALL["kv_mse"], replace(CONFIG, checkpoint_dir=str(tmp_path/"run")), probe=poison)
+    with pytest.raises(FloatingPointError, match="at step 5"):
+        distill(
+            student(),
+            teacher,
+            data,
+            SMALL["kv_mse"],
+            replace(CONFIG, checkpoint_dir=str(tmp_path / "run")),
+            probe=poison,
+        )
 
 
 def test_padded_batch_gives_the_loss_of_its_rows(world):
@@ -131,8 +185,10 @@ def test_padded_batch_gives_the_loss_of_its_rows(world):
         course = KVCourse(replace(SMALL[name], a_codi=0.), student(), teacher, data, CONFIG)
         state = course.start()
         rows = [0, 1, 2]
-        with torch.no_grad(): together, alone = course.parts(rows, 0, state), [course.parts([r], 0, state) for r in rows]
-        for part in ("kv_k", "kv_v") if name == "kv_structured" else (): assert abs(together[part] - sum(a[part] for a in alone) / 3) < 1e-4
+        with torch.no_grad():
+            together, alone = course.parts(rows, 0, state), [course.parts([r], 0, state) for r in rows]
+        for part in ("kv_k", "kv_v") if name == "kv_structured" else ():
+            assert abs(together[part] - sum(a[part] for a in alone) / 3) < 1e-4
 
 
 def test_there_is_one_loop(root):
@@ -147,37 +203,61 @@ def test_causal_evaluation_applies_unchanged(world):
     report = causal_consistency(teacher, model, pairs, sites, map_layers(4, 2), n_boot=100, n_shuffles=100)
     same = causal_consistency(teacher, model.plain[0], pairs, sites, map_layers(4, 2), n_boot=100, n_shuffles=100)
     assert report == same or report.pearson == pytest.approx(same.pearson, abs=1e-5, nan_ok=True)
-    assert causal_consistency(teacher, teacher, pairs, sites, list(range(4)), n_boot=100, n_shuffles=100).consistency > .999 and task_accuracy(model, pairs)["n"] == 12
+    assert (
+        causal_consistency(teacher, teacher, pairs, sites, list(range(4)), n_boot=100, n_shuffles=100).consistency
+        > 0.999
+        and task_accuracy(model, pairs)["n"] == 12
+    )
 
 
 def test_several_passes_take_the_slow_path(world):
-    "A restart after a layer would leave the places as they were: with places in the input the reference runs, and it alone sees them change."
+    """A restart after a layer would leave the places as they were: with places in the input the reference runs, and it
+    alone sees them change."""
     tokenizer, _, _, student = world
     pairs, model = build_pairs(reasoning_rows(tokenizer, largest=9), tokenizer, n=6), student()
-    causal_effects(model, pairs, [Site(0, "end")])                          # without places the fast path is found to be right first
+    # without places the fast path is found to be right first
+    causal_effects(model, pairs, [Site(0, "end")])
     add = lambda ids: torch.cat([ids, torch.full((len(ids), 2), tokenizer.bos_token_id)], 1)
     keep = pairs.attention_mask.sum(1) == pairs.attention_mask.sum(1)[0]
     some = pairs[keep.nonzero()[:, 0]].trimmed()
-    some = replace(some, clean_ids=add(some.clean_ids), corrupt_ids=add(some.corrupt_ids), attention_mask=torch.ones_like(add(some.clean_ids)), answer_pos=some.answer_pos + 2, key_positions=some.key_positions | {"end": some.answer_pos + 2})
+    some = replace(
+        some,
+        clean_ids=add(some.clean_ids),
+        corrupt_ids=add(some.corrupt_ids),
+        attention_mask=torch.ones_like(add(some.clean_ids)),
+        answer_pos=some.answer_pos + 2,
+        key_positions=some.key_positions | {"end": some.answer_pos + 2},
+    )
     sites = [Site(0, "number"), Site(1, "number"), Site(0, "end")]
     with pytest.warns(UserWarning, match="several passes"): effects = causal_effects(model, some, sites)
     assert torch.equal(effects, naive_effects(model, some, sites)) and effects[:, 0].abs().max() > 0
-    assert (effects - causal_effects(LatentModel(model.plain[0], tokenizer.bos_token_id, 0), some, sites)).abs().max() > 1e-6
+    assert (
+        effects - causal_effects(LatentModel(model.plain[0], tokenizer.bos_token_id, 0), some, sites)
+    ).abs().max() > 1e-6
 
 
 def test_bad_input(world):
     tokenizer, data, teacher, student = world
-    for method, message in [(dict(loss="l3"), "unknown loss"), (dict(time="rkv", a_kv=1., a_attn=1.), "no attention"), (dict(latents=-1), "negative"), (dict(latents=0, time="crop", a_attn=0.), "no places")]:
+    for method, message in [
+        (dict(loss="l3"), "unknown loss"),
+        (dict(time="rkv", a_kv=1.0, a_attn=1.0), "no attention"),
+        (dict(latents=-1), "negative"),
+        (dict(latents=0, time="crop", a_attn=0.0), "no places"),
+    ]:
         with pytest.raises(ValueError, match=message): KVMethod(**method)
-    with pytest.raises(ValueError, match="pass LatentModel"): KVCourse(SMALL["kava"], student().plain[0], teacher, data, CONFIG)
+    with pytest.raises(ValueError, match="pass LatentModel"):
+        KVCourse(SMALL["kava"], student().plain[0], teacher, data, CONFIG)
     with pytest.raises(ValueError, match="occurs in a problem"): with_latents(data, 2, int(data.input_ids[0, 3]))
-    with pytest.raises(ValueError, match="begins with a latent place"): student()(torch.full((1, 3), tokenizer.bos_token_id))
+    with pytest.raises(ValueError, match="begins with a latent place"):
+        student()(torch.full((1, 3), tokenizer.bos_token_id))
     with pytest.raises(ValueError, match="at least 1"): greedy_decode(teacher, data.input_ids, data.attention_mask, 0)
-    with pytest.raises(ValueError, match="padded on the right"): greedy_decode(teacher, data.input_ids, data.attention_mask.flip(1), 2)
+    with pytest.raises(ValueError, match="padded on the right"):
+        greedy_decode(teacher, data.input_ids, data.attention_mask.flip(1), 2)
     broken = load_model(dict(arch="llama", vocab=len(tokenizer), seed=3), dtype="float32", device="cpu")[0]
     with torch.no_grad(): broken.model.layers[1].self_attn.v_proj.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="NaN or inf"): KVCourse(SMALL["kava"], student(), broken, data, CONFIG).start()
-    other = load_model(dict(arch="llama", vocab=len(tokenizer) + 1031), dtype="float32", device="cpu")[0]   # more than padding
+    # more than padding
+    other = load_model(dict(arch="llama", vocab=len(tokenizer) + 1031), dtype="float32", device="cpu")[0]
     with pytest.raises(ValueError, match="vocabulary mismatch"): KVCourse(SMALL["kava"], student(), other, data, CONFIG)
 
 

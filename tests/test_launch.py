@@ -18,7 +18,8 @@ def test_each_gpu_has_one_worker(tmp_path, serial):
     code, said = toy.launch(folder, **FAST, CUDA_VISIBLE_DEVICES="0,2,5,7")
     assert code == 0 and "4 workers on GPU" in said and toy.results(folder) == serial, said
     trail = toy.trail(folder)
-    assert {t["gpu"] for t in trail} == {"0", "2", "5", "7"}                # which one writes first is up to the machine
+    # which one writes first is up to the machine
+    assert {t["gpu"] for t in trail} == {"0", "2", "5", "7"}
     assert "up to date" in toy.dvc(folder, "repro") and toy.launch(folder)[1].startswith("nothing to do")
     code, said = toy.launch(folder, "--workers", "5", CUDA_VISIBLE_DEVICES="0,1")
     assert code == 1 and "5 workers and 2 GPUs: one worker needs one GPU" in said
@@ -33,13 +34,24 @@ def test_an_input_that_changes_meanwhile(tmp_path, serial):
     kept = (folder/"params.yaml").read_text()
     (folder/"params.yaml").write_text(kept.replace("steps: 10", "steps: 11"))
     said, _ = process.communicate(timeout=90)
-    assert process.returncode == 1 and "params.yaml changed while it ran: its result is not recorded, run again" in said and "train@a" not in (folder/"dvc.lock").read_text(), said
+    assert (
+        process.returncode == 1
+        and "params.yaml changed while it ran: its result is not recorded, run again" in said
+        and "train@a" not in (folder / "dvc.lock").read_text()
+    ), said
     (folder/"params.yaml").write_text(kept)
     assert toy.launch(folder, "--workers", "2", **FAST)[0] == 0 and toy.results(folder) == serial
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words, line", ((("nothing",), "rcid: .*nothing"), (("--workers", "0"), "rcid: 0 workers: use one or more"), (("--executor", "slurm"), "rcid: .*(srun|squeue)")))
+@pytest.mark.parametrize(
+    "words, line",
+    (
+        (("nothing",), "rcid: .*nothing"),
+        (("--workers", "0"), "rcid: 0 workers: use one or more"),
+        (("--executor", "slurm"), "rcid: .*(srun|squeue)"),
+    ),
+)
 def test_what_cannot_run_is_said_in_a_line(tmp_path, words, line):
     code, said = toy.launch(toy.make(tmp_path/"toy"), *words, PATH="/nowhere")
     assert code == 1 and re.search(line, said.splitlines()[-1]) and "Traceback" not in said, said

@@ -1,4 +1,5 @@
 """The pipeline: stages declare what they use; at tiny scale everything runs, nothing runs twice, and a killed stage goes on where it was."""
+
 import functools, json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
@@ -11,7 +12,11 @@ from rcid.report.tables import read_values
 
 yaml = YAML(typ="safe")
 STAGES = yaml.load((ROOT/"dvc.yaml").read_text(encoding="utf-8"))["stages"]
-NOTEBOOK = {name: m[1] for name, s in STAGES.items() if (m := re.match(r"python -m rcid\.core\.run (\w+)", s["cmd"])) and m[1] != "code"}
+NOTEBOOK = {
+    name: m[1]
+    for name, s in STAGES.items()
+    if (m := re.match(r"python -m rcid\.core\.run (\w+)", s["cmd"])) and m[1] != "code"
+}
 EXPERIMENTS = ROOT/"nbs"/"experiments"
 DVC = (sys.executable, "-m", "dvc")
 
@@ -22,7 +27,8 @@ def names(items): return [i if isinstance(i, str) else next(iter(i)) for i in it
 # what dvc.yaml says
 
 def test_a_stage_depends_on_its_code_and_on_the_modules_this_reaches(tmp_path, monkeypatch):
-    for part in ("rcid", "nbs/experiments"): shutil.copytree(ROOT/part, tmp_path/part, ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("rcid", "nbs/experiments"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setenv("RCID_ROOT", str(tmp_path))
     def views():
         write_code_views()
@@ -30,7 +36,11 @@ def test_a_stage_depends_on_its_code_and_on_the_modules_this_reaches(tmp_path, m
     before = views()
     with open(tmp_path/"rcid"/"kv"/"fusion.py", "a") as f: f.write("# another line\n")
     changed = {name for name, text in views().items() if text != before[name]}
-    assert changed == {n for n in before if "rcid/kv/fusion.py" in module_deps(code_view(EXPERIMENTS/f"{n}.ipynb"))} and "kv_fuse" in changed and not changed & {"pilot", "distill"}
+    assert (
+        changed == {n for n in before if "rcid/kv/fusion.py" in module_deps(code_view(EXPERIMENTS / f"{n}.ipynb"))}
+        and "kv_fuse" in changed
+        and not changed & {"pilot", "distill"}
+    )
     assert {"nbs/experiments", "rcid", "data"} == set(STAGES["code"]["deps"])
 
 
@@ -42,11 +52,16 @@ def test_stage_declares_its_notebook_and_coordinates(stage):
     tagged = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
     given = re.findall(r" (\w+)=", s["cmd"])
     takes = set(re.findall(r"(?m)^(\w+) *=", "\n".join(tagged)))
-    assert set(given) <= takes and (set(given) == takes or "matrix" not in s), "the parameters cell and the command differ"
-    assert set(s.get("matrix", {})) <= set(re.findall(r"\$\{item\.(\w+)\}", s["cmd"])), "a coordinate of the matrix is not handed over"
+    assert set(given) <= takes and (
+        set(given) == takes or "matrix" not in s
+    ), "the parameters cell and the command differ"
+    assert set(s.get("matrix", {})) <= set(
+        re.findall(r"\$\{item\.(\w+)\}", s["cmd"])
+    ), "a coordinate of the matrix is not handed over"
     record = f"runs/{notebook}/" + ("-".join(re.findall(r"=(\S+)", s["cmd"])) or notebook) + ".ipynb"
     assert record in names(s["outs"]), "the executed notebook is not an output"
-    assert [m for m in s.get("metrics", []) if next(iter(m.values()))["cache"]] == []                # metrics are in git
+    # metrics are in git
+    assert [m for m in s.get("metrics", []) if next(iter(m.values()))["cache"]] == []
 
 
 @pytest.mark.parametrize("stage", NOTEBOOK)
@@ -55,16 +70,23 @@ def test_declared_params_are_the_ones_read(stage):
     declared = {p if isinstance(p, str) else next(iter(p)) for p in STAGES[stage].get("params", [])}
     p, top = r"\b(?:p|load_params\(\))\.", {d.split(".")[0] for d in declared}
     used = set(re.findall(p + r"(\w+)", code)) - {"models"}
-    if "cells" in used: used = used - {"cells"} | {"core", "more", "seeds"}                          # what the property is made of
+    # what the property is made of
+    if "cells" in used: used = used - {"cells"} | {"core", "more", "seeds"}
     for key in used: assert key in top, f"{key} is read and not declared"
-    for key in re.findall(p + r"models\[family\]\.(\w+)", code): assert f"models.${{item.family}}.{key}" in declared, f"models.{key} is read and not declared"
-    for key in re.findall(r"(?<![\w./\x22])kv\.(\w+)", code): assert any(d == "kv" or d.startswith((f"kv.{key}", "kv.${item.")) for d in declared), f"kv.{key} is read and not declared"
-    for section, key in re.findall(p + r"(eval|sites|data|lm|distill|purity|core|more)\.(\w+)", code): assert {section, f"{section}.{key}"} & declared, f"{section}.{key} is read and not declared"
+    for key in re.findall(p + r"models\[family\]\.(\w+)", code):
+        assert f"models.${{item.family}}.{key}" in declared, f"models.{key} is read and not declared"
+    for key in re.findall(r"(?<![\w./\x22])kv\.(\w+)", code):
+        assert any(
+            d == "kv" or d.startswith((f"kv.{key}", "kv.${item.")) for d in declared
+        ), f"kv.{key} is read and not declared"
+    for section, key in re.findall(p + r"(eval|sites|data|lm|distill|purity|core|more)\.(\w+)", code):
+        assert {section, f"{section}.{key}"} & declared, f"{section}.{key} is read and not declared"
 
 
 @pytest.mark.parametrize("scale", sorted(f.stem for f in (ROOT/"conf"/"scale").glob("*.yaml")))
 def test_declared_params_are_written_down(scale, tmp_path):
-    from rcid.core.workspace import compose_params                          # a default of the schema is invisible to DVC: every key that a stage declares stands in conf/
+    # a default of the schema is invisible to DVC: every key that a stage declares stands in conf/
+    from rcid.core.workspace import compose_params
     compose_params(tmp_path/"params.yaml", f"scale={scale}")
     p = yaml.load((tmp_path/"params.yaml").read_text(encoding="utf-8"))
     load_params(tmp_path/"params.yaml")
@@ -72,25 +94,36 @@ def test_declared_params_are_written_down(scale, tmp_path):
         for cell in cells_of(s, p):
             for key in names(s.get("params", [])):
                 key = re.sub(r"\$\{item\.(\w+)\}", lambda m: str(cell[m[1]]), key)
-                try: functools.reduce(lambda d, k: d[k], key.split("."), p)
-                except (KeyError, TypeError): pytest.fail(f"stage {stage} declares {key}, which conf/ does not set at scale {scale}")
+                try:
+                    functools.reduce(lambda d, k: d[k], key.split("."), p)
+                except (KeyError, TypeError):
+                    pytest.fail(f"stage {stage} declares {key}, which conf/ does not set at scale {scale}")
 
 
 def test_every_experiment_notebook_is_a_stage():
     assert set(NOTEBOOK.values()) == {n.stem for n in EXPERIMENTS.glob("*.ipynb")}
-    assert sorted(names(STAGES["code"]["outs"])) == sorted(f"artifacts/code/{n.stem}.py" for n in EXPERIMENTS.glob("*.ipynb"))
+    assert sorted(names(STAGES["code"]["outs"])) == sorted(
+        f"artifacts/code/{n.stem}.py" for n in EXPERIMENTS.glob("*.ipynb")
+    )
 
 
 def test_outputs_have_one_maker_and_inputs_exist():
     made = {o for s in STAGES.values() for o in names([*s.get("outs", []), *s.get("metrics", []), *s.get("plots", [])])}
     concrete = [o for kind in ("outs", "metrics", "plots") for o in expected(ROOT, kind)]
-    assert len(concrete) > 100 and len(concrete) == len(set(concrete))                               # `core` and `more` share a pattern and no student
+    # `core` and `more` share a pattern and no student
+    assert len(concrete) > 100 and len(concrete) == len(set(concrete))
     shape = lambda text: re.sub(r"\$\{item\.\w+\}", "*", text)
     folders = {shape(m) for m in made}
     for name, s in STAGES.items():
         for d in map(shape, s["deps"]):
-            known = any(re.fullmatch(re.escape(m).replace(r"\*", "[^/]+") + r"(/.*)?", d.replace("*", "x")) or m.startswith(d.rstrip("/") + "/") for m in folders)
-            assert known or (ROOT/d).exists() or d.startswith("data/"), f"stage {name} depends on {d}, which nothing makes"
+            known = any(
+                re.fullmatch(re.escape(m).replace(r"\*", "[^/]+") + r"(/.*)?", d.replace("*", "x"))
+                or m.startswith(d.rstrip("/") + "/")
+                for m in folders
+            )
+            assert (
+                known or (ROOT / d).exists() or d.startswith("data/")
+            ), f"stage {name} depends on {d}, which nothing makes"
 
 
 # a run of everything
@@ -116,7 +149,13 @@ def expected(folder, kind):
             yield re.sub(r"\$\{item\.(\w+)\}", lambda m: str(cell[m[1]]), item)
 
 
-def snapshot(folder, *parts): return {p.relative_to(folder).as_posix(): p.read_bytes() for part in parts for p in sorted((folder/part).rglob("*")) if p.is_file()}
+def snapshot(folder, *parts):
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for part in parts
+        for p in sorted((folder / part).rglob("*"))
+        if p.is_file()
+    }
 
 
 @pytest.mark.slow
@@ -131,17 +170,24 @@ def test_everything_is_there(workspace):
         cells = json.loads(t)["cells"]
         t = re.sub(r"\"image/png\": \"[^\"]*\"", "", t)
         assert [o for c in cells for o in c.get("outputs", []) if o["output_type"] == "error"] == []
-        assert not re.search(r"\b20\d\d-\d\d-\d\dT\d\d:\d\d|\"(start|end)_time\"|\"duration\"|0x[0-9a-f]{8,}", t), f"{r} holds a time or an address"
+        assert not re.search(
+            r"\b20\d\d-\d\d-\d\dT\d\d:\d\d|\"(start|end)_time\"|\"duration\"|0x[0-9a-f]{8,}", t
+        ), f"{r} holds a time or an address"
         assert "widget-view" not in t, f"{r} holds a progress bar with a random id"
-        assert str(ROOT) not in t and not re.search(r"\"[^\"]*(?<![\w.])/(home|root|usr|tmp)/\w", t), f"{r} holds an absolute path"
-    assert not list((workspace/"artifacts").glob("checkpoints/*")) and not [p for p in (workspace/"artifacts").rglob(".*") if p.is_file()]
+        assert str(ROOT) not in t and not re.search(
+            r"\"[^\"]*(?<![\w.])/(home|root|usr|tmp)/\w", t
+        ), f"{r} holds an absolute path"
+    assert not list((workspace / "artifacts").glob("checkpoints/*")) and not [
+        p for p in (workspace / "artifacts").rglob(".*") if p.is_file()
+    ]
 
 
 @pytest.mark.slow
 def test_equal_results_are_equal_files(workspace):
     "safetensors writes several header entries in random order: with two of them a rerun's dvc.lock differs."
     def header(f):
-        with f.open("rb") as blob: return json.loads(blob.read(int.from_bytes(blob.read(8), "little"))).get("__metadata__", {})
+        with f.open("rb") as blob:
+            return json.loads(blob.read(int.from_bytes(blob.read(8), "little"))).get("__metadata__", {})
     headers = {str(f.relative_to(workspace)): header(f) for f in (workspace/"artifacts").rglob("*.safetensors")}
     assert any(headers.values()) and not {f: sorted(h) for f, h in headers.items() if len(h) > 1}
 
@@ -156,7 +202,10 @@ def test_nothing_runs_twice(workspace):
 def test_workspace_has_its_own_settings_and_lock(workspace):
     assert yaml.load((workspace/"params.yaml").read_text(encoding="utf-8"))["scale"] == "tiny"
     assert yaml.load((ROOT/"params.yaml").read_text(encoding="utf-8"))["scale"] == "laptop"
-    assert not any(p.is_symlink() for p in workspace.rglob("*")) and (workspace/"dvc.lock").read_bytes() != (ROOT/"dvc.lock").read_bytes()
+    assert (
+        not any(p.is_symlink() for p in workspace.rglob("*"))
+        and (workspace / "dvc.lock").read_bytes() != (ROOT / "dvc.lock").read_bytes()
+    )
 
 
 @pytest.mark.slow
@@ -184,8 +233,11 @@ def paper(workspace, tmp_path) -> Path: return Path(shutil.copytree(workspace/"p
 def test_paper_resolves_every_key(workspace, paper):
     values = read_values(paper/"values.tex")
     assert [k for k in keys_used(paper) if k not in values] == [] and len(keys_used(paper)) > 20
-    assert not re.search(r"\\(val|claim)\{", fill(paper, values)) and (workspace/"paper"/"main.pdf").read_bytes().startswith(b"%PDF")
-    for key in keys_used(paper): assert values[key].strip() and not re.search(r"\b(nan|None|inf)\b", values[key]), f"{key}: {values[key]}"
+    assert not re.search(r"\\(val|claim)\{", fill(paper, values)) and (
+        workspace / "paper" / "main.pdf"
+    ).read_bytes().startswith(b"%PDF")
+    for key in keys_used(paper):
+        assert values[key].strip() and not re.search(r"\b(nan|None|inf)\b", values[key]), f"{key}: {values[key]}"
 
 
 @pytest.mark.slow
@@ -195,13 +247,20 @@ def test_paper_names_a_missing_key(paper, kind):
     values = read_values(paper/"values.tex")
     text = (paper/"values.tex").read_text(encoding="utf-8")
     (paper/"values.tex").unlink()                                          # DVC may have made it read-only
-    (paper/"values.tex").write_text("".join(l for l in text.splitlines(True) if not l.startswith(rf"\defval{{{key}}}")), encoding="utf-8")
+    (paper / "values.tex").write_text(
+        "".join(l for l in text.splitlines(True) if not l.startswith(rf"\defval{{{key}}}")), encoding="utf-8"
+    )
     (paper/"main.pdf").unlink()
     done = run(ROOT, sys.executable, "-m", "rcid.report.paper", "--folder", str(paper))
     lines = done.stderr.strip().splitlines()
-    assert done.returncode and len(lines) >= 1 and all(l.startswith("rcid: missing ") and key.removeprefix("claim.") in l for l in lines), output_of(done)
+    assert (
+        done.returncode
+        and len(lines) >= 1
+        and all(l.startswith("rcid: missing ") and key.removeprefix("claim.") in l for l in lines)
+    ), output_of(done)
     assert not (paper/"main.pdf").exists() and key in values
-    with pytest.raises(PaperError, match=re.escape(key.removeprefix("claim."))): fill(paper, {k: v for k, v in values.items() if k != key})
+    with pytest.raises(PaperError, match=re.escape(key.removeprefix("claim."))):
+        fill(paper, {k: v for k, v in values.items() if k != key})
 
 
 @pytest.mark.slow
@@ -210,7 +269,8 @@ def test_paper_names_a_missing_table_or_figure(paper, folder):
     source = "".join(p.read_text(encoding="utf-8") for p in paper.rglob("*.tex"))
     victim = next(p for p in sorted((paper/folder).iterdir()) if re.search(rf"\{{{folder}/{p.stem}(\.\w+)?\}}", source))
     victim.unlink()
-    with pytest.raises(PaperError, match=f"missing {folder[:-1]} '{folder}/{victim.stem}"): fill(paper, read_values(paper/"values.tex"))
+    with pytest.raises(PaperError, match=f"missing {folder[:-1]} '{folder}/{victim.stem}"):
+        fill(paper, read_values(paper / "values.tex"))
 
 
 @pytest.mark.slow
@@ -219,9 +279,12 @@ def test_missing_metrics_are_named(workspace):
     families = load_params(workspace/"params.yaml").families
     kept = (workspace/"metrics"/"models"/f"{families[0]}.json").rename(workspace/"metrics"/"kept")
     try:
-        with pytest.raises(FileNotFoundError, match=rf"models/{families[0]}\.json is missing: run `dvc repro`"): read_families(workspace/"metrics", "models", families)
-        with pytest.raises(FileNotFoundError, match="no metrics in .*nothing"): read_matrix(workspace/"metrics", "nothing")
-    finally: kept.rename(workspace/"metrics"/"models"/f"{families[0]}.json")
+        with pytest.raises(FileNotFoundError, match=rf"models/{families[0]}\.json is missing: run `dvc repro`"):
+            read_families(workspace / "metrics", "models", families)
+        with pytest.raises(FileNotFoundError, match="no metrics in .*nothing"):
+            read_matrix(workspace / "metrics", "nothing")
+    finally:
+        kept.rename(workspace / "metrics" / "models" / f"{families[0]}.json")
 
 
 # accidents, each in a copy of the finished workspace
@@ -229,7 +292,9 @@ def test_missing_metrics_are_named(workspace):
 @pytest.fixture
 def broken(workspace, tmp_path) -> Path:
     "A copy of the workspace (without DVC's cache), to be maltreated."
-    return Path(shutil.copytree(workspace, tmp_path/"broken", ignore=shutil.ignore_patterns("cache", "tmp", "__pycache__")))
+    return Path(
+        shutil.copytree(workspace, tmp_path / "broken", ignore=shutil.ignore_patterns("cache", "tmp", "__pycache__"))
+    )
 
 
 def set_params(folder, section, **values):
@@ -242,7 +307,15 @@ def set_params(folder, section, **values):
 def test_killed_stage_goes_on_from_its_checkpoint(broken):
     name = "qwen3-ioi-rcid-42"
     command = (sys.executable, "-m", "rcid.core.run", "distill", "family=qwen3", "task=ioi", "method=rcid", "seed=42")
-    metrics, student, record, checkpoint = (broken/x for x in (f"metrics/distill/{name}.json", f"artifacts/students/{name}", f"runs/distill/{name}.ipynb", f"artifacts/checkpoints/{name}/progress.json"))
+    metrics, student, record, checkpoint = (
+        broken / x
+        for x in (
+            f"metrics/distill/{name}.json",
+            f"artifacts/students/{name}",
+            f"runs/distill/{name}.ipynb",
+            f"artifacts/checkpoints/{name}/progress.json",
+        )
+    )
     set_params(broken, "distill", steps=400, checkpoint_every=10, log_every=50)
     def forget():
         for f in (metrics, record): f.unlink(missing_ok=True)
@@ -252,17 +325,25 @@ def test_killed_stage_goes_on_from_its_checkpoint(broken):
     assert done.returncode == 0, output_of(done)
     whole, weights = read_json(metrics), (student/"model.safetensors").read_bytes()
     forget()
-    with open(broken/"killed.txt", "w") as log: process = subprocess.Popen(command, cwd=broken, env=environment(broken), stdout=log, stderr=log, start_new_session=True)
+    with open(broken / "killed.txt", "w") as log:
+        process = subprocess.Popen(
+            command, cwd=broken, env=environment(broken), stdout=log, stderr=log, start_new_session=True
+        )
     try:
         limit = time.monotonic() + 300
         while not checkpoint.exists() and process.poll() is None and time.monotonic() < limit: time.sleep(.02)
-        assert checkpoint.exists(), "the run ended or hung before its first checkpoint:\n" + (broken/"killed.txt").read_text()[-3000:]
+        assert checkpoint.exists(), (
+            "the run ended or hung before its first checkpoint:\n" + (broken / "killed.txt").read_text()[-3000:]
+        )
         kill_all(process.pid)
-    finally: kill_all(process.pid)
+    finally:
+        kill_all(process.pid)
     assert process.wait() == -signal.SIGKILL and 0 < read_json(checkpoint)["step"] < 400
     assert not metrics.exists() and not student.exists() and not record.exists()
     done = run(broken, *command)
-    assert done.returncode == 0 and re.search(r"resumed from step [1-9]\d* of 400", done.stdout + done.stderr + record.read_text(encoding="utf-8")), output_of(done)
+    assert done.returncode == 0 and re.search(
+        r"resumed from step [1-9]\d* of 400", done.stdout + done.stderr + record.read_text(encoding="utf-8")
+    ), output_of(done)
     again = read_json(metrics)
     assert again["curve"] == whole["curve"] and again == whole
     assert (student/"model.safetensors").read_bytes() == weights and not checkpoint.parent.exists()
@@ -272,13 +353,18 @@ def kill_all(pid: int):
     "SIGKILL to a process that this test started and to all below it, the kernel (which has its own group) among them."
     children = {}
     for entry in Path("/proc").glob("[0-9]*"):
-        try: children.setdefault(int((entry/"stat").read_text().rpartition(")")[2].split()[1]), []).append(int(entry.name))
-        except OSError: pass
+        try:
+            children.setdefault(int((entry / "stat").read_text().rpartition(")")[2].split()[1]), []).append(
+                int(entry.name)
+            )
+        except OSError:
+            pass
     queue = [pid]
     for p in queue: queue += children.get(p, [])
     for p in queue:
-        try: os.kill(p, signal.SIGKILL)
-        except ProcessLookupError: pass
+        try:os.kill(p, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
 
 
 @pytest.mark.slow
@@ -288,6 +374,10 @@ def test_failing_gate_of_a_required_family_stops(broken):
     before = record.read_bytes()
     done = run(broken, sys.executable, "-m", "rcid.core.run", "pilot", "family=qwen3")
     lines = [l for l in done.stderr.splitlines() if l.startswith("rcid:")]
-    assert done.returncode and len(lines) == 1 and re.search(r"pilot of the required family qwen3 failed: .*single-token names is \d+, bound 1e\+03", lines[0]), output_of(done)
+    assert (
+        done.returncode
+        and len(lines) == 1
+        and re.search(r"pilot of the required family qwen3 failed: .*single-token names is \d+, bound 1e\+03", lines[0])
+    ), output_of(done)
     assert read_json(metrics)["passed"] is False and read_json(metrics)["failed"] and record.read_bytes() == before
     assert [p.name for p in metrics.parent.iterdir() if p.name.startswith(".")] == []

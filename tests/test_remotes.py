@@ -1,4 +1,5 @@
 """Students and results travel through a DVC remote: whoever has the repository makes any figure again without training."""
+
 import json, shutil
 import pytest, toy
 
@@ -44,7 +45,11 @@ def test_a_damaged_remote_is_noticed(author, reader):
     students = [f for f in (reader.parent/"store"/"files"/"md5").rglob("*") if f.is_file() and f.stat().st_size == 65]
     assert len(students) == 8
     for f in students: f.chmod(0o644); f.write_bytes(b"0" * 64 + b"\n")
-    try: toy.dvc(reader, "pull")
+    try:toy.dvc(reader, "pull")
     except AssertionError as e: assert "checkout" in str(e) or "corrupt" in str(e) or "failed" in str(e).lower()
     code, said = toy.launch(reader, "--verify", **FAST)
-    assert code == 0 and toy.results(reader) == toy.results(author) and len(json.loads((reader/"result.json").read_text())) == 8, said
+    assert (
+        code == 0
+        and toy.results(reader) == toy.results(author)
+        and len(json.loads((reader / "result.json").read_text())) == 8
+    ), said

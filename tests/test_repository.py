@@ -1,4 +1,5 @@
 """The repository holds together: notebooks and modules agree, settings compose, floors import upwards, nothing of one machine is in it."""
+
 import ast, hashlib, json, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
@@ -11,13 +12,23 @@ from rcid.core.params import Params
 from rcid.core.workspace import DEFAULT_SCALE, compose_params
 
 FLOORS = ("core", "models", "data", "causal", "align", "distill", "kv", "eval", "report", "launch")
-MODULES = [m for m in sorted(p.relative_to(ROOT).as_posix() for p in (ROOT/"rcid").rglob("*.py")) if not m.endswith('_modidx.py')]  # every module but the generated index
+# every module but the generated index
+MODULES = [
+    m
+    for m in sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "rcid").rglob("*.py"))
+    if not m.endswith('_modidx.py')
+]
 SCALES = sorted(p.stem for p in (ROOT/"conf"/"scale").glob("*.yaml"))
 TOOL = str(Path(sys.executable).parent)
 yaml = YAML(typ="safe")
 
 
-def contents(folder: Path, pattern: str) -> dict: return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob(pattern)) if "__pycache__" not in p.parts and ".ipynb_checkpoints" not in p.parts}
+def contents(folder: Path, pattern: str) -> dict:
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in sorted(folder.rglob(pattern))
+        if "__pycache__" not in p.parts and ".ipynb_checkpoints" not in p.parts
+    }
 
 
 def test_export_gives_the_committed_modules(copy):
@@ -36,7 +47,9 @@ def test_notebooks_are_clean(copy):
     assert done.returncode == 0 and before, output_of(done)
     after = contents(copy/"nbs", "*.ipynb")
     assert [n for n in before if after[n] != before[n]] == [], "run make clean-notebooks"
-    assert [n for n, blob in before.items() if cleaned(blob.decode(), n).encode() != blob] == [], "run make clean-notebooks"
+    assert [
+        n for n, blob in before.items() if cleaned(blob.decode(), n).encode() != blob
+    ] == [], "run make clean-notebooks"
 
 
 def test_no_marks_of_a_merge(tracked):
@@ -46,7 +59,9 @@ def test_no_marks_of_a_merge(tracked):
 
 def test_params_are_the_default_scale(tmp_path):
     compose_params(tmp_path/"params.yaml", f"scale={DEFAULT_SCALE}")
-    assert yaml.load((ROOT/"params.yaml").read_text(encoding="utf-8")) == yaml.load((tmp_path/"params.yaml").read_text(encoding="utf-8")), "run `make params`"
+    assert yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8")) == yaml.load(
+        (tmp_path / "params.yaml").read_text(encoding="utf-8")
+    ), "run `make params`"
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -54,7 +69,8 @@ def test_every_scale_composes(scale, tmp_path):
     compose_params(tmp_path/"params.yaml", f"scale={scale}", "sites.k=3")
     p = load_params(tmp_path/"params.yaml")
     assert p.scale == scale and p.sites.k == 3 and set(p.families) == set(p.models)
-    if scale == "tiny": assert p.real_tokenizers == [] and all("arch" in m.teacher for m in p.models.values())   # no network
+    # no network
+    if scale == "tiny": assert p.real_tokenizers == [] and all("arch" in m.teacher for m in p.models.values())
 
 
 def test_all_scales_are_there(): assert SCALES == sorted(Params.model_fields["scale"].annotation.__args__)
@@ -66,7 +82,8 @@ def test_module(module):
     assert len(text.splitlines()) <= 330
     floor, level = FLOORS.index(module.split("/")[1]) if module.count("/") > 1 else None, module.count("/")
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import): assert not any(a.name.split(".")[0] == "rcid" for a in node.names), "use from ... import"
+        if isinstance(node, ast.Import):
+            assert not any(a.name.split(".")[0] == "rcid" for a in node.names), "use from ... import"
         if not isinstance(node, ast.ImportFrom): continue
         assert "*" not in [a.name for a in node.names]
         if node.level == 2 or (node.module or "").startswith("rcid."):
@@ -74,12 +91,20 @@ def test_module(module):
             assert floor is None or FLOORS.index(target) <= floor, f"{module} imports from {target}, a floor below it"
 
 
-def test_floors_are_known(): assert {p.name for p in (ROOT/"rcid").iterdir() if p.is_dir() and p.name != "__pycache__"} <= set(FLOORS)
+def test_floors_are_known():
+    assert {p.name for p in (ROOT / "rcid").iterdir() if p.is_dir() and p.name != "__pycache__"} <= set(FLOORS)
 
 
 def test_package_can_be_imported_from_anywhere(tmp_path):
-    done = subprocess.run([sys.executable, "-c", "import rcid.core, rcid; print(rcid.__version__)"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and re.search(r"(?m)^version *= *" + re.escape(done.stdout.strip()), (ROOT/"settings.ini").read_text()), output_of(done)
+    done = subprocess.run(
+        [sys.executable, "-c", "import rcid.core, rcid; print(rcid.__version__)"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and re.search(
+        r"(?m)^version *= *" + re.escape(done.stdout.strip()), (ROOT / "settings.ini").read_text()
+    ), output_of(done)
 
 
 def sources(tracked):
@@ -87,24 +112,34 @@ def sources(tracked):
     for name in tracked:
         if name.startswith("tests/") or not name.endswith((".py", ".ipynb")): continue
         text = (ROOT/name).read_text(encoding="utf-8")
-        if name.endswith(".ipynb"): text = "\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "code")
+        if name.endswith(".ipynb"):
+            text = "\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "code")
         for n, line in enumerate(text.splitlines(), 1): yield name, n, line
 
 
 def test_no_pickles_and_no_remote_code(tracked):
-    bad = re.compile(r"pickle\.loads?\(|\btorch\.load\(|trust_remote_code\s*=\s*True|weights_only\s*=\s*False|^\s*from \S+ import \*|@patch\b")
+    bad = re.compile(
+        r"pickle\.loads?\(|\btorch\.load\(|trust_remote_code\s*=\s*True|weights_only\s*=\s*False|^\s*from \S+ import"
+        r" \*|@patch\b"
+    )
     lines = list(sources(tracked))
     assert len(lines) > 3000 and [f"{n}:{i}: {l.strip()}" for n, i, l in lines if bad.search(l)] == []
 
 
 def test_no_path_of_one_machine(tracked):
     "Absolute home and work paths; an example may use the invented user `me`."
-    bad = re.compile(r"(?<![\w.~-])/(?:" + "|".join(("home/(?!me/)", "root/", "Users/(?!me/)", "work/", "tmp/t/")) + r")\w")
+    bad = re.compile(
+        r"(?<![\w.~-])/(?:" + "|".join(("home/(?!me/)", "root/", "Users/(?!me/)", "work/", "tmp/t/")) + r")\w"
+    )
     found = []
     for name in tracked:
         blob = (ROOT/name).read_bytes()
         if b"\0" in blob[:4096] or name.startswith("tests/test_repository"): continue
-        found += [f"{name}:{i}: {l.strip()[:120]}" for i, l in enumerate(blob.decode("utf-8", "replace").splitlines(), 1) if bad.search(l)]
+        found += [
+            f"{name}:{i}: {l.strip()[:120]}"
+            for i, l in enumerate(blob.decode("utf-8", "replace").splitlines(), 1)
+            if bad.search(l)
+        ]
     assert found == []
 
 
@@ -116,13 +151,38 @@ def test_embedded_data_are_in_the_store():
         assert hashlib.md5(blob).hexdigest() == md5.removesuffix(".dir")
         return blob
     files = json.loads(stored(out["md5"]))
-    assert len(files) == out["nfiles"] > 0 and sum(len(stored(f["md5"])) for f in files) == out["size"] and out["remote"] == "embedded"
-    for f in files: assert (ROOT/"data"/f["relpath"]).read_bytes() == stored(f["md5"]), f"data/{f['relpath']} is not what data.dvc says"
-    assert (git := subprocess.run(["git", "ls-files", ".dvc/store"], cwd=ROOT, capture_output=True, text=True).stdout.split()) and {f["md5"] for f in files} <= {g[-33:].replace("/", "")[-32:] for g in git}
+    assert (
+        len(files) == out["nfiles"] > 0
+        and sum(len(stored(f["md5"])) for f in files) == out["size"]
+        and out["remote"] == "embedded"
+    )
+    for f in files:
+        assert (ROOT / "data" / f["relpath"]).read_bytes() == stored(
+            f["md5"]
+        ), f"data/{f['relpath']} is not what data.dvc says"
+    assert (
+        git := subprocess.run(
+            ["git", "ls-files", ".dvc/store"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.split()
+    ) and {f["md5"] for f in files} <= {g[-33:].replace("/", "")[-32:] for g in git}
 
 
-@pytest.mark.parametrize("name", ("README.md", "LICENSE", "CITATION.cff", "CONTRIBUTING.md", "Makefile", "settings.ini", "nbs/index.ipynb", "nbs/experiments/.notest", ".ci/run"))
-def test_expected_file_is_there(tracked, name): assert name in tracked
+@pytest.mark.parametrize(
+    "name",
+    (
+        "README.md",
+        "LICENSE",
+        "CITATION.cff",
+        "CONTRIBUTING.md",
+        "Makefile",
+        "settings.ini",
+        "nbs/index.ipynb",
+        "nbs/experiments/.notest",
+        ".ci/run",
+    ),
+)
+def test_expected_file_is_there(tracked, name):
+    assert name in tracked
 
 
 def test_other_settings_for_a_scale():
@@ -131,4 +191,6 @@ def test_other_settings_for_a_scale():
     done = dry("SCALE=gpu", "SET=distill.steps=60 seeds=[42]")
     assert done.returncode == 0 and "rcid.core.workspace gpu distill.steps=60 seeds=[42]" in done.stdout, done.stderr
     refused = dry("SET=distill.steps=60")
-    assert refused.returncode and "SET is for the other scales" in refused.stderr and "rcid.launch" not in refused.stdout
+    assert (
+        refused.returncode and "SET is for the other scales" in refused.stderr and "rcid.launch" not in refused.stdout
+    )

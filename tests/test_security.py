@@ -15,12 +15,15 @@ def lines(tracked):
     for name in tracked:
         if not name.endswith((".py", ".ipynb")) or name.startswith("tests/"): continue
         text = (ROOT/name).read_text(encoding="utf-8")
-        if name.endswith(".ipynb"): text = "\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "code")
+        if name.endswith(".ipynb"):
+            text = "\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "code")
         for n, line in enumerate(text.splitlines(), 1): yield f"{name}:{n}", line
 
 
 def test_nothing_loads_code(tracked):
-    bad = re.compile(r"\b(import|from)\s+(pickle|cPickle|cloudpickle|dill|joblib|marshal|shelve)\b|\b(torch|joblib)\.load\(|allow_pickle\s*=\s*True|trust_remote_code\s*=\s*(?!False)|weights_only\s*=\s*False|yaml\.(unsafe_load|Loader)|typ\s*=\s*[\"']unsafe|use_safetensors\s*=\s*False")
+    bad = re.compile(
+        r"\b(import|from)\s+(pickle|cPickle|cloudpickle|dill|joblib|marshal|shelve)\b|\b(torch|joblib)\.load\(|allow_pickle\s*=\s*True|trust_remote_code\s*=\s*(?!False)|weights_only\s*=\s*False|yaml\.(unsafe_load|Loader)|typ\s*=\s*[\"']unsafe|use_safetensors\s*=\s*False"
+    )
     found = list(lines(tracked))
     assert len(found) > 3000 and [f"{where}: {line.strip()}" for where, line in found if bad.search(line)] == []
 
@@ -59,7 +62,8 @@ def test_malicious_caches_are_not_used(malicious, make_model, pairs, tmp_path):
     from rcid.distill.trainer import _load_checkpoint
     blob, trap = malicious
     model, some = make_model("llama"), pairs["llama"]["equal"]
-    whole = {k: v.clone() for k, v in teacher_targets(model, some, Wanted(False), tmp_path/"targets").items()}   # what it returns is mapped from the file
+    # what it returns is mapped from the file
+    whole = {k: v.clone() for k, v in teacher_targets(model, some, Wanted(False), tmp_path/"targets").items()}
     (kept,) = (tmp_path/"targets").glob("*.safetensors")
     kept.unlink()
     kept.write_bytes(blob)
@@ -77,14 +81,20 @@ def test_malicious_caches_are_not_used(malicious, make_model, pairs, tmp_path):
 def sections(model):
     yield model
     for field in model.model_fields.values():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel): yield from sections(field.annotation)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from sections(field.annotation)
 
 
 def test_params_have_a_schema(tmp_path):
     found = list(sections(Params))
     assert len(found) >= 6 and all(m.model_config["extra"] == "forbid" for m in found)
     text = (ROOT/"params.yaml").read_text(encoding="utf-8")
-    for old, new in (("seeds:", "sedes:"), ("scale: laptop", "scale: moon"), ("bootstrap: 10000", "bootstrap: many"), ("bootstrap: 10000", "bootstrap: -1")):
+    for old, new in (
+        ("seeds:", "sedes:"),
+        ("scale: laptop", "scale: moon"),
+        ("bootstrap: 10000", "bootstrap: many"),
+        ("bootstrap: 10000", "bootstrap: -1"),
+    ):
         assert old in text
         (tmp_path/"params.yaml").write_text(text.replace(old, new))
         with pytest.raises(ValueError, match=r"params\.yaml: ") as e: load_params(tmp_path/"params.yaml")
@@ -92,12 +102,16 @@ def test_params_have_a_schema(tmp_path):
 
 
 @pytest.mark.parametrize("path", ("../..", "../../etc/passwd", "/etc", "artifacts/../../x", "~/../../etc"))
-@pytest.mark.parametrize("spec", ({"path": 0}, {"arch": "llama", "tokenizer": 0}, {"wheel": "w==1", "file": "f", "sha256": "0" * 64, "cache": 0}))
+@pytest.mark.parametrize(
+    "spec",
+    ({"path": 0}, {"arch": "llama", "tokenizer": 0}, {"wheel": "w==1", "file": "f", "sha256": "0" * 64, "cache": 0}),
+)
 def test_paths_of_params_stay_in_the_workspace(tmp_path, path, spec):
     p = load_params().model_dump(mode="json")
     p["models"][p["families"][0]]["teacher"] = {k: path if v == 0 else v for k, v in spec.items()}
     (tmp_path/"params.yaml").write_text(json.dumps(p))
-    with pytest.raises(ValueError, match="leaves the workspace .*use a path below it"): load_params(tmp_path/"params.yaml")
+    with pytest.raises(ValueError, match="leaves the workspace .*use a path below it"):
+        load_params(tmp_path / "params.yaml")
 
 
 @pytest.mark.parametrize("word", ("family=../../x", "family=a/b", "seed=$(id)", "task=a;id", "task=-rf"))
@@ -109,21 +123,51 @@ def test_coordinates_are_plain_words(word):
 def test_secrets_are_taken_out(monkeypatch):
     monkeypatch.setenv("MY_API_KEY", 'quote"d-and\\slashed')
     assert redact(json.dumps({"a": 'quote"d-and\\slashed', "b": SECRET})) == '{"a": "[secret]", "b": "[secret]"}'
-    nb = {"cells": [{"cell_type": "code", "id": "x", "metadata": {}, "source": [], "outputs": [{"output_type": "stream", "name": "stdout", "text": [f"token {SECRET}\n"]}]}]}
+    nb = {
+        "cells": [
+            {
+                "cell_type": "code",
+                "id": "x",
+                "metadata": {},
+                "source": [],
+                "outputs": [{"output_type": "stream", "name": "stdout", "text": [f"token {SECRET}\n"]}],
+            }
+        ]
+    }
     assert SECRET not in json.dumps(strip_notebook(nb, "/nowhere"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fails", (False, True))
 def test_a_token_never_gets_into_an_executed_notebook(copy, fails):
-    cell = {"cell_type": "code", "id": "leaky001", "metadata": {}, "execution_count": None, "outputs": [],
-            "source": ["import os\n", "print(os.environ)\n", "os.environ['HF_TOKEN']\n", *(["raise RuntimeError(os.environ['HF_TOKEN'])"] if fails else [])]}
-    nb = {"cells": [cell], "metadata": {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}, "nbformat": 4, "nbformat_minor": 5}
+    cell = {
+        "cell_type": "code",
+        "id": "leaky001",
+        "metadata": {},
+        "execution_count": None,
+        "outputs": [],
+        "source": [
+            "import os\n",
+            "print(os.environ)\n",
+            "os.environ['HF_TOKEN']\n",
+            *(["raise RuntimeError(os.environ['HF_TOKEN'])"] if fails else []),
+        ],
+    }
+    nb = {
+        "cells": [cell],
+        "metadata": {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}},
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
     (copy/"nbs"/"experiments"/"leak.ipynb").write_text(json.dumps(nb))
     done = run(copy, sys.executable, "-m", "rcid.core.run", "leak", HF_TOKEN=SECRET)
     written = [p for part in ("runs", "logs") for p in (copy/part).rglob("*.ipynb")]
     assert bool(done.returncode) == fails and len(written) == 1, output_of(done)
-    assert SECRET not in written[0].read_text() and "[secret]" in written[0].read_text() and (not fails or SECRET not in done.stderr.splitlines()[-1])
+    assert (
+        SECRET not in written[0].read_text()
+        and "[secret]" in written[0].read_text()
+        and (not fails or SECRET not in done.stderr.splitlines()[-1])
+    )
 
 
 def test_check_does_not_show_a_token():

@@ -253,7 +253,8 @@ def byte_level(prefix: bool = False) -> str:
 
 @functools.lru_cache
 def sentencepiece(scheme: str) -> str:
-    "LLaMA 2's kind, as JSON, texts begin with a space; `scheme`: the normaliser of old files, or Metaspace's of new ones."
+    """LLaMA 2's kind, as JSON, texts begin with a space; `scheme`: the normaliser of old files, or Metaspace's of new
+    ones."""
     specials = ["<unk>", "<|pad|>", "<|bos|>", "<|eos|>", *(f"<0x{b:02X}>" for b in range(256))]
     core = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")

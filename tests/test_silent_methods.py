@@ -1,4 +1,5 @@
 """What trains and says nothing: shares of a batch that are averaged as if they were equal, controls that are none, caches of another teacher, padded heads, probabilities of zero."""
+
 import copy, json, math, os, signal, subprocess, sys
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,9 +12,29 @@ from rcid.causal import Site, capture, write
 from rcid.data import load_pairs
 from rcid.data.holdout import told_problems
 from rcid.data.reasoning import encode_problems
-from rcid.distill import METHODS, DistillConfig, Wanted, distill, divergence, model_hash, plain_distill, teacher_targets, train_language
+from rcid.distill import (
+    METHODS,
+    DistillConfig,
+    Wanted,
+    distill,
+    divergence,
+    model_hash,
+    plain_distill,
+    teacher_targets,
+    train_language,
+)
 from rcid.distill.methods import DIITO, Signals
-from rcid.kv import KV_METHODS, KVCache, KVCourse, LatentModel, codi_loss, diagnose_losses, kv_attention, kv_regression, with_latents
+from rcid.kv import (
+    KV_METHODS,
+    KVCache,
+    KVCourse,
+    LatentModel,
+    codi_loss,
+    diagnose_losses,
+    kv_attention,
+    kv_regression,
+    with_latents,
+)
 from rcid.kv.aligner import AlignedKV
 from rcid.kv.compress import decode_score
 from rcid.kv.losses import attention_kl
@@ -37,7 +58,9 @@ def without_complaint():
 @pytest.fixture(scope="module")
 def toy(make_model, tokenizers):
     "A random teacher of four layers and sixteen pairs."
-    return make_model("llama", d_model=32, heads=2, kv_heads=1, d_mlp=64), load_pairs("ioi", tokenizers["llama"], split="train", n=16)
+    return make_model("llama", d_model=32, heads=2, kv_heads=1, d_mlp=64), load_pairs(
+        "ioi", tokenizers["llama"], split="train", n=16
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +70,11 @@ def thinking():
     tokenizer = train_tokenizer([p.text for p in problems], vocab=500)
     make = lambda **sizes: load_model(dict(vocab=len(tokenizer), d_mlp=64) | sizes, dtype="float32", device="cpu")[0]
     teacher = make(arch="qwen3", layers=4, d_model=48, heads=4, kv_heads=4, head_dim=16, seed=1)
-    student = lambda rounds=2: LatentModel(make(arch="llama", layers=2, d_model=32, heads=4, kv_heads=2, head_dim=8, seed=2), tokenizer.bos_token_id, rounds)
+    student = lambda rounds=2: LatentModel(
+        make(arch="llama", layers=2, d_model=32, heads=4, kv_heads=2, head_dim=8, seed=2),
+        tokenizer.bos_token_id,
+        rounds,
+    )
     return tokenizer, encode_problems(problems, tokenizer), teacher, student
 
 
@@ -143,16 +170,25 @@ def same(a, b):
 
 def test_a_batch_is_shuffled_before_it_is_shared_out(processes):
     one, two = processes
-    same(two["shuffled"], one["shuffled"]); same(two["shuffled of four"], one["shuffled of four"]); same(two["rcid"], one["rcid"])
+    same(two["shuffled"], one["shuffled"])
+    same(two["shuffled of four"], one["shuffled of four"])
+    same(two["rcid"], one["rcid"])
     assert two["shuffled"][0]["method_loss"] != pytest.approx(two["rcid"][0]["method_loss"], rel=1e-2)
 
 
-@pytest.mark.parametrize("name", ("kl at all tokens", "kl on pairs at all tokens", "fitnets", "micro-batches", "five pairs for a batch of eight"))
-def test_pairs_and_tokens_weigh_the_same_in_one_process_and_in_two(processes, name): same(processes[1][name], processes[0][name])
+@pytest.mark.parametrize(
+    "name",
+    ("kl at all tokens", "kl on pairs at all tokens", "fitnets", "micro-batches", "five pairs for a batch of eight"),
+)
+def test_pairs_and_tokens_weigh_the_same_in_one_process_and_in_two(processes, name):
+    same(processes[1][name], processes[0][name])
 
 
-@pytest.mark.parametrize("name", ("latent_sft", "latent_kd", "kava", "kv_structured", "fixed", "some taught", "govern", "router"))
-def test_kv_methods_weigh_the_same_in_one_process_and_in_two(processes, name): same(processes[1][name], processes[0][name])
+@pytest.mark.parametrize(
+    "name", ("latent_sft", "latent_kd", "kava", "kv_structured", "fixed", "some taught", "govern", "router")
+)
+def test_kv_methods_weigh_the_same_in_one_process_and_in_two(processes, name):
+    same(processes[1][name], processes[0][name])
 
 
 def test_processes_without_a_taught_problem_wait_for_nobody(processes):
@@ -164,12 +200,18 @@ def test_processes_without_a_taught_problem_wait_for_nobody(processes):
 @pytest.mark.parametrize("name", ("cka", "kv cka"))
 def test_what_compares_a_whole_batch_refuses_several_processes(processes, name):
     one, two = processes
-    assert isinstance(one[name], list) and isinstance(two[name], str) and "start it with one process" in two[name] and "\n" not in two[name]
+    assert (
+        isinstance(one[name], list)
+        and isinstance(two[name], str)
+        and "start it with one process" in two[name]
+        and "\n" not in two[name]
+    )
 
 
 def test_shuffled_pairs_need_a_partner(toy):
     teacher, pairs = toy
-    with pytest.raises(ValueError, match="one pair in a batch, which would be its own partner") as e: distill(shrink(teacher, 2), teacher, pairs, "rcid_shuffled", replace(CONFIG, batch=1))
+    with pytest.raises(ValueError, match="one pair in a batch, which would be its own partner") as e:
+        distill(shrink(teacher, 2), teacher, pairs, "rcid_shuffled", replace(CONFIG, batch=1))
     assert "\n" not in str(e.value)
 
 
@@ -188,8 +230,13 @@ def test_biased_cka_is_a_mean_over_batches(toy):
     def hsic(x, y, n): return (x - x.mean(0)).mT.matmul(y - y.mean(0)).square().sum() / (n - 1)**2
     sums = torch.zeros(3, dtype=torch.float64)
     for b in batches:
-        with torch.no_grad(), capture(teacher, [2]) as t, capture(student, [1]) as s: get_adapter(teacher).trunk(**b), get_adapter(student).trunk(**b)
-        keep = b["attention_mask"].bool() & (b["attention_mask"].cumsum(1) > 1) & (b["input_ids"] != (teacher.config.bos_token_id if teacher.config.bos_token_id is not None else -1))
+        with torch.no_grad(), capture(teacher, [2]) as t, capture(student, [1]) as s:
+            get_adapter(teacher).trunk(**b), get_adapter(student).trunk(**b)
+        keep = (
+            b["attention_mask"].bool()
+            & (b["attention_mask"].cumsum(1) > 1)
+            & (b["input_ids"] != (teacher.config.bos_token_id if teacher.config.bos_token_id is not None else -1))
+        )
         x, y = t[2][keep].double(), s[1][keep].double()
         sums += torch.stack([hsic(x, y, len(x)), hsic(x, x, len(x)), hsic(y, y, len(x))])
     got = layer_cka(teacher, student, batches, debiased=False)[2, 1]
@@ -214,17 +261,25 @@ def test_padding_of_a_head_changes_no_training(toy, kl_at):
         with without_complaint(): got = distill(shrink(teacher, 2), wide, pairs, method, config).history
         assert got == [pytest.approx(h, rel=1e-5) for h in plain], method
     with without_complaint():
-        assert plain_distill(shrink(teacher, 2), wide, pairs, "standard_kd", config) == pytest.approx(plain_distill(shrink(teacher, 2), teacher, pairs, "standard_kd", config), rel=1e-5)
-        wider = distill(padded(shrink(teacher, 2), 128), teacher, pairs, "standard_kd", config).history           # or the student's head is the padded one
-    assert wider == [pytest.approx(h, rel=1e-5) for h in distill(shrink(teacher, 2), teacher, pairs, "standard_kd", config).history]
+        assert plain_distill(shrink(teacher, 2), wide, pairs, "standard_kd", config) == pytest.approx(
+            plain_distill(shrink(teacher, 2), teacher, pairs, "standard_kd", config), rel=1e-5
+        )
+        # or the student's head is the padded one
+        wider = distill(padded(shrink(teacher, 2), 128), teacher, pairs, "standard_kd", config).history
+    assert wider == [
+        pytest.approx(h, rel=1e-5) for h in distill(shrink(teacher, 2), teacher, pairs, "standard_kd", config).history
+    ]
 
 
 def test_other_entry_points_take_padded_heads(toy, thinking):
     teacher, pairs = toy
-    language = lambda t: train_language(shrink(teacher, 2), pairs.clean_ids, pairs.attention_mask, teacher=t, steps=2, batch=4, lr=1e-3)
+    language = lambda t: train_language(
+        shrink(teacher, 2), pairs.clean_ids, pairs.attention_mask, teacher=t, steps=2, batch=4, lr=1e-3
+    )
     tokenizer, data, thinker, student = thinking
     course = lambda t: KVCourse(replace(KV_METHODS["latent_kd"], latents=3), student(), t, data, CONFIG)
-    with without_complaint(): same_losses, a, b = language(padded(teacher, 64)), course(padded(thinker, 64)), course(thinker)
+    with without_complaint():
+        same_losses, a, b = language(padded(teacher, 64)), course(padded(thinker, 64)), course(thinker)
     assert same_losses == pytest.approx(language(teacher), rel=1e-5)
     parts = [{k: v.item() for k, v in x.parts([0, 1, 2], 0, x.start()).items()} for x in (a, b)]
     assert parts[0] == pytest.approx(parts[1], rel=1e-5)
@@ -232,20 +287,34 @@ def test_other_entry_points_take_padded_heads(toy, thinking):
 
 def test_qwen_sizes_are_one_vocabulary(tokenizers):
     pairs = load_pairs("ioi", tokenizers["qwen2"], split="train", n=4)
-    make = lambda vocab, layers: load_model(dict(arch="qwen2", vocab=vocab, layers=layers, d_model=8, heads=2, kv_heads=1, d_mlp=16), dtype="float32", device="cpu")[0]
-    with without_complaint(): result = distill(make(151_936, 2), make(152_064, 4), pairs, "standard_kd_pairs", replace(CONFIG, steps=1))
+    make = lambda vocab, layers: load_model(
+        dict(arch="qwen2", vocab=vocab, layers=layers, d_model=8, heads=2, kv_heads=1, d_mlp=16),
+        dtype="float32",
+        device="cpu",
+    )[0]
+    with without_complaint():
+        result = distill(make(151_936, 2), make(152_064, 4), pairs, "standard_kd_pairs", replace(CONFIG, steps=1))
     assert result.steps == 1
 
 
 def test_tokens_beyond_the_prefix_and_other_vocabularies_are_refused(toy):
     teacher, pairs = toy
     vocab, student = get_adapter(teacher).vocab, shrink(teacher, 2)
-    beyond = replace(pairs, clean_ids=torch.where(torch.arange(pairs.clean_ids.shape[1]) == 2, vocab + 5, pairs.clean_ids))
-    for data, wide, message in ((beyond, 64, f"the data hold token {vocab + 5}"), (pairs, 1025, "more than padding"), (replace(pairs, correct_token_id=pairs.correct_token_id + vocab), 1024, "the data hold token")):
-        with pytest.raises(ValueError, match=f"vocabulary mismatch.*{message}.*resize_token_embeddings") as e: distill(student, padded(teacher, wide), data, "standard_kd", CONFIG)
+    beyond = replace(
+        pairs, clean_ids=torch.where(torch.arange(pairs.clean_ids.shape[1]) == 2, vocab + 5, pairs.clean_ids)
+    )
+    for data, wide, message in (
+        (beyond, 64, f"the data hold token {vocab + 5}"),
+        (pairs, 1025, "more than padding"),
+        (replace(pairs, correct_token_id=pairs.correct_token_id + vocab), 1024, "the data hold token"),
+    ):
+        with pytest.raises(ValueError, match=f"vocabulary mismatch.*{message}.*resize_token_embeddings") as e:
+            distill(student, padded(teacher, wide), data, "standard_kd", CONFIG)
         assert "\n" not in str(e.value)
-    with pytest.raises(ValueError, match="the data hold token"): train_language(student, beyond.clean_ids, teacher=padded(teacher, 64), steps=1, batch=4, lr=1e-3)
-    with pytest.raises(ValueError, match="vocabulary mismatch"): common_vocab(padded(teacher, 8), student)     # nothing is known of the data
+    with pytest.raises(ValueError, match="the data hold token"):
+        train_language(student, beyond.clean_ids, teacher=padded(teacher, 64), steps=1, batch=4, lr=1e-3)
+    # nothing is known of the data
+    with pytest.raises(ValueError, match="vocabulary mismatch"): common_vocab(padded(teacher, 8), student)
 
 
 # 3. caches
@@ -255,9 +324,15 @@ class Halved(torch.nn.Module):
 
 @contextmanager
 def hooked(module, kind):
-    handle = module.register_forward_hook(lambda m, args, out: out * 1.5) if kind == "hook" else module.register_forward_pre_hook(lambda m, args: (args[0] * 1.5, *args[1:]))
-    try: yield
-    finally: handle.remove()
+    handle = (
+        module.register_forward_hook(lambda m, args, out: out * 1.5)
+        if kind == "hook"
+        else module.register_forward_pre_hook(lambda m, args: (args[0] * 1.5, *args[1:]))
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
 
 @contextmanager
 def changed(teacher, how, pairs):
@@ -269,24 +344,33 @@ def changed(teacher, how, pairs):
         with hooked(layer.mlp, how): yield
     elif how == "parametrization":
         torch.nn.utils.parametrize.register_parametrization(layer.mlp.down_proj, "weight", Halved())
-        try: yield
+        try:yield
         finally: torch.nn.utils.parametrize.remove_parametrizations(layer.mlp.down_proj, "weight", leave_parametrized=False)
     elif how == "a forward of its own":
         layer.mlp.forward = lambda x, plain=layer.mlp.forward: plain(x) * 1.5
-        try: yield
+        try:yield
         finally: del layer.mlp.forward
     elif how == "rotation":
         teacher.model.rotary_emb.inv_freq.mul_(0.5)
-        try: yield
+        try:yield
         finally: teacher.model.rotary_emb.inv_freq.mul_(2)
     elif how == "attention scale":
         layer.self_attn.scaling *= 3
-        try: yield
+        try:yield
         finally: layer.self_attn.scaling /= 3
     elif how == "autocast":
         with torch.autocast("cpu", torch.bfloat16): yield
 
-STATES = ("write", "hook", "pre-hook", "parametrization", "a forward of its own", "rotation", "attention scale", "autocast")
+STATES = (
+    "write",
+    "hook",
+    "pre-hook",
+    "parametrization",
+    "a forward of its own",
+    "rotation",
+    "attention scale",
+    "autocast",
+)
 
 @pytest.mark.parametrize("how", STATES)
 def test_targets_of_a_changed_teacher_are_its_own(toy, tmp_path, how):
@@ -386,7 +470,11 @@ def test_lessons_are_known_by_all_that_is_learnt_from(thinking):
     thought = with_latents(data, 3, tokenizer.bos_token_id)
     zeros = torch.zeros(len(data), 2, 2, thought.input_ids.shape[1], 8)
     target = AlignedKV(zeros, zeros, thought.attention_mask.bool())
-    hashes = {Lessons(thought, {"a": target}, features, {"a": prototype}).content_hash() for features in (torch.zeros(40, 4), torch.ones(40, 4)) for prototype in (torch.zeros(4), torch.ones(4))}
+    hashes = {
+        Lessons(thought, {"a": target}, features, {"a": prototype}).content_hash()
+        for features in (torch.zeros(40, 4), torch.ones(40, 4))
+        for prototype in (torch.zeros(4), torch.ones(4))
+    }
     assert len(hashes) == 4
 
 
@@ -395,7 +483,11 @@ def test_lessons_are_known_by_all_that_is_learnt_from(thinking):
 def test_divergence_of_an_impossible_token_golden():
     s, t = torch.tensor([0., 0., 1.], requires_grad=True), torch.tensor([0., NEVER, 1.])
     loss = divergence(s, t)
-    assert loss.item() == pytest.approx(math.log((2 + math.e) / (1 + math.e)), abs=1e-6) == pytest.approx(0.23818, abs=1e-5)
+    assert (
+        loss.item()
+        == pytest.approx(math.log((2 + math.e) / (1 + math.e)), abs=1e-6)
+        == pytest.approx(0.23818, abs=1e-5)
+    )
     loss.backward()
     q, p = s.detach().softmax(0), t.softmax(0)
     assert torch.allclose(s.grad, q - p, atol=1e-6)
@@ -411,20 +503,31 @@ def test_a_token_that_neither_allows_is_no_token(kind, temperature):
     narrow, wide = s.clone().requires_grad_(), wide_s.clone().requires_grad_()
     a, b = divergence(narrow, t, kind, temperature), divergence(wide, wide_t, kind, temperature)
     a.sum().backward(), b.sum().backward()
-    assert torch.allclose(a, b, atol=1e-6) and (wide.grad[:, 2] == 0).all() and torch.allclose(wide.grad[:, [0, 1, 3, 4, 5, 6]], narrow.grad, atol=1e-6)
+    assert (
+        torch.allclose(a, b, atol=1e-6)
+        and (wide.grad[:, 2] == 0).all()
+        and torch.allclose(wide.grad[:, [0, 1, 3, 4, 5, 6]], narrow.grad, atol=1e-6)
+    )
     assert divergence(wide_s, wide_s, kind, temperature).abs().max() < 1e-6
-    mixed = divergence(torch.cat([s[:, :6], s[:, :1]], 1), torch.cat([t, gap], 1), kind, temperature)    # the student alone allows it
+    # the student alone allows it
+    mixed = divergence(torch.cat([s[:, :6], s[:, :1]], 1), torch.cat([t, gap], 1), kind, temperature)
     assert mixed.isfinite().all() if kind != "reverse" else (mixed == torch.inf).all()
-    lone = divergence(torch.cat([s, gap], 1), torch.cat([t, t[:, :1]], 1), kind, temperature)            # the teacher alone allows it
+    # the teacher alone allows it
+    lone = divergence(torch.cat([s, gap], 1), torch.cat([t, t[:, :1]], 1), kind, temperature)
     assert (lone == torch.inf).all() if kind == "forward" else lone.isfinite().all()
-    assert divergence(torch.full((1, 3), math.nan), t[:1, :3], kind).isnan().all()                       # what is broken stays visible
+    # what is broken stays visible
+    assert divergence(torch.full((1, 3), math.nan), t[:1, :3], kind).isnan().all()
 
 
 @contextmanager
 def never_says(model, token):
-    handle = model.lm_head.register_forward_hook(lambda m, args, out: out.masked_fill(torch.arange(out.shape[-1]) == token, NEVER))
-    try: yield
-    finally: handle.remove()
+    handle = model.lm_head.register_forward_hook(
+        lambda m, args, out: out.masked_fill(torch.arange(out.shape[-1]) == token, NEVER)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @pytest.mark.parametrize("method", ("standard_kd", "standard_kd_pairs", "jsd", "skew_kl", "rcid", "diito"))
@@ -432,13 +535,16 @@ def test_a_teacher_that_rules_a_token_out_can_be_learnt_from(toy, method):
     teacher, pairs = toy
     student = shrink(teacher, 2)
     with never_says(teacher, 7), without_complaint(): result = distill(student, teacher, pairs, method, CONFIG)
-    assert all(math.isfinite(h["loss"]) for h in result.history) and all(p.isfinite().all() for p in student.parameters())
+    assert all(math.isfinite(h["loss"]) for h in result.history) and all(
+        p.isfinite().all() for p in student.parameters()
+    )
 
 
 def test_a_student_that_rules_out_what_the_teacher_says_stops_the_run(toy):
     teacher, pairs = toy
     student = shrink(teacher, 2)
-    with never_says(student, 7), pytest.raises(FloatingPointError, match="loss is inf at step 0") as e: distill(student, teacher, pairs, "standard_kd", CONFIG)
+    with never_says(student, 7), pytest.raises(FloatingPointError, match="loss is inf at step 0") as e:
+        distill(student, teacher, pairs, "standard_kd", CONFIG)
     assert "\n" not in str(e.value)
 
 
@@ -453,7 +559,11 @@ def test_impossible_tokens_across_tokenizers(tokenizers):
     loss = cross_kl(s, t, groups, shared)
     loss.sum().backward()
     t[:, unused] = -60.
-    assert loss.isfinite().all() and s.grad.isfinite().all() and torch.allclose(loss, cross_kl(s, t, groups, shared), atol=1e-4)
+    assert (
+        loss.isfinite().all()
+        and s.grad.isfinite().all()
+        and torch.allclose(loss, cross_kl(s, t, groups, shared), atol=1e-4)
+    )
 
 
 def test_masked_attention_is_learnt_from_and_broken_attention_is_seen():
@@ -477,7 +587,10 @@ def test_diito_uses_the_temperature(toy):
         def loss(self, s, t, state):
             want.append(divergence(s.swapped, t.swapped, temperature=3.).mean().item())
             return super().loss(s, t, state)
-    seen += [h["method_loss"] for h in distill(shrink(teacher, 2), teacher, pairs, Spy(), replace(CONFIG, temperature=3.)).history[1:]]
+    seen += [
+        h["method_loss"]
+        for h in distill(shrink(teacher, 2), teacher, pairs, Spy(), replace(CONFIG, temperature=3.0)).history[1:]
+    ]
     assert seen == pytest.approx(want, rel=1e-6) and len(seen) == CONFIG.steps
     cold = distill(shrink(teacher, 2), teacher, pairs, "diito", CONFIG).history[0]["method_loss"]
     assert cold != pytest.approx(want[0], rel=1e-3)
@@ -485,12 +598,20 @@ def test_diito_uses_the_temperature(toy):
 
 def test_the_kl_of_latent_kd_uses_the_temperature(thinking):
     _, data, teacher, student = thinking
-    course = KVCourse(replace(KV_METHODS["latent_kd"], latents=3), student(), teacher, data, replace(CONFIG, temperature=3.))
+    course = KVCourse(
+        replace(KV_METHODS["latent_kd"], latents=3), student(), teacher, data, replace(CONFIG, temperature=3.0)
+    )
     state, rows = course.start(), [0, 1, 2]
     with torch.no_grad():
         got, thought = course.parts(rows, 0, state)["kl"], course.thought[rows]
         final = course.of_student(thought)[0]
-        logits = [(get_adapter(course.student).lm_head(final[i, a - 1:e - 1]), get_adapter(teacher).lm_head(course.targets["final"][i, :e - a])) for i, (_, _, a, e) in enumerate(thought.segments.tolist())]
+        logits = [
+            (
+                get_adapter(course.student).lm_head(final[i, a - 1 : e - 1]),
+                get_adapter(teacher).lm_head(course.targets["final"][i, : e - a]),
+            )
+            for i, (_, _, a, e) in enumerate(thought.segments.tolist())
+        ]
         want = divergence(torch.cat([s for s, _ in logits]), torch.cat([t for _, t in logits]), temperature=3.).mean()
     assert got.item() == pytest.approx(want.item(), rel=1e-5)
 
@@ -503,8 +624,12 @@ def test_keys_are_compared_with_keys(loss, layer_std):
     g = torch.Generator().manual_seed(0)
     k_s, v_s, k_t, v_t = (torch.randn(2, 3, 2, 5, 4, generator=g) for _ in range(4))
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
-    parts = replace(KV_METHODS["kv_mse"], loss=loss, layer_std=layer_std).kv_parts(KVCache(k_s, v_s, mask), AlignedKV(k_t, v_t, mask))
-    assert torch.equal(parts["k"], kv_regression(k_s, k_t, mask, kind=loss, layer_std=layer_std)) and torch.equal(parts["v"], kv_regression(v_s, v_t, mask, kind=loss, layer_std=layer_std))
+    parts = replace(KV_METHODS["kv_mse"], loss=loss, layer_std=layer_std).kv_parts(
+        KVCache(k_s, v_s, mask), AlignedKV(k_t, v_t, mask)
+    )
+    assert torch.equal(parts["k"], kv_regression(k_s, k_t, mask, kind=loss, layer_std=layer_std)) and torch.equal(
+        parts["v"], kv_regression(v_s, v_t, mask, kind=loss, layer_std=layer_std)
+    )
 
 
 # 6. what a docstring says of its source
@@ -513,22 +638,30 @@ def test_codi_reads_the_residual_before_the_final_norm(thinking):
     _, data, teacher, student = thinking
     course = KVCourse(replace(KV_METHODS["latent_sft"], latents=3, a_codi=1.0), student(), teacher, data, CONFIG)
     course.start()
-    with torch.no_grad(), capture(teacher) as hidden: final = get_adapter(teacher).trunk(data.input_ids, data.attention_mask)
+    with torch.no_grad(), capture(teacher) as hidden:
+        final = get_adapter(teacher).trunk(data.input_ids, data.attention_mask)
     at, last = torch.arange(len(data)), course.targets["hidden"][:, -1]
     assert torch.allclose(last, hidden[get_adapter(teacher).n_layers - 1][at, data.cue_pos], atol=1e-5)
-    assert torch.allclose(get_adapter(teacher).final_norm(last), final[at, data.cue_pos], atol=1e-4) and not torch.allclose(last, final[at, data.cue_pos], atol=1e-2)
+    assert torch.allclose(
+        get_adapter(teacher).final_norm(last), final[at, data.cue_pos], atol=1e-4
+    ) and not torch.allclose(last, final[at, data.cue_pos], atol=1e-2)
     assert "before the final norm" in codi_loss.__doc__ and "CODI's code: after it" in codi_loss.__doc__
 
 
 def test_rkv_spares_no_token_by_default():
-    keys = torch.eye(8)[torch.tensor([0, 0, 1, 2, 3, 4, 5, 6])][None, None, None]           # tokens 0 and 1 are alike, the others are alone
-    score = decode_score(KVCache(keys, keys, torch.ones(1, 8), q=torch.zeros(1, 1, 1, 8, 8)), lam=0., window=2, recent=1)[0, 0, 0, :6]
+    # tokens 0 and 1 are alike, the others are alone
+    keys = torch.eye(8)[torch.tensor([0, 0, 1, 2, 3, 4, 5, 6])][None, None, None]
+    score = decode_score(
+        KVCache(keys, keys, torch.ones(1, 8), q=torch.zeros(1, 1, 1, 8, 8)), lam=0.0, window=2, recent=1
+    )[0, 0, 0, :6]
     cosine = keys[0, 0, 0] @ keys[0, 0, 0].T - torch.eye(8)
-    cosine[0, 1] = 0                                                       # the paper: token 0's only, so latest, look-alike is 1; token 1's is 0
+    # the paper: token 0's only, so latest, look-alike is 1; token 1's is 0
+    cosine[0, 1] = 0
     cosine[1, 0] = 0
     assert torch.allclose(score, -(cosine.sum(0) / 8).softmax(0)[:6])
     assert "by the paper's rule" in decode_score.__doc__ and "index default" in decode_score.__doc__
 
 
 def test_docstrings_say_where_they_leave_their_source():
-    for method, words in (("fitnets", "one hint layer"), ("cka", "debiased"), ("diito", "any two inputs")): assert words in type(METHODS[method]).__doc__, method
+    for method, words in (("fitnets", "one hint layer"), ("cka", "debiased"), ("diito", "any two inputs")):
+        assert words in type(METHODS[method]).__doc__, method

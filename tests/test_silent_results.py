@@ -1,4 +1,5 @@
 """Results depend on the repository and its params alone; what is printed is what was measured; a green run says what it did not look at."""
+
 import json, os, re, subprocess, sys
 from pathlib import Path
 from typing import get_args
@@ -18,19 +19,24 @@ NOTEBOOKS = [n for n in sorted((ROOT/"nbs").rglob("*.ipynb")) if ".ipynb_checkpo
 
 
 def code_of(notebook: Path) -> str:
-    return "\n".join("".join(c["source"]) for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code")
+    return "\n".join(
+        "".join(c["source"])
+        for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        if c["cell_type"] == "code"
+    )
 
 
 # text
 
 def test_healing_text_is_not_what_this_python_documents(monkeypatch):
-    "Every source of `lm.source` gives the same documents, or the same refusal, when Python's own documentation is another one."
+    """Every source of `lm.source` gives the same documents, or the same refusal, when Python's own documentation is
+    another one."""
     from pydoc_data import topics
     def texts():
         out = {}
         for source in get_args(Lm.model_fields["source"].annotation):
             for split in ("train", "test"):
-                try: out[source, split] = general_text(split, source)
+                try:out[source, split] = general_text(split, source)
                 except (FileNotFoundError, ValueError) as e: out[source, split] = str(e)
         return out
     before = texts()
@@ -50,7 +56,10 @@ def test_general_text_enters_by_one_stage():
     readers = {s for s, d in DVC["stages"].items() if (m := re.search(r"core\.run (\w+) family=", d["cmd"]))
                and re.search(r"general_text|saved_text", code_of(ROOT/"nbs"/"experiments"/f"{m[1]}.ipynb"))}
     assert {"heal", "baseline", "evaluate", "evaluate_more"} <= readers
-    for stage in readers: assert "artifacts/text/${item.family}" in DVC["stages"][stage]["deps"], f"{stage} reads text that DVC does not know"
+    for stage in readers:
+        assert (
+            "artifacts/text/${item.family}" in DVC["stages"][stage]["deps"]
+        ), f"{stage} reads text that DVC does not know"
 
 
 def test_a_teacher_tells_the_same_text_in_every_process(models, tokenizers):
@@ -72,20 +81,33 @@ def test_a_mute_model_and_unknown_sources_are_refused(make_model, tokenizers, tm
     with torch.no_grad():                                                   # every next token is the end
         model.model.norm.weight.zero_(); model.lm_head = torch.nn.Linear(64, len(tok)); model.lm_head.weight.zero_()
         model.lm_head.bias.copy_(torch.eye(len(tok))[tok.eos_token_id] * 1e4)
-    with pytest.raises(RuntimeError, match="none of 20 documents has a word"): healing_text("samples", model, tok, 20, 4)
-    with pytest.raises(ValueError, match="no source 'embedded': there are 'path' and 'hub', and 'samples'"): healing_text("embedded", model, tok, 20, 4)
-    with pytest.raises(FileNotFoundError, match=r"no train text in .*run `dvc repro` \(stage text\)"): saved_text(tmp_path, "train")
+    with pytest.raises(RuntimeError, match="none of 20 documents has a word"):
+        healing_text("samples", model, tok, 20, 4)
+    with pytest.raises(ValueError, match="no source 'embedded': there are 'path' and 'hub', and 'samples'"):
+        healing_text("embedded", model, tok, 20, 4)
+    with pytest.raises(FileNotFoundError, match=r"no train text in .*run `dvc repro` \(stage text\)"):
+        saved_text(tmp_path, "train")
     compose_params(tmp_path/"params.yaml", "scale=tiny", "lm.source=hub")
-    with pytest.raises(ValueError, match="text from a hub needs id, name and revision"): load_params(tmp_path/"params.yaml")
+    with pytest.raises(ValueError, match="text from a hub needs id, name and revision"):
+        load_params(tmp_path / "params.yaml")
 
 
 def test_text_from_a_hub_is_of_one_revision(monkeypatch):
     import datasets
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **kw: asked.append((a, kw)) or [dict(text=" = One = \n"), dict(text="Words.\n"), dict(text=" = Two = \n")])
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda *a, **kw: asked.append((a, kw))
+        or [dict(text=" = One = \n"), dict(text="Words.\n"), dict(text=" = Two = \n")],
+    )
     hub = load_params_of("a100").lm.hub
     assert hub and re.fullmatch(r"[0-9a-f]{40}", hub["revision"])
-    assert len(general_text("test", "hub", hub=hub)) == 2 and asked[0][1]["revision"] == hub["revision"] and asked[0][0][0] == hub["id"]
+    assert (
+        len(general_text("test", "hub", hub=hub)) == 2
+        and asked[0][1]["revision"] == hub["revision"]
+        and asked[0][0][0] == hub["id"]
+    )
 
 
 def load_params_of(scale):
@@ -101,21 +123,49 @@ def test_every_hub_setting_names_a_revision():
             if "hub" in x and isinstance(x["hub"], str): yield x
             for v in x.values(): yield from specs(v)
     found = [s for f in (ROOT/"conf").rglob("*.yaml") for s in specs(yaml.load(f.read_text(encoding="utf-8")))]
-    assert len(found) > 5 and [s["hub"] for s in found if not re.fullmatch(r"[0-9a-f]{40}", str(s.get("revision", "")))] == []
+    assert (
+        len(found) > 5
+        and [s["hub"] for s in found if not re.fullmatch(r"[0-9a-f]{40}", str(s.get("revision", "")))] == []
+    )
 
 
 # figures
 
-HOSTILE = {"font.family": "serif", "savefig.facecolor": "#123456", "axes.facecolor": "#eeeeee", "axes.titleweight": "bold", "savefig.bbox": "tight", "pdf.compression": 9,
-           "image.interpolation": "bilinear", "legend.shadow": True, "axes.prop_cycle": matplotlib.cycler(color=["red"]), "xtick.direction": "in", "axes.grid": True, "hatch.linewidth": 5}
+HOSTILE = {
+    "font.family": "serif",
+    "savefig.facecolor": "#123456",
+    "axes.facecolor": "#eeeeee",
+    "axes.titleweight": "bold",
+    "savefig.bbox": "tight",
+    "pdf.compression": 9,
+    "image.interpolation": "bilinear",
+    "legend.shadow": True,
+    "axes.prop_cycle": matplotlib.cycler(color=["red"]),
+    "xtick.direction": "in",
+    "axes.grid": True,
+    "hatch.linewidth": 5,
+}
 
 
 def figures(folder: Path) -> dict[str, str]:
     from rcid.report import effect_heatmap, learning_curves, method_intervals, save_figure
-    row = lambda m: dict(family="llama", task="ioi", method=m, accuracy=.9, accuracy_ci=[.8, 1.], consistency=dict(trained=.5, held_out=.4), consistency_ci=dict(trained=[.4, .6], held_out=[.3, .5]))
+    row = lambda m: dict(
+        family="llama",
+        task="ioi",
+        method=m,
+        accuracy=0.9,
+        accuracy_ci=[0.8, 1.0],
+        consistency=dict(trained=0.5, held_out=0.4),
+        consistency_ci=dict(trained=[0.4, 0.6], held_out=[0.3, 0.5]),
+    )
     point = lambda step: dict(step=step, loss=1., accuracy=.5, consistency=.1, kl=2.)
-    made = {"heatmap": effect_heatmap({"a teacher": dict(roles=["io", "end"], score=[[1., 2.], [3., None]], selected=[[0, "io"]])}), "methods": method_intervals([row("undistilled"), row("rcid")]),
-            "curves": learning_curves({"llama": {"rcid": [[point(0), point(5)]]}})}
+    made = {
+        "heatmap": effect_heatmap(
+            {"a teacher": dict(roles=["io", "end"], score=[[1.0, 2.0], [3.0, None]], selected=[[0, "io"]])}
+        ),
+        "methods": method_intervals([row("undistilled"), row("rcid")]),
+        "curves": learning_curves({"llama": {"rcid": [[point(0), point(5)]]}}),
+    }
     return {name: sha256(save_figure(f, folder/name)) for name, f in made.items()}
 
 
@@ -129,7 +179,10 @@ def test_figures_ignore_the_matplotlibrc_of_the_user(tmp_path):
 
 
 def test_importing_the_report_changes_no_setting():
-    code = "import matplotlib; a = dict(matplotlib.rcParams); import rcid.report, rcid.report.kv_results, rcid.report.teachers_results; print(a == dict(matplotlib.rcParams))"
+    code = (
+        "import matplotlib; a = dict(matplotlib.rcParams); import rcid.report, rcid.report.kv_results,"
+        " rcid.report.teachers_results; print(a == dict(matplotlib.rcParams))"
+    )
     assert run(ROOT, sys.executable, "-c", code).stdout.strip() == "True"
 
 
@@ -146,9 +199,19 @@ def one_page(tmp_path: Path, source: str):
     folder.mkdir(exist_ok=True)
     cell = dict(cell_type="code", id="one", metadata={}, source=source, outputs=[], execution_count=None)
     (folder/"page.ipynb").write_text(json.dumps(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)))
-    code = f"from pathlib import Path; from rcid.report.docs import execute; nb = execute(Path({str(folder/'page.ipynb')!r}), Path({str(tmp_path/'cache')!r})); print([o['data'] for c in nb['cells'] for o in c['outputs'] if 'data' in o])"
+    code = (
+        "from pathlib import Path; from rcid.report.docs import execute; nb ="
+        f" execute(Path({str(folder/'page.ipynb')!r}), Path({str(tmp_path/'cache')!r})); print([o['data'] for c in"
+        " nb['cells'] for o in c['outputs'] if 'data' in o])"
+    )
     env = {k: v for k, v in os.environ.items() if k != "PYTHONWARNINGS"}
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**env, "IPYTHONDIR": str(tmp_path/"home"), "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**env, "IPYTHONDIR": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_a_page_is_executed_without_a_warning(tmp_path):
@@ -163,7 +226,12 @@ def test_no_split_half_is_called_a_bound():
     "Split halves of four templates tend below 0: they bound nothing."
     printed = [*(ROOT/"paper"/"sections").glob("*.tex"), *(ROOT/"rcid").rglob("*.py"), *NOTEBOOKS]
     bad = re.compile(r"split[- _]?half|split[- ]halves|\bceiling|do no better than|upper bound on", re.I)
-    found = [f"{f.name}: {l.strip()[:100]}" for f in printed for l in f.read_text(encoding="utf-8").splitlines() if bad.search(l)]
+    found = [
+        f"{f.name}: {l.strip()[:100]}"
+        for f in printed
+        for l in f.read_text(encoding="utf-8").splitlines()
+        if bad.search(l)
+    ]
     assert len(printed) > 100 and found == []
     gpu = json.loads((ROOT/"tests"/"benchmarks"/"gpu.json").read_text(encoding="utf-8"))
     assert not bad.search(json.dumps(gpu))
@@ -173,7 +241,11 @@ def test_no_split_half_is_called_a_bound():
 
 def test_dvc_plots_show_what_the_readme_promises(tmp_path):
     "`dvc plots show` and `dvc plots diff` work without network and draw rows of the committed metrics."
-    plots = {name: p for entry in DVC.get("plots", []) for name, p in (entry if isinstance(entry, dict) else {entry: {}}).items()}
+    plots = {
+        name: p
+        for entry in DVC.get("plots", [])
+        for name, p in (entry if isinstance(entry, dict) else {entry: {}}).items()
+    }
     assert len(plots) >= 4, "dvc.yaml names no plots"
     sources = {f for p in plots.values() for f in p["y"]}
     outs = [o if isinstance(o, str) else next(iter(o)) for s in DVC["stages"].values() for o in s.get("outs", [])]
@@ -181,7 +253,12 @@ def test_dvc_plots_show_what_the_readme_promises(tmp_path):
     from rcid.report import read_matrix, write_plots
     p = load_params()
     keys = list(dict.fromkeys((f, t) for f, t, *_ in p.cells))
-    write_plots(read_matrix(ROOT/"metrics", "distill", p), read_json(ROOT/"metrics"/"exp2.json")["rows"], {(f, t): read_json(ROOT/"metrics"/"sites"/f"{f}-{t}.json") for f, t in keys}, tmp_path/"metrics"/"plots")
+    write_plots(
+        read_matrix(ROOT / "metrics", "distill", p),
+        read_json(ROOT / "metrics" / "exp2.json")["rows"],
+        {(f, t): read_json(ROOT / "metrics" / "sites" / f"{f}-{t}.json") for f, t in keys},
+        tmp_path / "metrics" / "plots",
+    )
     for command in (("git", "init", "-q"), ("dvc", "init", "-q")): assert run(tmp_path, *command).returncode == 0
     (tmp_path/".dvc"/"plots").mkdir(exist_ok=True)
     for f in (ROOT/".dvc"/"plots").glob("*.json"): (tmp_path/".dvc"/"plots"/f.name).write_bytes(f.read_bytes())
@@ -201,7 +278,13 @@ def test_dvc_plots_show_what_the_readme_promises(tmp_path):
     curves.write_text(json.dumps([{**r, "accuracy": .5} for r in json.loads(curves.read_text())]))
     done = run(tmp_path, "dvc", "plots", "diff", "-o", "compared")
     assert done.returncode == 0, output_of(done)
-    revs = {v["rev"] for s in re.findall(r"var spec = (\{.*?\});\n", (tmp_path/"compared"/"index.html").read_text(encoding="utf-8")) for v in json.loads(s)["data"]["values"]}
+    revs = {
+        v["rev"]
+        for s in re.findall(
+            r"var spec = (\{.*?\});\n", (tmp_path / "compared" / "index.html").read_text(encoding="utf-8")
+        )
+        for v in json.loads(s)["data"]["values"]
+    }
     assert revs == {"HEAD", "workspace"}
 
 
@@ -214,8 +297,24 @@ def test_make_test_fetches_before_it_tests():
 
 
 def test_skipped_tests_are_counted_by_reason(tmp_path):
-    (tmp_path/"test_some.py").write_text("import pytest\n@pytest.mark.parametrize('i', range(3))\ndef test_a(i): pytest.skip('no moon')\ndef test_b(): pass\n")
-    done = run(ROOT, sys.executable, "-m", "pytest", "-p", "conftest", "--rootdir", str(tmp_path), "-c", os.devnull, str(tmp_path/"test_some.py"), PYTHONPATH=f"{ROOT}/tests:{ROOT}")
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('i', range(3))\ndef test_a(i): pytest.skip('no moon')\ndef test_b():"
+        " pass\n"
+    )
+    done = run(
+        ROOT,
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "conftest",
+        "--rootdir",
+        str(tmp_path),
+        "-c",
+        os.devnull,
+        str(tmp_path / "test_some.py"),
+        PYTHONPATH=f"{ROOT}/tests:{ROOT}",
+    )
     assert "3 skipped: no moon" in done.stdout, output_of(done)
 
 

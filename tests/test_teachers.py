@@ -1,4 +1,5 @@
 """Several teachers: one in memory at a time, missing ones have no weight, order does not matter, and what is compared cost the same."""
+
 import copy, gc, json, weakref
 import pytest, torch
 from rcid.align import map_layers
@@ -25,11 +26,21 @@ def problems(): return told_problems(n=40, steps=(1,), operations="+-", largest=
 @pytest.fixture(scope="module")
 def folders(problems, tmp_path_factory):
     "Two untrained teachers of other tokenizers, layers, heads and RoPE, a second checkpoint of one, and a student."
-    sizes = {"a": dict(arch="llama", layers=4, heads=4, kv_heads=1, head_dim=24, rope={"rope_type": "linear", "factor": 2.0}), "b": dict(arch="qwen3", layers=3, heads=4, kv_heads=2, head_dim=8, rope_theta=1e6),
-             "a_later": dict(arch="llama", layers=4, heads=4, kv_heads=1, head_dim=24, seed=7), "student": dict(arch="qwen3", layers=2, heads=2, kv_heads=2, head_dim=16)}
+    sizes = {
+        "a": dict(
+            arch="llama", layers=4, heads=4, kv_heads=1, head_dim=24, rope={"rope_type": "linear", "factor": 2.0}
+        ),
+        "b": dict(arch="qwen3", layers=3, heads=4, kv_heads=2, head_dim=8, rope_theta=1e6),
+        "a_later": dict(arch="llama", layers=4, heads=4, kv_heads=1, head_dim=24, seed=7),
+        "student": dict(arch="qwen3", layers=2, heads=2, kv_heads=2, head_dim=16),
+    }
     out = {}
     for name, spec in sizes.items():
-        tokenizer = train_tokenizer([p.styled("words" if name[0] == "a" else "equation").text for p in problems], vocab=420 if name == "b" else 520, bos=name[0] == "a")
+        tokenizer = train_tokenizer(
+            [p.styled("words" if name[0] == "a" else "equation").text for p in problems],
+            vocab=420 if name == "b" else 520,
+            bos=name[0] == "a",
+        )
         model, _ = load_model({**spec, "vocab": len(tokenizer)}, dtype="float32", device="cpu")
         out[name] = save_model(model, tokenizer, tmp_path_factory.mktemp("teachers")/name)
     return out
@@ -40,11 +51,23 @@ def load(folder): return load_model({"path": str(folder)}, dtype="float32", devi
 
 @pytest.fixture(scope="module")
 def heard(folders, problems, tmp_path_factory):
-    "Four teachers of three models. They are untrained, so they are missing everywhere; here they are there all the same."
+    """Four teachers of three models. They are untrained, so they are missing everywhere; here they are there all the
+    same."""
     folder, out = tmp_path_factory.mktemp("heard"), {}
-    for t in (Teacher("a", str(folders["a"]), "words"), Teacher("prompted", str(folders["a"]), "words", before="Think. "), Teacher("later", str(folders["a_later"]), "words"), Teacher("b", str(folders["b"]))):
+    for t in (
+        Teacher("a", str(folders["a"]), "words"),
+        Teacher("prompted", str(folders["a"]), "words", before="Think. "),
+        Teacher("later", str(folders["a_later"]), "words"),
+        Teacher("b", str(folders["b"])),
+    ):
         h = recall(t, listen(t, problems, folder/f"{t.name}.safetensors"), load(t.folder)[1])
-        out[t.name] = Heard(t, h.data, KVCache(h.cache.k, h.cache.v, h.data.attention_mask, h.cache.q, True), torch.ones_like(h.available), h.rope)
+        out[t.name] = Heard(
+            t,
+            h.data,
+            KVCache(h.cache.k, h.cache.v, h.data.attention_mask, h.cache.q, True),
+            torch.ones_like(h.available),
+            h.rope,
+        )
     return out
 
 
@@ -59,15 +82,22 @@ def student(folders, problems):
 
 def test_one_model_under_two_prompts_and_two_checkpoints(heard):
     a, prompted, later = heard["a"], heard["prompted"], heard["later"]
-    assert all(p.prompt == "Think. " + q.prompt for p, q in zip(prompted.data.problems, a.data.problems)) and a.data.input_ids.equal(later.data.input_ids)
+    assert all(
+        p.prompt == "Think. " + q.prompt for p, q in zip(prompted.data.problems, a.data.problems)
+    ) and a.data.input_ids.equal(later.data.input_ids)
     assert not torch.allclose(a.cache.k, later.cache.k) and prompted.cache.seq > a.cache.seq
 
 
 def test_samples_are_drawn_by_seed_and_wrong_ones_are_missing(folders, problems):
     model, tokenizer = load(folders["b"])
-    one, two, again = (Teacher("s", str(folders["b"]), sample=s, longest=12).read(problems[:2], model, tokenizer) for s in (1, 2, 1))
-    assert one == again == [None, None] and two == [None, None]                                   # untrained: nothing ends in the right number
-    answer = iter([f"{p.styled('equation').reasoning}\nThe answer is: {v}" for p, v in zip(problems, [problems[0].value, "99"])])
+    one, two, again = (
+        Teacher("s", str(folders["b"]), sample=s, longest=12).read(problems[:2], model, tokenizer) for s in (1, 2, 1)
+    )
+    # untrained: nothing ends in the right number
+    assert one == again == [None, None] and two == [None, None]
+    answer = iter(
+        [f"{p.styled('equation').reasoning}\nThe answer is: {v}" for p, v in zip(problems, [problems[0].value, "99"])]
+    )
     model.generate = lambda ids, **kw: torch.cat([ids, torch.tensor([tokenizer(next(answer))["input_ids"]])], 1)
     drawn = Teacher("s", str(folders["b"]), sample=1).read(problems[:2], model, tokenizer)
     assert drawn[0].reasoning == problems[0].reasoning["equation"] and drawn[1] is None
@@ -82,11 +112,13 @@ def test_one_teacher_in_memory_at_a_time(folders, problems, tmp_path, monkeypatc
         alive.append(weakref.ref(model))
         return model, tokenizer
     monkeypatch.setattr(teachers_module, "load_model", counting)
-    for i, name in enumerate(("a", "b", "a_later")): listen(Teacher(name, str(folders[name])), problems, tmp_path/f"{i}.safetensors")
+    for i, name in enumerate(("a", "b", "a_later")):
+        listen(Teacher(name, str(folders[name])), problems, tmp_path / f"{i}.safetensors")
     gc.collect()
     assert most == [0, 0, 0] and all(w() is None for w in alive) and len(alive) == 3
     listen(Teacher("a", str(folders["a"])), problems, tmp_path/"0.safetensors")
-    assert len(alive) == 3                                                                         # what was heard is not heard again
+    # what was heard is not heard again
+    assert len(alive) == 3
 
 
 def test_lessons_hold_targets_and_nothing_of_the_teachers(heard, student):
@@ -94,7 +126,11 @@ def test_lessons_hold_targets_and_nothing_of_the_teachers(heard, student):
     def held(names):
         gc.collect()
         l = make_lessons(model, words, thought, {n: heard[n] for n in names}, fit_steps=0)
-        return sum(x.numel() for t in l.targets.values() for x in (t.k, t.v, t.mask)) + sum(x.numel() for x in (l.features, *l.prototypes.values())), l.targets["b"].k.shape
+        return (
+            sum(x.numel() for t in l.targets.values() for x in (t.k, t.v, t.mask))
+            + sum(x.numel() for x in (l.features, *l.prototypes.values())),
+            l.targets["b"].k.shape,
+        )
     (one, shape), (three, _) = held(["b"]), held(["b", "a", "later"])
     per_teacher = 2 * shape.numel() + thought.input_ids.numel() + shape[1] * shape[2] * shape[4]
     assert three - one == 2 * per_teacher
@@ -105,15 +141,28 @@ def test_lessons_hold_targets_and_nothing_of_the_teachers(heard, student):
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_twice_the_same_teacher_is_one_teacher(fusion, heard, student):
     model, _, words, thought = student
-    whole, c = make_lessons(model, words, thought, heard, fit_steps=5), DistillConfig(steps=5, batch=8, lr=1e-3, log_every=1)
+    whole, c = make_lessons(model, words, thought, heard, fit_steps=5), DistillConfig(
+        steps=5, batch=8, lr=1e-3, log_every=1
+    )
     def run(names):
-        l = Lessons(thought, {n: whole.targets[t] for n, t in names.items()}, whole.features, {n: whole.prototypes[t] for n, t in names.items()})
+        l = Lessons(
+            thought,
+            {n: whole.targets[t] for n, t in names.items()},
+            whole.features,
+            {n: whole.prototypes[t] for n, t in names.items()},
+        )
         s = copy.deepcopy(model)
-        return [p["loss"] for p in distill(s, s, l, FusedKV(fusion=fusion), c).history], torch.cat([p.flatten() for p in s.parameters()]).detach(), routing(l)
+        return (
+            [p["loss"] for p in distill(s, s, l, FusedKV(fusion=fusion), c).history],
+            torch.cat([p.flatten() for p in s.parameters()]).detach(),
+            routing(l),
+        )
     once, twice = run({"a": "a"}), run({"x": "a", "y": "a"})
     assert max(abs(x - y) for x, y in zip(once[0], twice[0])) < 1e-6 and (once[1] - twice[1]).abs().max() < 1e-6
     ab, ba = run({"a": "a", "b": "b"}), run({"b": "b", "a": "a"})
-    assert max(abs(x - y) for x, y in zip(ab[0], ba[0])) < 1e-5 and torch.allclose(ab[2][0], ba[2][0].flip(1), atol=1e-4)
+    assert max(abs(x - y) for x, y in zip(ab[0], ba[0])) < 1e-5 and torch.allclose(
+        ab[2][0], ba[2][0].flip(1), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -124,7 +173,12 @@ def test_a_missing_teacher_has_weight_0_and_a_problem_without_any_teaches_no_key
     c = DistillConfig(steps=3, batch=8, lr=1e-3, log_every=1)
     distill(copy.deepcopy(model), model, lessons, FusedKV(fusion=fusion), c)
     w, there = routing(lessons)
-    assert (w[:3, 1] == 0).all() and torch.allclose(w[1:3, 0], torch.ones(2)) and (w[0] == 0).all() and torch.allclose(w[3:].sum(1), torch.ones(len(w) - 3), atol=1e-5)
+    assert (
+        (w[:3, 1] == 0).all()
+        and torch.allclose(w[1:3, 0], torch.ones(2))
+        and (w[0] == 0).all()
+        and torch.allclose(w[3:].sum(1), torch.ones(len(w) - 3), atol=1e-5)
+    )
     assert not there[0].any()
 
 
@@ -137,24 +191,39 @@ def test_router_learns_with_missing_teachers(entropy):
 
 
 def test_rotation_does_not_enter(folders, problems, tmp_path, student):
-    "Keys are compared before RoPE: a teacher whose base is another one, with the same weights, has the same keys of its first layer."
+    """Keys are compared before RoPE: a teacher whose base is another one, with the same weights, has the same keys of
+    its first layer."""
     model, tokenizer = load(folders["b"])
     model.config.rope_parameters = {"rope_type": "default", "rope_theta": 100.0}
     other = type(model)(model.config); other.load_state_dict(model.state_dict())
     save_model(other, tokenizer, tmp_path/"other")
-    a, b = (recall(t, listen(t, problems, tmp_path/f"{t.name}.safetensors", dtype=torch.float32), tokenizer) for t in (Teacher("one", str(folders["b"])), Teacher("two", str(tmp_path/"other"))))
-    assert torch.allclose(a.cache.k[:, 0], b.cache.k[:, 0], atol=1e-4) and not torch.allclose(a.cache.k[:, 1], b.cache.k[:, 1], atol=1e-3)
+    a, b = (
+        recall(t, listen(t, problems, tmp_path / f"{t.name}.safetensors", dtype=torch.float32), tokenizer)
+        for t in (Teacher("one", str(folders["b"])), Teacher("two", str(tmp_path / "other")))
+    )
+    assert torch.allclose(a.cache.k[:, 0], b.cache.k[:, 0], atol=1e-4) and not torch.allclose(
+        a.cache.k[:, 1], b.cache.k[:, 1], atol=1e-3
+    )
 
 
 def test_cka_map_finds_the_layers_that_are_the_same(heard, student):
     model, _, words, thought = student
     k, v = own_kv(model, thought)
-    shuffled = torch.stack([k[:, 1], torch.randn_like(k[:, 0]), k[:, 0]], 1), torch.stack([v[:, 1], torch.randn_like(v[:, 0]), v[:, 0]], 1)
+    shuffled = torch.stack([k[:, 1], torch.randn_like(k[:, 0]), k[:, 0]], 1), torch.stack(
+        [v[:, 1], torch.randn_like(v[:, 0]), v[:, 0]], 1
+    )
     cka = layer_cka_at_places(shuffled, (k, v), thought.attention_mask.bool())
     assert map_layers(2, 3, "cka", cka=cka) == [2, 0]
     weighted = map_layers(2, 3, "cka", cka=cka, top_k=2)
     assert all(abs(sum(w for _, w in row) - 1) < 1e-6 and row[0][0] == want for row, want in zip(weighted, [2, 0]))
-    make_lessons(model, words, thought, {"b": heard["b"]}, layer_maps={"b": map_layers(2, 3, "cka", cka=cka, top_k=2)}, fit_steps=0)
+    make_lessons(
+        model,
+        words,
+        thought,
+        {"b": heard["b"]},
+        layer_maps={"b": map_layers(2, 3, "cka", cka=cka, top_k=2)},
+        fit_steps=0,
+    )
 
 
 @pytest.mark.parametrize("time", TIMES)
@@ -162,24 +231,58 @@ def test_cka_map_finds_the_layers_that_are_the_same(heard, student):
 def test_every_alignment_gives_targets(time, projection, heard, student, folders):
     model, tokenizer, words, thought = student
     voices = {n: heard[n] for n in ("a", "b")}
-    lessons = make_lessons(model, words, thought, voices, time, None, projection, tokenizer, {n: load(folders[n])[1] for n in voices}, fit_steps=0)
-    for t in lessons.targets.values(): assert t.k.isfinite().all() and t.v.isfinite().all() and t.mask.any(1).all() and not (t.mask & ~thought.attention_mask.bool()).any()
+    lessons = make_lessons(
+        model,
+        words,
+        thought,
+        voices,
+        time,
+        None,
+        projection,
+        tokenizer,
+        {n: load(folders[n])[1] for n in voices},
+        fit_steps=0,
+    )
+    for t in lessons.targets.values():
+        assert (
+            t.k.isfinite().all()
+            and t.v.isfinite().all()
+            and t.mask.any(1).all()
+            and not (t.mask & ~thought.attention_mask.bool()).any()
+        )
 
 
-@pytest.mark.parametrize("change", (dict(parts="k"), dict(parts="v"), dict(depth="shallow"), dict(depth="deep"), dict(vote="teacher", fusion="govern")))
+@pytest.mark.parametrize(
+    "change",
+    (
+        dict(parts="k"),
+        dict(parts="v"),
+        dict(depth="shallow"),
+        dict(depth="deep"),
+        dict(vote="teacher", fusion="govern"),
+    ),
+)
 def test_ablations_change_the_loss_and_not_the_cost(change, heard, student):
     model, _, words, thought = student
-    lessons, c = make_lessons(model, words, thought, {n: heard[n] for n in ("a", "b", "later")}, fit_steps=0), DistillConfig(steps=2, batch=8, lr=1e-3, log_every=1)
+    lessons, c = make_lessons(
+        model, words, thought, {n: heard[n] for n in ("a", "b", "later")}, fit_steps=0
+    ), DistillConfig(steps=2, batch=8, lr=1e-3, log_every=1)
     def run(m): s = copy.deepcopy(model); return distill(s, s, lessons, m, c)
     whole, part = run(FusedKV(fusion=change.get("fusion", "fixed"))), run(FusedKV(**change))
-    assert whole.history[-1]["method_loss"] != part.history[-1]["method_loss"] and (whole.tokens, whole.flops) == (part.tokens, part.flops)
+    assert whole.history[-1]["method_loss"] != part.history[-1]["method_loss"] and (whole.tokens, whole.flops) == (
+        part.tokens,
+        part.flops,
+    )
 
 
 def test_two_voters_have_no_majority(heard, student):
     model, _, words, thought = student
-    lessons, c = make_lessons(model, words, thought, {n: heard[n] for n in ("a", "b")}, fit_steps=0), DistillConfig(steps=2, batch=8, lr=1e-3, log_every=1)
+    lessons, c = make_lessons(model, words, thought, {n: heard[n] for n in ("a", "b")}, fit_steps=0), DistillConfig(
+        steps=2, batch=8, lr=1e-3, log_every=1
+    )
     def run(m): s = copy.deepcopy(model); return [p["loss"] for p in distill(s, s, lessons, m, c).history]
-    for vote in ("coordinate", "teacher"): assert max(abs(x - y) for x, y in zip(run(FusedKV()), run(FusedKV(fusion="govern", vote=vote)))) < 1e-6
+    for vote in ("coordinate", "teacher"):
+        assert max(abs(x - y) for x, y in zip(run(FusedKV()), run(FusedKV(fusion="govern", vote=vote)))) < 1e-6
 
 
 # bad input
@@ -189,10 +292,12 @@ def test_a_run_of_another_cost_is_refused(student):
     lessons, c = Lessons(thought, {}, torch.zeros(len(thought), 4), {}), DistillConfig(steps=2, batch=8)
     FusedKV().course(model, model, lessons, c)
     plan = lessons.taken.plan
-    with pytest.raises(ValueError, match=r"this run would take Budget\(steps=2.*not the agreed Budget\(steps=3"): distill(model, model, lessons, FusedKV(budget=plan._replace(steps=3)), c)
+    with pytest.raises(ValueError, match=r"this run would take Budget\(steps=2.*not the agreed Budget\(steps=3"):
+        distill(model, model, lessons, FusedKV(budget=plan._replace(steps=3)), c)
     check_equal({"x": plan, "y": plan})
     for field in Budget._fields:
-        with pytest.raises(ValueError, match=f"x and y cannot be compared: .* {field};"): check_equal({"x": plan, "y": plan._replace(**{field: getattr(plan, field) + 1})})
+        with pytest.raises(ValueError, match=f"x and y cannot be compared: .* {field};"):
+            check_equal({"x": plan, "y": plan._replace(**{field: getattr(plan, field) + 1})})
 
 
 def test_a_teacher_that_does_not_keep_the_text(folders, problems, tmp_path):
@@ -200,7 +305,8 @@ def test_a_teacher_that_does_not_keep_the_text(folders, problems, tmp_path):
     from tokenizers import normalizers
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     save_model(model, tokenizer, tmp_path/"lower")
-    with pytest.raises(ValueError, match="teacher low: tokenizer .* does not keep the text: from byte 0 on"): listen(Teacher("low", str(tmp_path/"lower")), problems, tmp_path/"x.safetensors")
+    with pytest.raises(ValueError, match="teacher low: tokenizer .* does not keep the text: from byte 0 on"):
+        listen(Teacher("low", str(tmp_path / "lower")), problems, tmp_path / "x.safetensors")
     assert not (tmp_path/"x.safetensors").exists()
 
 
@@ -210,16 +316,19 @@ def test_no_teacher_left_and_wrong_weights(heard, student):
     t = list(lessons.targets.values())
     none = t[0].mask.clone(); none[5] = False
     with pytest.raises(ValueError, match="no teacher is left for sample 5"): fuse([x.k for x in t], [none, none])
-    with pytest.raises(ValueError, match="1 fixed weights for 2 teachers"): FusedKV(weights=(1.,)).course(model, model, lessons, DistillConfig(steps=1, batch=4))
+    with pytest.raises(ValueError, match="1 fixed weights for 2 teachers"):
+        FusedKV(weights=(1.0,)).course(model, model, lessons, DistillConfig(steps=1, batch=4))
     absent = Heard(heard["b"].teacher, heard["b"].data, heard["b"].cache, torch.zeros(len(thought), dtype=torch.bool))
-    with pytest.raises(ValueError, match="teacher b is missing for all 40 problems"): make_lessons(model, words, thought, {"b": absent})
+    with pytest.raises(ValueError, match="teacher b is missing for all 40 problems"):
+        make_lessons(model, words, thought, {"b": absent})
 
 
 def test_parts_are_disjoint_and_hashed(problems, tmp_path):
     parts = share_out(problems, {"teacher": .6, "student": .3, "test": .1})
     path = save_parts(parts, tmp_path/"parts.json")
     assert load_parts(path) == parts
-    with pytest.raises(ValueError, match="the parts teacher and student share 1 problems"): check_parts(parts | {"student": [*parts["student"], parts["teacher"][0]]})
+    with pytest.raises(ValueError, match="the parts teacher and student share 1 problems"):
+        check_parts(parts | {"student": [*parts["student"], parts["teacher"][0]]})
     written = read_json(path)
     written["student"]["problems"].append(written["teacher"]["problems"][0])
     path.write_text(json.dumps(written))

@@ -10,22 +10,40 @@ def make(folder: Path, **params) -> Path:
     "A DVC workspace with the toy pipeline in `folder`."
     shutil.copytree(TOY, folder, ignore=shutil.ignore_patterns("__pycache__"))
     text = (folder/"params.yaml").read_text()
-    for key, value in params.items(): text = "".join(f"{key}: {value}\n" if line.startswith(f"{key}:") else line for line in text.splitlines(True))
+    for key, value in params.items():
+        text = "".join(f"{key}: {value}\n" if line.startswith(f"{key}:") else line for line in text.splitlines(True))
     (folder/"params.yaml").write_text(text)
     shutil.copyfile(ROOT/".dvcignore", folder/".dvcignore")
-    done = subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=folder, capture_output=True, text=True
+    )
     assert done.returncode == 0, output_of(done)
     return folder
 
 
 def environment(folder: Path, **more: str) -> dict:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return {**os.environ, "PATH": path, "RCID_ROOT": str(folder), "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **more}
+    return {
+        **os.environ,
+        "PATH": path,
+        "RCID_ROOT": str(folder),
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+        **more,
+    }
 
 
 def start(folder: Path, *args: str, **more: str) -> subprocess.Popen:
     "`python -m rcid.launch ...` in the background, in a session of its own."
-    return subprocess.Popen([sys.executable, "-m", "rcid.launch", *args], cwd=folder, env=environment(folder, **more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "rcid.launch", *args],
+        cwd=folder,
+        env=environment(folder, **more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def launch(folder: Path, *args: str, timeout: int = 120, **more: str) -> tuple[int, str]:
@@ -39,7 +57,14 @@ def launch(folder: Path, *args: str, timeout: int = 120, **more: str) -> tuple[i
 
 
 def dvc(folder: Path, *args: str, **more: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "dvc", *args], cwd=folder, env=environment(folder, **more), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *args],
+        cwd=folder,
+        env=environment(folder, **more),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, output_of(done)
     return done.stdout + done.stderr
 
@@ -50,4 +75,8 @@ def results(folder: Path) -> dict[str, bytes]:
             for p in ([folder/part] if (folder/part).is_file() else sorted((folder/part).rglob("*"))) if p.is_file()}
 
 
-def trail(folder: Path) -> list[dict]: return [json.loads(p.read_text()) for p in sorted((folder/"trail").glob("*.json"), key=lambda p: p.name.rpartition("-")[2])]
+def trail(folder: Path) -> list[dict]:
+    return [
+        json.loads(p.read_text())
+        for p in sorted((folder / "trail").glob("*.json"), key=lambda p: p.name.rpartition("-")[2])
+    ]

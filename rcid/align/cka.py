@@ -23,7 +23,11 @@ def naive_cka(x: Float[Tensor, "n d_x"], y: Float[Tensor, "n d_y"], debiased: bo
         return torch.trace(k @ h @ l @ h)
     def hsic1(k, l):
         k, l, one = k - k.diag().diag(), l - l.diag().diag(), torch.ones(n, dtype=k.dtype)
-        return (torch.trace(k @ l) + (one@k@one) * (one@l@one) / ((n-1) * (n-2)) - 2 / (n-2) * (one@k@l@one)) / (n * (n-3))
+        return (
+            torch.trace(k @ l)
+            + (one @ k @ one) * (one @ l @ one) / ((n - 1) * (n - 2))
+            - 2 / (n - 2) * (one @ k @ l @ one)
+        ) / (n * (n - 3))
     hsic, k, l = (hsic1 if debiased else hsic0), x @ x.T, y @ y.T
     return float(hsic(k, l) / (hsic(k, k) * hsic(l, l)).sqrt())
 
@@ -41,7 +45,8 @@ def _gram_inner(xs, ys, tile=256):
         for j in range(i, xs.shape[1], tile):
             a, b = (zs[:, i:i+tile] @ zs[:, j:j+tile].mT for zs in (xs, ys))
             if i == j: a.diagonal(dim1=1, dim2=2).zero_(); b.diagonal(dim1=1, dim2=2).zero_()
-            a, b, times = a.flatten(1), b.flatten(1), 1 if i == j else 2                    # the tile below the diagonal is its mirror
+            # the tile below the diagonal is its mirror
+            a, b, times = a.flatten(1), b.flatten(1), 1 if i == j else 2
             cross = cross + times * (a @ b.T).double()
             own_x, own_y = own_x + times * (a * a).sum(1).double(), own_y + times * (b * b).sum(1).double()
     return cross, own_x, own_y
@@ -58,7 +63,8 @@ def _center(xs: Float[Tensor, "layer n d_model"]) -> tuple[Tensor, Tensor]:
     xs = xs.to(torch.promote_types(xs.dtype, torch.float32))
     def shifted(xs):
         xs = torch.stack([x - x.mean(0, dtype=torch.float64).to(x.dtype) for x in xs])
-        return xs, torch.stack([x.double().square().sum(1) for x in xs])               # layer by layer: no float64 copy of them all
+        # layer by layer: no float64 copy of them all
+        return xs, torch.stack([x.double().square().sum(1) for x in xs])
     if xs.shape[1] < 64: return shifted(xs.double())
     out, k = shifted(xs)
     return shifted(xs.double()) if (k.amax(1) > 25 * k.median(1).values).any() else (out, k)
@@ -66,19 +72,22 @@ def _center(xs: Float[Tensor, "layer n d_model"]) -> tuple[Tensor, Tensor]:
 def _hsic(xs: Float[Tensor, "la n d_a"], ys: Float[Tensor, "lb n d_b"], debiased: bool = True):
     "HSIC of all pairs `la lb`, of each x with itself and of each y with itself."
     n = xs.shape[1]
-    if ys.shape[1] != n: raise ValueError(f"cka: the two sides have {n} and {ys.shape[1]} rows, they must be the same tokens")
+    if ys.shape[1] != n:
+        raise ValueError(f"cka: the two sides have {n} and {ys.shape[1]} rows, they must be the same tokens")
     if n < 4: raise ValueError(f"cka: {n} rows, the estimate needs at least 4: use larger batches")
     (xs, k), (ys, l) = _center(xs), _center(ys)
     dtype = torch.promote_types(xs.dtype, ys.dtype)
     cross, own_x, own_y = _inner(xs.to(dtype), ys.to(dtype))
     kl, kk, ll = k @ l.T, (k * k).sum(1), (l * l).sum(1)
-    if not debiased: return cross + kl, own_x + kk, own_y + ll                              # with the diagonal; 1/(n-1)^2 cancels in CKA
+    # with the diagonal; 1/(n-1)^2 cancels in CKA
+    if not debiased: return cross + kl, own_x + kk, own_y + ll
     sk, sl = k.sum(1), l.sum(1)
     def hsic1(inner, dot, sums): return (inner + sums / ((n-1) * (n-2)) - 2 / (n-2) * dot) / (n * (n-3))
     return hsic1(cross, kl, sk[:, None] * sl), hsic1(own_x, kk, sk * sk), hsic1(own_y, ll, sl * sl)
 
 def _ratio(cross, own_x, own_y):
-    good = (own_x > 0)[:, None] & (own_y > 0)          # not the sign of the product: two negatives are no variance either
+    # not the sign of the product: two negatives are no variance either
+    good = (own_x > 0)[:, None] & (own_y > 0)
     return torch.where(good, cross / torch.where(good, own_x[:, None] * own_y, 1.).sqrt(), 0.)
 
 # %% ../../nbs/04_align/01_cka.ipynb #ae36fd21
@@ -89,7 +98,8 @@ def hsic1(x: Float[Tensor, "n d_x"], y: Float[Tensor, "n d_y"]) -> Float[Tensor,
     return _hsic(x[None], y[None])[0].squeeze().to(_dtype(x, y))
 
 def linear_cka(x: Float[Tensor, "n d_x"], y: Float[Tensor, "n d_y"], debiased: bool = True) -> Float[Tensor, ""]:
-    "Linear CKA (Kornblith et al., 1905.00414), debiased (HSIC1 in the ratio, Nguyen et al., 2010.15327) unless told otherwise; n >= 4."
+    """Linear CKA (Kornblith et al., 1905.00414), debiased (HSIC1 in the ratio, Nguyen et al., 2010.15327) unless told
+    otherwise; n >= 4."""
     return _ratio(*_hsic(x[None], y[None], debiased)).squeeze().to(_dtype(x, y))
 
 # %% ../../nbs/04_align/01_cka.ipynb #72762a58
@@ -112,19 +122,28 @@ def layer_cka(
     debiased: bool = True,
     skip_first: bool = True,       # leave out each row's first token, BOS or not: an attention sink
 ) -> Float[Tensor, "la lb"]:       # float32, on the CPU
-    "CKA between every layer of two models, minibatch form (Nguyen et al., 2010.15327): padding, BOS and first tokens are left out."
+    """CKA between every layer of two models, minibatch form (Nguyen et al., 2010.15327): padding, BOS and first tokens
+    are left out."""
     totals = None
     for i, batch in enumerate(batches):
         ids, mask, keep = _kept_tokens(batch, (model_a, model_b), skip_first)
-        if keep.sum() < 4: raise ValueError(f"layer_cka: batch {i} has {int(keep.sum())} tokens besides padding, BOS and first tokens, it needs at least 4: use larger batches")
+        if keep.sum() < 4:
+            raise ValueError(
+                f"layer_cka: batch {i} has {int(keep.sum())} tokens besides padding, BOS and first tokens, it needs at"
+                " least 4: use larger batches"
+            )
         sides = []
         for model in (model_a,) if model_b is model_a else (model_a, model_b):
             device = model_device(model)
             with evaluating(model), capture(model) as hidden: get_adapter(model).trunk(ids.to(device), mask.to(device))
             sides.append(torch.stack([hidden[l][keep.to(device)].float() for l in sorted(hidden)]))
         hsic = _hsic(sides[0], sides[-1].to(sides[0].device), debiased)
-        if not all(h.isfinite().all() for h in hsic): raise ValueError(f"layer_cka: NaN or infinite residuals in batch {i}: load the models in float32 or bfloat16")
-        if not debiased: hsic = [h / (int(keep.sum()) - 1)**2 for h in hsic]                     # a mean over batches, not a sum in which a batch counts as its tokens squared
+        if not all(h.isfinite().all() for h in hsic):
+            raise ValueError(
+                f"layer_cka: NaN or infinite residuals in batch {i}: load the models in float32 or bfloat16"
+            )
+        # a mean over batches, not a sum in which a batch counts as its tokens squared
+        if not debiased: hsic = [h / (int(keep.sum()) - 1)**2 for h in hsic]
         totals = hsic if totals is None else [t + h for t, h in zip(totals, hsic)]
     if totals is None: raise ValueError("layer_cka: no batches")
     return _ratio(*totals).float().cpu()

@@ -14,59 +14,87 @@ from torch import Tensor
 
 # %% ../../nbs/04_align/02_layers.ipynb #6cfb320f
 def _proportional(n_teacher: int, n_student: int) -> list[int]:
-    return [max(0, math.floor((l + 1) / n_teacher * n_student + .5) - 1) for l in range(n_teacher)]   # round() would round halves to even
+    # round() would round halves to even
+    return [max(0, math.floor((l + 1) / n_teacher * n_student + .5) - 1) for l in range(n_teacher)]
 
 # %% ../../nbs/04_align/02_layers.ipynb #587c342c
 def _kept(n_teacher: int, n_student: int, keep) -> list[int]:
-    if keep is None or len(keep) != n_student or sorted(set(keep)) != list(keep) or not 0 <= keep[0] <= keep[-1] < n_teacher:
-        raise ValueError(f"map_layers: keep={keep} must be the {n_student} teacher layers that the student was made of, ascending, within 0..{n_teacher-1}")
+    if (
+        keep is None
+        or len(keep) != n_student
+        or sorted(set(keep)) != list(keep)
+        or not 0 <= keep[0] <= keep[-1] < n_teacher
+    ):
+        raise ValueError(
+            f"map_layers: keep={keep} must be the {n_student} teacher layers that the student was made of, ascending,"
+            f" within 0..{n_teacher-1}"
+        )
     return [max(bisect_right(keep, l) - 1, 0) for l in range(n_teacher)]
 
 def _matrix(x, shape: tuple, what: str) -> Tensor:
     if x is None: raise ValueError(f"map_layers: {what} is missing")
     x = torch.as_tensor(x).detach().double().cpu()
     if x.ndim != 2 or tuple(x.shape) != tuple(s if s is not None else x.shape[i] for i, s in enumerate(shape)):
-        raise ValueError(f"map_layers: {what} has shape {tuple(x.shape)}, expected ({', '.join('roles' if s is None else str(s) for s in shape)})")
+        raise ValueError(
+            f"map_layers: {what} has shape {tuple(x.shape)}, expected"
+            f" ({', '.join('roles' if s is None else str(s) for s in shape)})"
+        )
     if not x.isfinite().all(): raise ValueError(f"map_layers: {what} holds NaN or infinite values")
     return x
 
 def _by_cka(cka: Tensor, top_k: int) -> list:
     if top_k == 1: return cka.argmax(1).tolist()
     value, layer = cka.topk(top_k, dim=1)
-    value = value.clamp_min(0)                                            # a debiased CKA can be below zero: no similarity
+    # a debiased CKA can be below zero: no similarity
+    value = value.clamp_min(0)
     total = value.sum(1, keepdim=True)
     weight = torch.where(total > 0, value / torch.where(total > 0, total, 1.), 1 / top_k)
     return [list(zip(l, w)) for l, w in zip(layer.tolist(), weight.tolist())]
 
 def _by_effect(teacher: Tensor, student: Tensor, tie: float) -> list[int]:
-    if teacher.shape[1] != student.shape[1]: raise ValueError(f"map_layers: effect profiles have {teacher.shape[1]} and {student.shape[1]} roles, they must be the same")
+    if teacher.shape[1] != student.shape[1]:
+        raise ValueError(
+            f"map_layers: effect profiles have {teacher.shape[1]} and {student.shape[1]} roles, they must be the same"
+        )
     for name, e in (("teacher", teacher), ("student", student)):
-        if not e.abs().max() > 0: raise ValueError(f"map_layers: the {name}'s effect profile is zero everywhere: nothing to match")
+        if not e.abs().max() > 0:
+            raise ValueError(f"map_layers: the {name}'s effect profile is zero everywhere: nothing to match")
     teacher, student = teacher / teacher.abs().max(), student / student.abs().max()
     distance = (teacher[:, None] - student[None]).square().mean(2).sqrt()
     near = torch.tensor(_proportional(len(teacher), len(student)))[:, None]
     away = (torch.arange(len(student))[None] - near).abs().double()
     tied = distance <= distance.min(1, keepdim=True).values + tie
-    return torch.where(tied, away + distance, torch.inf).argmin(1).tolist()   # among the tied, distance (they differ by at most `tie`) only settles equal depths
+    # among the tied, distance (they differ by at most `tie`) only settles equal depths
+    return torch.where(tied, away + distance, torch.inf).argmin(1).tolist()
 
 # %% ../../nbs/04_align/02_layers.ipynb #2bb796ce
 def map_layers(
-    n_teacher: int, n_student: int,                                 # numbers of layers
-    how: str = "proportional",                                      # proportional | kept | cka | effect
+    n_teacher: int,
+    n_student: int,  # numbers of layers
+    how: str = "proportional",  # proportional | kept | cka | effect
     *,
-    keep: list[int] | None = None,                                  # for `kept`: the teacher layers the student was made of
-    cka: Float[Tensor, "n_teacher n_student"] | None = None,        # for `cka`, from `layer_cka(teacher, student, ...)`
-    effects: tuple[Float[Tensor, "n_teacher role"], Float[Tensor, "n_student role"]] | None = None,   # for `effect`: mean effects of both, same roles
-    top_k: int = 1,                                                 # with `cka`: how many student layers a teacher layer maps to
-    tie: float = .02,                                               # with `effect`: distances this close count as equal (1 = the largest effect)
-) -> list:                                                          # per teacher layer a student layer, or for top_k > 1 a list of (layer, weight)
+    keep: list[int] | None = None,  # for `kept`: the teacher layers the student was made of
+    cka: Float[Tensor, "n_teacher n_student"] | None = None,  # for `cka`, from `layer_cka(teacher, student, ...)`
+    effects: (
+        tuple[Float[Tensor, "n_teacher role"], Float[Tensor, "n_student role"]] | None
+    ) = None,  # for `effect`: mean effects of both, same roles
+    top_k: int = 1,  # with `cka`: how many student layers a teacher layer maps to
+    tie: float = 0.02,  # with `effect`: distances this close count as equal (1 = the largest effect)
+) -> list:  # per teacher layer a student layer, or for top_k > 1 a list of (layer, weight)
     "Student layer(s) for each teacher layer."
-    if min(n_teacher, n_student) < 1: raise ValueError(f"map_layers: {n_teacher} and {n_student} layers, both must be at least 1")
-    if how not in ("proportional", "kept", "cka", "effect"): raise ValueError(f"map_layers: unknown how={how!r}, use proportional, kept, cka or effect")
-    if not 1 <= top_k <= n_student: raise ValueError(f"map_layers: top_k={top_k} is outside 1..{n_student}, the student's layers")
+    if min(n_teacher, n_student) < 1:
+        raise ValueError(f"map_layers: {n_teacher} and {n_student} layers, both must be at least 1")
+    if how not in ("proportional", "kept", "cka", "effect"):
+        raise ValueError(f"map_layers: unknown how={how!r}, use proportional, kept, cka or effect")
+    if not 1 <= top_k <= n_student:
+        raise ValueError(f"map_layers: top_k={top_k} is outside 1..{n_student}, the student's layers")
     if top_k > 1 and how != "cka": raise ValueError(f"map_layers: top_k={top_k} needs how='cka', not {how!r}")
     if how == "proportional": return _proportional(n_teacher, n_student)
     if how == "kept": return _kept(n_teacher, n_student, keep)
     if how == "cka": return _by_cka(_matrix(cka, (n_teacher, n_student), "the CKA matrix (cka=)"), top_k)
     if effects is None: raise ValueError("map_layers: the effect profiles (effects=(teacher, student)) are missing")
-    return _by_effect(_matrix(effects[0], (n_teacher, None), "the teacher's effect profile"), _matrix(effects[1], (n_student, None), "the student's effect profile"), tie)
+    return _by_effect(
+        _matrix(effects[0], (n_teacher, None), "the teacher's effect profile"),
+        _matrix(effects[1], (n_student, None), "the student's effect profile"),
+        tie,
+    )

@@ -20,30 +20,45 @@ def _rows(x: Tensor, center: bool, normalize: bool) -> Tensor:
 
 def _check(source: Tensor, target: Tensor, rank: int | None):
     if source.ndim != 2 or target.ndim != 2 or len(source) != len(target):
-        raise ValueError(f"procrustes: needs two matrices with the same rows, got {tuple(source.shape)} and {tuple(target.shape)}")
-    if not (source.isfinite().all() and target.isfinite().all()): raise ValueError("procrustes: NaN or infinite rows: drop them before the fit")
+        raise ValueError(
+            f"procrustes: needs two matrices with the same rows, got {tuple(source.shape)} and {tuple(target.shape)}"
+        )
+    if not (source.isfinite().all() and target.isfinite().all()):
+        raise ValueError("procrustes: NaN or infinite rows: drop them before the fit")
     (n, d_s), d_t = source.shape, target.shape[1]
     most = min(n, d_s, d_t)
     if rank is None and d_t < d_s:
-        raise ValueError(f"procrustes: the target is narrower (d_t={d_t}) than the source (d_s={d_s}), no isometry exists: pass rank <= {most}")
-    if rank is None and n < d_s: raise ValueError(f"procrustes: {n} rows cannot determine {d_s} directions: use more rows or pass rank <= {most}")
-    if rank is not None and not 1 <= rank <= most: raise ValueError(f"procrustes: rank={rank} is outside 1..{most} (rows {n}, d_s {d_s}, d_t {d_t})")
+        raise ValueError(
+            f"procrustes: the target is narrower (d_t={d_t}) than the source (d_s={d_s}), no isometry exists: pass rank"
+            f" <= {most}"
+        )
+    if rank is None and n < d_s:
+        raise ValueError(
+            f"procrustes: {n} rows cannot determine {d_s} directions: use more rows or pass rank <= {most}"
+        )
+    if rank is not None and not 1 <= rank <= most:
+        raise ValueError(f"procrustes: rank={rank} is outside 1..{most} (rows {n}, d_s {d_s}, d_t {d_t})")
 
 # %% ../../nbs/04_align/00_procrustes.ipynb #9f04a24f
 def procrustes(
-    source: Float[Tensor, "n d_s"],   # student rows
-    target: Float[Tensor, "n d_t"],   # teacher rows, in the same order
-    center: bool = False,             # subtract the column means first (for raw activations, not for differences)
-    normalize: bool = True,           # scale every row to length 1 first: the fit then maximises the mean cosine
-    rank: int | None = None,          # fit only the `rank` strongest directions: a partial isometry instead of an isometry
-) -> Float[Tensor, "d_t d_s"]:        # `source @ W.T` lies in teacher space; float32 at least
+    source: Float[Tensor, "n d_s"],  # student rows
+    target: Float[Tensor, "n d_t"],  # teacher rows, in the same order
+    center: bool = False,  # subtract the column means first (for raw activations, not for differences)
+    normalize: bool = True,  # scale every row to length 1 first: the fit then maximises the mean cosine
+    rank: int | None = None,  # fit only the `rank` strongest directions: a partial isometry instead of an isometry
+) -> Float[Tensor, "d_t d_s"]:  # `source @ W.T` lies in teacher space; float32 at least
     "Exact orthogonal Procrustes map from student to teacher space (Schoenemann 1966, doi:10.1007/BF02289451)."
     _check(source, target, rank)
     m = _rows(target, center, normalize).T @ _rows(source, center, normalize)
     u, s, vt = torch.linalg.svd(m, full_matrices=False)
     dtype = torch.promote_types(source.dtype, torch.float32)
-    wanted, known = rank or m.shape[1], int((s > s[0] * 4 * torch.finfo(dtype).eps).sum())     # below that, rounding of the inputs
-    if known < wanted: warnings.warn(f"procrustes: the rows determine {known} of {wanted} directions, the others are arbitrary: pass rank={known} or more rows")
+    # below that, rounding of the inputs
+    wanted, known = rank or m.shape[1], int((s > s[0] * 4 * torch.finfo(dtype).eps).sum())
+    if known < wanted:
+        warnings.warn(
+            f"procrustes: the rows determine {known} of {wanted} directions, the others are arbitrary: pass"
+            f" rank={known} or more rows"
+        )
     return (u[:, :wanted] @ vt[:wanted]).to(dtype)
 
 # %% ../../nbs/04_align/00_procrustes.ipynb #c51b9189
@@ -52,7 +67,8 @@ def random_orthogonal(d_t: int, d_s: int, seed: int = 0) -> Float[Tensor, "d_t d
     if d_t < d_s: raise ValueError(f"random_orthogonal: d_t={d_t} is smaller than d_s={d_s}, no isometry exists")
     g = torch.randn(d_t, d_s, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     q, r = torch.linalg.qr(g)
-    return (q * r.diagonal().sign()).float()       # the sign makes QR unique, without it the distribution is not uniform
+    # the sign makes QR unique, without it the distribution is not uniform
+    return (q * r.diagonal().sign()).float()
 
 # %% ../../nbs/04_align/00_procrustes.ipynb #ceb01e85
 def principal_angles(w_a: Float[Tensor, "d_t d_s"], w_b: Float[Tensor, "d_t d_s"]) -> Float[Tensor, "d_s"]:
@@ -62,7 +78,8 @@ def principal_angles(w_a: Float[Tensor, "d_t d_s"], w_b: Float[Tensor, "d_t d_s"
     return torch.from_numpy(angles).float()
 
 def map_angle(w_a: Float[Tensor, "d_t d_s"], w_b: Float[Tensor, "d_t d_s"]) -> float:
-    "The angle between two maps as vectors, in radians: how far directions turn on average, also when the image is the same."
+    """The angle between two maps as vectors, in radians: how far directions turn on average, also when the image is the
+    same."""
     a, b = w_a.detach().double().cpu(), w_b.detach().double().cpu()
     if not (a.norm() > 0 and b.norm() > 0): raise ValueError("map_angle: a map of zeros has no direction")
     a, b = a / a.norm(), b / b.norm()

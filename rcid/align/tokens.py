@@ -17,7 +17,9 @@ from torch import Tensor
 
 # %% ../../nbs/04_align/03_tokens.ipynb #8166ea44
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]       # bytes that GPT-2's alphabet leaves as they are
-_BYTE = {chr(b): b for b in _VISIBLE} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in _VISIBLE)}
+_BYTE = {chr(b): b for b in _VISIBLE} | {
+    chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in _VISIBLE)
+}
 
 def _byte_level(tokenizer) -> bool: return "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
 
@@ -27,31 +29,44 @@ def _piece(token: str, byte_level: bool) -> bytes:
     return token.replace("▁", " ").encode()
 
 # %% ../../nbs/04_align/03_tokens.ipynb #d434f54b
-def _name(tokenizer) -> str: return (getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__).rstrip("/").rsplit("/")[-1]
+def _name(tokenizer) -> str:
+    return (getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__).rstrip("/").rsplit("/")[-1]
+
 
 def _refuse(tokenizer, kept: bytes, text: str):
     want = text.encode()
-    if kept[:1] == b" " != want[:1]: kept = kept[1:]                    # the space before the first word is not what went wrong
+    # the space before the first word is not what went wrong
+    if kept[:1] == b" " != want[:1]: kept = kept[1:]
     at = next((i for i, (x, y) in enumerate(zip(kept, want)) if x != y), min(len(kept), len(want)))
-    raise ValueError(f"tokenizer {_name(tokenizer)} does not keep the text: from byte {at} on, {want[at:at+12]!r} became {kept[at:at+12]!r}; "
-                     "align needs tokenizers whose tokens spell the text, such as byte-level BPE")
+    raise ValueError(
+        f"tokenizer {_name(tokenizer)} does not keep the text: from byte {at} on, {want[at:at+12]!r} became"
+        f" {kept[at:at+12]!r}; align needs tokenizers whose tokens spell the text, such as byte-level BPE"
+    )
 
 def _read(tokenizer, text: str) -> tuple[list[int], list[bytes]]: # ids, and the bytes that each stands for
-    if not getattr(tokenizer, "is_fast", False): raise TypeError(f"tokenizer {_name(tokenizer)} is a slow one: load its fast version, which has a tokenizer.json")
+    if not getattr(tokenizer, "is_fast", False):
+        raise TypeError(
+            f"tokenizer {_name(tokenizer)} is a slow one: load its fast version, which has a tokenizer.json"
+        )
     if not text: raise ValueError("empty text: there are no tokens to align")
-    try: want = text.encode()
-    except UnicodeEncodeError as e: raise ValueError(f"character {e.start} of the text is a lone surrogate, which is not text: replace it") from None
+    try:want = text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"character {e.start} of the text is a lone surrogate, which is not text: replace it") from None
     e, added, byte_level = tokenizer(text).encodings[0], tokenizer.added_tokens_decoder, _byte_level(tokenizer)
     pieces = []
     for i, token, (start, end), template in zip(e.ids, e.tokens, e.offsets, e.special_tokens_mask):
-        if template: pieces.append(b"")
-        elif i in added: pieces.append((text[start:end] if text[start:end].strip() == added[i].content else added[i].content).encode())
-        else: pieces.append(_piece(token, byte_level))
+        if template:pieces.append(b"")
+        elif i in added:pieces.append((text[start:end] if text[start:end].strip() == added[i].content else added[i].content).encode())
+        else:
+            pieces.append(_piece(token, byte_level))
     kept = b"".join(pieces)
     if kept == b" " + want:
         first = next(k for k, p in enumerate(pieces) if p)
         pieces[first] = pieces[first][1:]
-    elif kept != want and unicodedata.normalize("NFC", kept.decode(errors="replace")) != unicodedata.normalize("NFC", text): _refuse(tokenizer, kept, text)
+    elif kept != want and unicodedata.normalize("NFC", kept.decode(errors="replace")) != unicodedata.normalize(
+        "NFC", text
+    ):
+        _refuse(tokenizer, kept, text)
     return list(e.ids), pieces
 
 def _cumulative(pieces: list[bytes]) -> list[tuple[int, int]]:
@@ -59,20 +74,28 @@ def _cumulative(pieces: list[bytes]) -> list[tuple[int, int]]:
     return list(zip([0, *ends[:-1]], ends))
 
 # %% ../../nbs/04_align/03_tokens.ipynb #8e91c568
-def _clusters(text: str) -> list[str]: # pieces that normalisation treats one by one: a character and what can combine with it
+def _clusters(
+    text: str,
+) -> list[str]:  # pieces that normalisation treats one by one: a character and what can combine with it
     out = []
     for c in text:
-        joins = unicodedata.category(c)[0] == "M" or 0x1160 <= ord(c) <= 0x11FF     # marks; Hangul vowels and final consonants
-        if joins and out: out[-1] += c
+        # marks; Hangul vowels and final consonants
+        joins = unicodedata.category(c)[0] == "M" or 0x1160 <= ord(c) <= 0x11FF
+        if joins and out:out[-1] += c
         else: out.append(c)
     return out
 
-def _through_normaliser(tokenizer, spans, kept: bytes, text: str) -> list[tuple[int, int]]: # spans of the kept bytes -> spans of the text's
+
+def _through_normaliser(
+    tokenizer, spans, kept: bytes, text: str
+) -> list[tuple[int, int]]:  # spans of the kept bytes -> spans of the text's
     normalise = tokenizer.backend_tokenizer.normalizer.normalize_str
-    low, high, at = [0], [0], 0                               # the text's offset at or before, at or after, each offset of `kept`
+    # the text's offset at or before, at or after, each offset of `kept`
+    low, high, at = [0], [0], 0
     for cluster in _clusters(text):
         raw, new = cluster.encode(), normalise(cluster).encode()
-        if not kept.startswith(new, at): new = raw            # beside an added token, which is cut out before normalisation
+        # beside an added token, which is cut out before normalisation
+        if not kept.startswith(new, at): new = raw
         if not kept.startswith(new, at): _refuse(tokenizer, kept, text)
         start, end = low[-1], low[-1] + len(raw)
         low += range(start + 1, end + 1) if new == raw else [start]*(len(new) - 1) + [end]
@@ -81,10 +104,12 @@ def _through_normaliser(tokenizer, spans, kept: bytes, text: str) -> list[tuple[
     if at != len(kept): _refuse(tokenizer, kept, text)
     return [(low[s], high[e] if e > s else low[s]) for s, e in spans]
 
+
 def byte_spans(
-    tokenizer,  # a fast tokenizer that keeps the text
-    text: str   # not empty
-) -> tuple[list[int], list[tuple[int, int]]]: # ids, and (start, end) in bytes of `text`; start == end for a token that stands for no text
+    tokenizer, text: str  # a fast tokenizer that keeps the text  # not empty
+) -> tuple[
+    list[int], list[tuple[int, int]]
+]:  # ids, and (start, end) in bytes of `text`; start == end for a token that stands for no text
     "The tokens of `text`, as the tokenizer makes them, and the bytes that each covers."
     ids, pieces = _read(tokenizer, text)
     spans, kept = _cumulative(pieces), b"".join(pieces)
@@ -94,7 +119,8 @@ def byte_spans(
 @dataclass(frozen=True)
 class TokenGroups:
     "What `align_tokens` found; iterates over `(indices in a, indices in b)`, consecutive and never empty."
-    text: str                                                      # what the offsets count bytes of: the given text, or the form to which both tokenizers normalise it
+    # what the offsets count bytes of: the given text, or the form to which both tokenizers normalise it
+    text: str
     ids: tuple[list[int], list[int]]                               # token ids of a, of b
     spans: tuple[list[tuple[int, int]], list[tuple[int, int]]]     # (start, end) of each token in bytes of `text`
     groups: list[tuple[list[int], list[int]]]
@@ -117,7 +143,8 @@ class TokenGroups:
 def _two_pointers(spans_a, spans_b) -> list[tuple[list[int], list[int]]]:
     text = [[i for i, (s, e) in enumerate(spans) if e > s] for spans in (spans_a, spans_b)]
     ends = [[spans[i] for i in t] for spans, t in zip((spans_a, spans_b), text)]
-    firsts, done = [], [0, 0]                                      # first text token of each group; how many text tokens are taken
+    # first text token of each group; how many text tokens are taken
+    firsts, done = [], [0, 0]
     while done[0] < len(text[0]):
         firsts.append((text[0][done[0]], text[1][done[1]]))
         done = [done[0] + 1, done[1] + 1]
@@ -125,16 +152,18 @@ def _two_pointers(spans_a, spans_b) -> list[tuple[list[int], list[int]]]:
             reached = [ends[side][done[side] - 1][1] for side in (0, 1)]
             behind = [side for side in (0, 1) if reached[side] < reached[1 - side]]
             # tokens of one normalised cluster share its span, so the next may begin before the last one ends
-            behind = behind or [side for side in (0, 1) if done[side] < len(ends[side]) and ends[side][done[side]][0] < reached[side]]
+            behind = behind or [
+                side for side in (0, 1) if done[side] < len(ends[side]) and ends[side][done[side]][0] < reached[side]
+            ]
             if not behind: break
             done[behind[0]] += 1
     stops = [*firsts[1:], (text[0][-1] + 1, text[1][-1] + 1)]
     groups = [tuple(list(range(f, s)) for f, s in zip(first, stop)) for first, stop in zip(firsts, stops)]
     head = tuple(list(range(t[0])) for t in text)
     tail = tuple(list(range(t[-1] + 1, len(spans))) for t, spans in zip(text, (spans_a, spans_b)))
-    if all(head): groups.insert(0, head)
+    if all(head):groups.insert(0, head)
     else: groups[0] = tuple(h + g for h, g in zip(head, groups[0]))
-    if all(tail): groups.append(tail)
+    if all(tail):groups.append(tail)
     else: groups[-1] = tuple(g + t for g, t in zip(groups[-1], tail))
     return groups
 
@@ -155,7 +184,8 @@ def token_weights(
     groups: TokenGroups,
     how: str = "last"  # last | soft
 ) -> Float[Tensor, "seq_a seq_b"]:
-    "Weights of the teacher's tokens for each token of the student; a row sums to 1, or to 0 where the token has no counterpart."
+    """Weights of the teacher's tokens for each token of the student; a row sums to 1, or to 0 where the token has no
+    counterpart."""
     if how not in ("last", "soft"): raise ValueError(f"unknown token weights {how!r}: there are last, soft")
     out = torch.zeros(len(groups.ids[0]), len(groups.ids[1]))
     for a, b in groups.worded:
@@ -170,7 +200,7 @@ def token_weights(
 def character_iou(groups: TokenGroups) -> Float[Tensor, "seq_a seq_b"]:
     "Intersection over union of the characters that each token of a and each of b touches; 0 for a token without text."
     char = [k for k, c in enumerate(groups.text) for _ in range(len(c.encode()))]       # the character of each byte
-    (a, b) = [torch.tensor([(char[s], char[e - 1] + 1) if e > s else (0, 0) for s, e in spans]) for spans in groups.spans]
+    a, b = [torch.tensor([(char[s], char[e - 1] + 1) if e > s else (0, 0) for s, e in spans]) for spans in groups.spans]
     overlap = (torch.minimum(a[:, None, 1], b[None, :, 1]) - torch.maximum(a[:, None, 0], b[None, :, 0])).clamp_min(0)
     union = (a[:, 1] - a[:, 0])[:, None] + (b[:, 1] - b[:, 0])[None] - overlap
     return overlap / union.clamp_min(1)
@@ -189,18 +219,29 @@ def shared_vocabulary(tok_a, tok_b) -> Int[Tensor, "2 shared"]:
     "Ids in a and in b of the tokens that stand for the same bytes."
     def by_bytes(tokenizer):
         added, byte_level = tokenizer.added_tokens_decoder, _byte_level(tokenizer)
-        return {added[i].content.encode() if i in added else _piece(t, byte_level): i for t, i in sorted(tokenizer.get_vocab().items(), key=lambda ti: ti[1])}
+        return {
+            added[i].content.encode() if i in added else _piece(t, byte_level): i
+            for t, i in sorted(tokenizer.get_vocab().items(), key=lambda ti: ti[1])
+        }
     a, b = by_bytes(tok_a), by_bytes(tok_b)
     return torch.tensor([[i, b[t]] for t, i in a.items() if t in b], dtype=torch.long).reshape(-1, 2).T
 
-def _predicted(groups: TokenGroups) -> list[tuple[list[int], list[int]]]: # without those whose first token nothing comes before
+
+def _predicted(
+    groups: TokenGroups,
+) -> list[tuple[list[int], list[int]]]:  # without those whose first token nothing comes before
     return [(a, b) for a, b in groups.worded if a[0] and b[0]]
 
-def _merged(logits, ids, sides, temperature): # log of the merged distribution, "group vocab", and the first token of each group
+
+def _merged(
+    logits, ids, sides, temperature
+):  # log of the merged distribution, "group vocab", and the first token of each group
     log_p, ids = F.log_softmax(logits.float() / temperature, -1), torch.tensor(ids, device=logits.device)
-    own = log_p[:-1].gather(-1, ids[1:, None])[:, 0]               # own[i - 1] belongs to token i: the row before a token predicts it
+    # own[i - 1] belongs to token i: the row before a token predicts it
+    own = log_p[:-1].gather(-1, ids[1:, None])[:, 0]
     first = torch.tensor([s[0] for s in sides], device=logits.device)
     return log_p[first - 1] + torch.stack([own[s[0]:s[-1]].sum() for s in sides])[:, None], ids[first]
+
 
 def cross_kl(
     student: Float[Tensor, "seq_a vocab_a"],  # logits on the ids of a
@@ -217,7 +258,9 @@ def cross_kl(
     q, p, (to_a, to_b) = log_q[:, shared[0]], log_p[:, shared[1]], shared.to(student.device)
     here = (to_a == first_a[:, None]) | (to_b == first_b[:, None])  # the group itself, which is an outcome of its own
     q_group, p_group = log_q.gather(1, first_a[:, None])[:, 0], log_p.gather(1, first_b[:, None])[:, 0]
-    q_else, p_else = ((1 - x.exp().masked_fill(here, 0).sum(1) - y.exp()).clamp_min(1e-7) for x, y in ((q, q_group), (p, p_group)))
+    q_else, p_else = (
+        (1 - x.exp().masked_fill(here, 0).sum(1) - y.exp()).clamp_min(1e-7) for x, y in ((q, q_group), (p, p_group))
+    )
     def part(a, b): # a log-probability of -inf has no part in it, and no gradient
         none = a.exp() == 0
         return torch.where(none, 0, a.exp() * (a.masked_fill(none, 0) - b.masked_fill(none, 0)))

@@ -27,10 +27,14 @@ def run_logit_diff(model: nn.Module, ids: Int[Tensor, "pair seq"], pairs: Contra
 def checked(model: nn.Module, pairs: ContrastiveDataset) -> ContrastiveDataset:
     "The pairs on the model's device; ValueError for no pairs, unequal lengths or padding on the left."
     if not len(pairs): raise ValueError("no pairs given: an effect needs at least one, draw some with load_pairs")
-    if pairs.clean_ids.shape != pairs.corrupt_ids.shape: raise ValueError(f"pairs of unequal length: clean {tuple(pairs.clean_ids.shape)}, corrupt {tuple(pairs.corrupt_ids.shape)}")
+    if pairs.clean_ids.shape != pairs.corrupt_ids.shape:
+        raise ValueError(
+            f"pairs of unequal length: clean {tuple(pairs.clean_ids.shape)}, corrupt {tuple(pairs.corrupt_ids.shape)}"
+        )
     p = pairs.to(model_device(model))
     seen = torch.arange(p.clean_ids.shape[1], device=p.answer_pos.device) <= p.answer_pos[:, None]
-    if bool((p.attention_mask.bool() < seen).any()): raise ValueError("padding before an answer position: pairs are padded on the right")
+    if bool((p.attention_mask.bool() < seen).any()):
+        raise ValueError("padding before an answer position: pairs are padded on the right")
     return p
 
 @torch.no_grad()
@@ -40,7 +44,10 @@ def answer_logit_diff(model: nn.Module, pairs: ContrastiveDataset,
     "`(LD of the clean run, LD of the corrupt run)` in float32; both are the clean answer minus the wrong one."
     p = checked(model, pairs)
     with evaluating(model):
-        lds = [[run_logit_diff(model, ids, b) for ids in (b.clean_ids, b.corrupt_ids)] for b in (p[i:i+batch_size] for i in range(0, len(p), batch_size))]
+        lds = [
+            [run_logit_diff(model, ids, b) for ids in (b.clean_ids, b.corrupt_ids)]
+            for b in (p[i : i + batch_size] for i in range(0, len(p), batch_size))
+        ]
     return tuple(torch.cat(ld) for ld in zip(*lds))
 
 # %% ../../nbs/03_causal/01_effects.ipynb #79d88f48
@@ -96,7 +103,8 @@ def naive_effects(model: nn.Module, pairs: ContrastiveDataset,
 _restartable = WeakKeyDictionary()               # model -> {(attention, dtype, device): reason or None}
 
 def _why_not(model, pairs) -> str | None: # None if the engine can restart this model
-    if getattr(model, "several_passes", lambda ids: False)(pairs.clean_ids): return "it takes several passes over this input"   # latent places
+    # latent places
+    if getattr(model, "several_passes", lambda ids: False)(pairs.clean_ids): return "it takes several passes over this input"
     kind = (model.config._attn_implementation, model.dtype, model_device(model))
     seen = _restartable.setdefault(model, {})
     if kind not in seen:
@@ -104,9 +112,12 @@ def _why_not(model, pairs) -> str | None: # None if the engine can restart this 
         if strange: seen[kind] = f"it has layers of {', '.join(sorted(strange))}"
         else:
             few = pairs[:2]
-            try: error = restart_error(model, few.clean_ids, few.attention_mask, few.answer_pos)
-            except Exception as e: seen[kind] = f"a restart fails with {type(e).__name__}: {e}".splitlines()[0]
-            else: seen[kind] = None if error < (0.01 if model.dtype == torch.float32 else 0.1) else f"an unpatched restart is off by {error:.1g}"
+            try:
+                error = restart_error(model, few.clean_ids, few.attention_mask, few.answer_pos)
+            except Exception as e:
+                seen[kind] = f"a restart fails with {type(e).__name__}: {e}".splitlines()[0]
+            else:
+                seen[kind] = None if error < (0.01 if model.dtype == torch.float32 else 0.1) else f"an unpatched restart is off by {error:.1g}"
     return seen[kind]
 
 def _budget(device) -> int: return 2**30 if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory//4
@@ -115,24 +126,34 @@ def _shares(a, memory, seq, n_sites): # (pairs whose runs fit, bytes for a block
     size = a.model.dtype.itemsize
     pair = (seq + 1)*a.n_layers*2*(a.d_model + a.n_kv_heads*a.head_dim)*size + n_sites*(a.d_model*(size + 20) + 96)
     row = row_bytes(a, seq, seq)
-    if pair + row > memory: raise ValueError(f"memory = {memory} bytes: one pair of {seq} tokens at {n_sites} sites needs {pair + row}; raise memory or ask for fewer sites at once")
+    if pair + row > memory:
+        raise ValueError(
+            f"memory = {memory} bytes: one pair of {seq} tokens at {n_sites} sites needs {pair + row}; raise memory or"
+            " ask for fewer sites at once"
+        )
     work = min(max(memory//4, row), memory - pair)
     return (memory - work)//pair, work
 
+
 @torch.no_grad()
-def causal_effects(model: nn.Module, pairs: ContrastiveDataset,
-    sites: list[Site] | None = None,             # None = all layers x roles of the pairs, layer-major
-    mode: str = "noising",                       # noising: corrupt value into the clean run | denoising: the reverse
-    batch_size: int | None = None,               # most pairs whose runs are kept at once; None = as many as `memory` holds
-    *, memory: int | None = None,                # bytes beside the model; None = 1 GiB on a CPU, a quarter of an accelerator's memory
-    tokens: int | None = None,                   # size of a block of patched rows; None = 512 on a CPU, 16384 on an accelerator
-    skip_zero: bool = True                       # do not compute what is exactly zero (False: for benchmarks)
+def causal_effects(
+    model: nn.Module,
+    pairs: ContrastiveDataset,
+    sites: list[Site] | None = None,  # None = all layers x roles of the pairs, layer-major
+    mode: str = "noising",  # noising: corrupt value into the clean run | denoising: the reverse
+    batch_size: int | None = None,  # most pairs whose runs are kept at once; None = as many as `memory` holds
+    *,
+    memory: int | None = None,  # bytes beside the model; None = 1 GiB on a CPU, a quarter of an accelerator's memory
+    tokens: int | None = None,  # size of a block of patched rows; None = 512 on a CPU, 16384 on an accelerator
+    skip_zero: bool = True,  # do not compute what is exactly zero (False: for benchmarks)
 ) -> Float[Tensor, "pair site"]:
-    "Effect of every site on every pair by activation patching (Zhang & Nanda, arXiv 2309.16042), restarted at the site."
+    """Effect of every site on every pair by activation patching (Zhang & Nanda, arXiv 2309.16042), restarted at the
+    site."""
     sites, p, a = list(all_sites(model, pairs) if sites is None else sites), checked(model, pairs), get_adapter(model)
     position, layer = site_positions(model, p, sites).cpu(), torch.tensor([s[0] for s in sites])
     with evaluating(model):
-        _direction(mode, p), run_logit_diff(model, p.clean_ids[:1], p[:1]) # a wrong mode or broken weights are reported as such
+        # a wrong mode or broken weights are reported as such
+        _direction(mode, p), run_logit_diff(model, p.clean_ids[:1], p[:1])
         if why := _why_not(model, p):
             warnings.warn(f"causal_effects takes the slow path for this {a.family} model: {why}", stacklevel=2)
             return naive_effects(model, pairs, sites, mode, batch_size)
@@ -145,19 +166,26 @@ def causal_effects(model: nn.Module, pairs: ContrastiveDataset,
             effects[rows] = _batch_effects(model, p[rows], mode, layer, position[rows], last, block, work, skip_zero)
     return effects
 
-def _needed(pairs, layer, position, last, skip_zero): # the (pair, site) that must be run, and the distinct (pair, layer, position) among them
+
+def _needed(
+    pairs, layer, position, last, skip_zero
+):  # the (pair, site) that must be run, and the distinct (pair, layer, position) among them
     answer, first = pairs.answer_pos.cpu()[:, None], first_difference(pairs).cpu()[:, None]
     pair, site = ((position <= answer) & (layer < last) & ((position >= first) | (not skip_zero))).nonzero().T
     return pair, site, *torch.stack([pair, layer[site], position[pair, site]], 1).unique(dim=0, return_inverse=True)
+
 
 def _batch_effects(model, pairs, mode, layer, position, last, tokens, work, skip_zero):
     a, device, (base, source, sign) = get_adapter(model), pairs.clean_ids.device, _direction(mode, pairs)
     pair, site, runs, which = _needed(pairs, layer, position, last, skip_zero)
     finals = sweep(model, base, source, pairs.answer_pos, first_difference(pairs), runs, tokens, work)
-    ld = lambda final, rows: logit_difference(a, a.final_norm(final), pairs.correct_token_id[rows], pairs.wrong_token_id[rows])
+    ld = lambda final, rows: logit_difference(
+        a, a.final_norm(final), pairs.correct_token_id[rows], pairs.wrong_token_id[rows]
+    )
     every, run = torch.arange(len(pairs), device=device), runs[:, 0].to(device)
     ld_base, ld_source, ld_run = ld(finals[0], every), ld(finals[1], every), ld(finals[2], run)
-    whole = ((layer == last) & (position == pairs.answer_pos.cpu()[:, None])).to(device) # the last residual at the answer is the other run's
+    # the last residual at the answer is the other run's
+    whole = ((layer == last) & (position == pairs.answer_pos.cpu()[:, None])).to(device)
     effects = torch.where(whole, (ld_base - ld_source)[:, None], 0.0)
     effects[pair.to(device), site.to(device)] = (ld_base[run] - ld_run)[which.to(device)]
     return sign*effects
@@ -168,9 +196,14 @@ def sweep_flops(model: nn.Module, pairs: ContrastiveDataset,
     mode: str = "noising",                       # both directions cost the same
     skip_zero: bool = True                       # as in `causal_effects`
 ) -> dict[str, float]:
-    "Hand-counted floor: FLOPs of `forward`, `base`, `source`, `patched`, and `equivalents` = (base + source + patched) / forward."
+    """Hand-counted floor: FLOPs of `forward`, `base`, `source`, `patched`, and `equivalents` = (base + source +
+    patched) / forward."""
     checked(model, pairs)
     sites, a = list(all_sites(model, pairs) if sites is None else sites), get_adapter(model)
-    _, _, runs, _ = _needed(pairs, torch.tensor([s[0] for s in sites]), site_positions(model, pairs, sites).cpu(), a.n_layers - 1, skip_zero)
+    _, _, runs, _ = _needed(
+        pairs, torch.tensor([s[0] for s in sites]), site_positions(model, pairs, sites).cpu(), a.n_layers - 1, skip_zero
+    )
     macs = count_macs(a, pairs.clean_ids.shape[1], pairs.answer_pos.cpu(), first_difference(pairs).cpu(), runs)
-    return {k: 2*v for k, v in macs.items()} | {"equivalents": (macs["base"] + macs["source"] + macs["patched"])/macs["forward"]}
+    return {k: 2 * v for k, v in macs.items()} | {
+        "equivalents": (macs["base"] + macs["source"] + macs["patched"]) / macs["forward"]
+    }

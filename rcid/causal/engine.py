@@ -23,7 +23,11 @@ def logit_difference(adapter: ModelAdapter,
     with in_memory(adapter.lm_head) as head:
         ld = (normed.float() * (head.weight[correct].float() - head.weight[wrong].float())).sum(-1)
         if head.bias is not None: ld = ld + (head.bias[correct] - head.bias[wrong]).float()
-    if not bool(ld.isfinite().all()): raise FloatingPointError(f"{int((~ld.isfinite()).sum())} of {len(ld)} logit differences are NaN or infinite: the {adapter.family} model's weights or dtype ({normed.dtype}) are broken")
+    if not bool(ld.isfinite().all()):
+        raise FloatingPointError(
+            f"{int((~ld.isfinite()).sum())} of {len(ld)} logit differences are NaN or infinite: the {adapter.family}"
+            f" model's weights or dtype ({normed.dtype}) are broken"
+        )
     return ld
 
 # %% ../../nbs/03_causal/03_engine.ipynb #8b8c7811
@@ -33,7 +37,13 @@ class Enough(Exception):
 class Past:
     "Keys and values before a window, in the form a decoder layer expects of a cache; keeps the window's own."
     def __init__(self, before: tuple = ()): self.before, self.own, self.stop = before, None, False
-    def update(self, k: Float[Tensor, "row kv_head seq head_dim"], v: Float[Tensor, "row kv_head seq head_dim"], *args, **kwargs):
+    def update(
+        self,
+        k: Float[Tensor, "row kv_head seq head_dim"],
+        v: Float[Tensor, "row kv_head seq head_dim"],
+        *args,
+        **kwargs,
+    ):
         "The window's keys and values (the first ones given) with those before it."
         if self.own is None: self.own = (k, v)
         if self.stop: raise Enough
@@ -83,15 +93,23 @@ class Window:
         "The layer's output for the first rows, at the last `query` positions of the window."
         n, q = h.shape[:2]
         mask, rotary = self.mask_of(back)[:n, :, -q:], tuple(x[:n, -q:] for x in self.rotary)
-        return hidden_of(layer(h, attention_mask=mask, position_ids=self.positions[:n, -q:], past_key_values=past, use_cache=True,
-            position_embeddings=rotary))
+        return hidden_of(
+            layer(
+                h,
+                attention_mask=mask,
+                position_ids=self.positions[:n, -q:],
+                past_key_values=past,
+                use_cache=True,
+                position_embeddings=rotary,
+            )
+        )
 
     def run_last(self, layer: nn.Module, h: Float[Tensor, "row width d_model"], past: Past,
         back: int | None                         # as in `mask_of`
     ) -> Float[Tensor, "row d_model"]:
         "The last layer's output at the answer; the other positions only give keys and values."
         past.stop = h.shape[1] > 1
-        try: self.run(layer, h, past, back)
+        try:self.run(layer, h, past, back)
         except Enough: past.stop = False
         return self.run(layer, h[:, -1:], past, back)[:, 0]
 
@@ -103,11 +121,13 @@ def row_bytes(adapter: ModelAdapter,
     "Bytes that one row of a block needs while a layer works on it; an upper estimate."
     a, size = adapter, adapter.model.dtype.itemsize
     q, kv = a.n_heads*a.head_dim, 2*a.n_kv_heads*a.head_dim
-    state = width*((4*a.d_model + 2*a.head_dim)*size + 3*4*a.d_model + 32)                       # residuals, rotary; norms are float32
+    # residuals, rotary; norms are float32
+    state = width*((4*a.d_model + 2*a.head_dim)*size + 3*4*a.d_model + 32)
     nearer = {a.window(l) for l in range(a.n_layers)} - {None}                                   # a mask more for each
     mask = seq*(width*(size + 4) + 8) + len(nearer)*seq*width*(size + 9)
     scores = a.n_heads*width*seq*(2*size + 4)*(a.model.config._attn_implementation != "sdpa")
-    attention = width*(4*q + 2*kv) + kv*(seq - width + seq) + 2*q*seq                            # before the window, all together, one copy a query head
+    # before the window, all together, one copy a query head
+    attention = width*(4*q + 2*kv) + kv*(seq - width + seq) + 2*q*seq
     return state + mask + max(attention*size + scores, 4*width*a.model.config.intermediate_size*size)
 
 def plan(
@@ -120,28 +140,40 @@ def plan(
     groups = []                                                           # [widest, narrowest, positions recomputed]
     for width, count in zip(reversed(widths), reversed(counts)):
         extra = groups[-1][2] + (groups[-1][0] - width)*count if groups else 0
-        if groups and extra <= tokens//8: groups[-1][1:] = width, extra
+        if groups and extra <= tokens//8:groups[-1][1:] = width, extra
         else: groups.append([width, width, 0])
     blocks = []
     for widest, narrowest, _ in groups:
         rows = ((suffix <= widest) & (suffix >= narrowest)).nonzero()[:, 0]
-        blocks += [(r, widest) for r in rows.tensor_split(max(-(-len(rows)*widest//tokens), -(-len(rows)//most(widest))))]
+        blocks += [
+            (r, widest) for r in rows.tensor_split(max(-(-len(rows) * widest // tokens), -(-len(rows) // most(widest))))
+        ]
     return blocks
 
 # %% ../../nbs/03_causal/03_engine.ipynb #1b8c3254
 @torch.no_grad()
-def sweep(model: nn.Module,
-    base: Int[Tensor, "pair seq"],               # the run that is patched
-    source: Int[Tensor, "pair seq"],             # the run the values come from
+def sweep(
+    model: nn.Module,
+    base: Int[Tensor, "pair seq"],  # the run that is patched
+    source: Int[Tensor, "pair seq"],  # the run the values come from
     answer: Int[Tensor, "pair"],
-    first: Int[Tensor, "pair"],                  # first position where the two differ
-    rows: Int[Tensor, "row 3"],                  # pair, layer (not the last), position (not after the answer) of each patched run; on the CPU
-    tokens: int = 512,                           # size of a block
-    work: int | None = None                      # bytes a block may work in; None = any
+    first: Int[Tensor, "pair"],  # first position where the two differ
+    rows: Int[
+        Tensor, "row 3"
+    ],  # pair, layer (not the last), position (not after the answer) of each patched run; on the CPU
+    tokens: int = 512,  # size of a block
+    work: int | None = None,  # bytes a block may work in; None = any
 ) -> tuple[Float[Tensor, "pair d_model"], Float[Tensor, "pair d_model"], Float[Tensor, "row d_model"]]:
     "The last residual at the answer, before the final norm: of the base runs, the source runs and the patched runs."
     a = get_adapter(model)
-    device, n, seq, last, answer, first = base.device, len(base), int(answer.max()) + 1, a.n_layers - 1, answer.cpu(), first.cpu()
+    device, n, seq, last, answer, first = (
+        base.device,
+        len(base),
+        int(answer.max()) + 1,
+        a.n_layers - 1,
+        answer.cpu(),
+        first.cpu(),
+    )
     rotary = tuple(x[0] for x in a.rotary(a.embed(base[:1, :1]), torch.arange(seq, device=device)[None]))
     empty = lambda *size: rotary[0].new_zeros(size)
     most = (lambda width: 2**62) if work is None else lambda width: max(work//row_bytes(a, width, seq), 1)
@@ -156,7 +188,7 @@ def sweep(model: nn.Module,
             h = a.embed(ids[w.pair[:, None], w.positions])
             for m, layer in enumerate(a.layers):
                 past = w.before(kv[m])
-                if m < last: h = hidden[m][to] = w.run(layer, h, past, a.window(m))
+                if m < last:h = hidden[m][to] = w.run(layer, h, past, a.window(m))
                 else: final[w.pair] = w.run_last(layer, h, past, a.window(m))
                 if keep_kv:
                     for kept, x in zip(kv[m], past.own): kept[to] = x.transpose(1, 2)
@@ -177,10 +209,12 @@ def sweep(model: nn.Module,
             new = slice(len(h), entered[m-1])
             if new.start < new.stop:
                 fresh = hidden[m-1][w.pair[new, None], w.slots[new]]
-                fresh[torch.arange(len(fresh), device=device), at[new] - w.start[new]] = other[m-1][w.pair[new], at[new]]
+                fresh[torch.arange(len(fresh), device=device), at[new] - w.start[new]] = other[m - 1][
+                    w.pair[new], at[new]
+                ]
                 h = torch.cat([h, fresh])
             past = w.before(kv[m], len(h))
-            if m < last: h = w.run(a.layers[m], h, past, a.window(m))
+            if m < last:h = w.run(a.layers[m], h, past, a.window(m))
             else: final[block.to(device)] = w.run_last(a.layers[m], h, past, a.window(m))
     return base_final, source_final, final
 
@@ -192,7 +226,10 @@ def restart_error(model: nn.Module,
     "Largest relative distance between unpatched restarts and the model's own forward, at the answer."
     a, n = get_adapter(model), torch.arange(len(ids))
     layers = {0, (a.n_layers - 1)//2, a.n_layers - 2} if a.n_layers > 1 else ()
-    rows = torch.tensor([(i, l, t) for i in n.tolist() for l in layers for t in {0, int(answer[i])//2, int(answer[i])}], dtype=torch.long).view(-1, 3)
+    rows = torch.tensor(
+        [(i, l, t) for i in n.tolist() for l in layers for t in {0, int(answer[i]) // 2, int(answer[i])}],
+        dtype=torch.long,
+    ).view(-1, 3)
     want = a.trunk(ids, attention_mask)[n, answer].float()
     got = sweep(model, ids, ids, answer, answer//2, rows)
     want = torch.cat([want, want, want[rows[:, 0]]])
@@ -201,7 +238,8 @@ def restart_error(model: nn.Module,
 # %% ../../nbs/03_causal/03_engine.ipynb #8674fd5a
 @contextmanager
 def evaluating(model: nn.Module):
-    "Eval mode inside the block (a layer with gradient checkpointing drops its cache while training); every module's mode comes back."
+    """Eval mode inside the block (a layer with gradient checkpointing drops its cache while training); every module's
+    mode comes back."""
     training = [m for m in model.modules() if m.training]
     try:
         model.eval()
@@ -218,12 +256,28 @@ def count_macs(adapter: ModelAdapter,
     a, c = adapter, adapter.model.config
     kv = 2*a.d_model*a.n_kv_heads*a.head_dim
     rest = 2*a.d_model*a.n_heads*a.head_dim + 3*a.d_model*c.intermediate_size
-    def keys(start, stop): return 2*a.n_heads*a.head_dim*(stop*(stop + 1) - start*(start + 1))/2   # query p sees p+1 keys
-    def suffix(start, stop, layers):                                      # positions start .. stop-1 through `layers` layers, the last one among them
+    # query p sees p+1 keys
+    def keys(start, stop): return 2*a.n_heads*a.head_dim*(stop*(stop + 1) - start*(start + 1))/2
+    def suffix(start, stop, layers):  # positions start .. stop-1 through `layers` layers, the last one among them
         width = stop - start
-        return ((layers - 1)*(width*(kv + rest) + keys(start, stop)) + width*kv + rest + keys(stop - 1, stop) + 2*a.d_model).sum().item()
+        return (
+            (
+                (layers - 1) * (width * (kv + rest) + keys(start, stop))
+                + width * kv
+                + rest
+                + keys(stop - 1, stop)
+                + 2 * a.d_model
+            )
+            .sum()
+            .item()
+        )
+
     answer, first = answer.double() + 1, first.double()
     pair, layer, at = rows.T
     forward = len(answer)*(a.n_layers*(seq*(kv + rest) + keys(0, seq)) + seq*a.d_model*a.vocab)
-    return dict(forward=float(forward), base=suffix(0*answer, answer, a.n_layers), source=suffix(first, answer, a.n_layers),
-        patched=suffix(at.double(), answer[pair], a.n_layers - 1 - layer.double()))
+    return dict(
+        forward=float(forward),
+        base=suffix(0 * answer, answer, a.n_layers),
+        source=suffix(first, answer, a.n_layers),
+        patched=suffix(at.double(), answer[pair], a.n_layers - 1 - layer.double()),
+    )

@@ -17,22 +17,32 @@ from ..models.adapters import get_adapter, hidden_of, with_hidden
 class Site(NamedTuple):
     "A place in the residual stream: after `layer`, at `role`."
     layer: int                                   # 0 .. n_layers-1
-    role: str | int | Int[Tensor, "batch"] | None = None # role name | position | position per row | None = all positions
+    # role name | position | position per row | None = all positions
+    role: str | int | Int[Tensor, "batch"] | None = None
 
 def rows_of(site: Site,
     n: int, seq: int,                            # rows and padded length of the run
     positions: dict[str, Int[Tensor, "batch"]] | None = None, # role -> position per row
     device=None
 ) -> Int[Tensor, "batch"] | None:
-    "The position of `site` in every row (None for a whole layer); ValueError for an unknown role or a position outside."
+    """The position of `site` in every row (None for a whole layer); ValueError for an unknown role or a position
+    outside."""
     where = site[1]
     if where is None: return None
     if isinstance(where, str):
-        if where not in (positions or {}): raise ValueError(f"role {where!r} of {tuple(site)} is not among the roles at hand ({', '.join(positions or {}) or 'none'}): pass positions=pairs.key_positions")
+        if where not in (positions or {}):
+            raise ValueError(
+                f"role {where!r} of {tuple(site)} is not among the roles at hand"
+                f" ({', '.join(positions or {}) or 'none'}): pass positions=pairs.key_positions"
+            )
         where = positions[where]
     where = where.to(device) if isinstance(where, Tensor) else torch.full((n,), int(where), device=device)
     if len(where) != n: raise ValueError(f"site at layer {site[0]} has {len(where)} positions for a batch of {n} rows")
-    if bool(((where < 0) | (where >= seq)).any()): raise ValueError(f"site {(site[0], site[1]) if not isinstance(site[1], Tensor) else site[0]}: a position is outside 0..{seq-1}")
+    if bool(((where < 0) | (where >= seq)).any()):
+        raise ValueError(
+            f"site {(site[0], site[1]) if not isinstance(site[1], Tensor) else site[0]}: a position is outside"
+            f" 0..{seq-1}"
+        )
     return where
 
 # %% ../../nbs/03_causal/00_hooks.ipynb #c545b495
@@ -71,9 +81,10 @@ def read(model: nn.Module,
 
 # %% ../../nbs/03_causal/00_hooks.ipynb #d9bae667
 @contextmanager
-def write(model: nn.Module,
-    values: dict[Site, Tensor],                  # site -> (batch, d_model) or (d_model,); (batch, seq, d_model) for a whole layer
-    positions: dict[str, Int[Tensor, "batch"]] | None = None # role -> position per row
+def write(
+    model: nn.Module,
+    values: dict[Site, Tensor],  # site -> (batch, d_model) or (d_model,); (batch, seq, d_model) for a whole layer
+    positions: dict[str, Int[Tensor, "batch"]] | None = None,  # role -> position per row
 ):
     "Replaces residuals in the forwards inside the block (interchange intervention; Geiger et al., arXiv 2106.02997)."
     adapter, handles = get_adapter(model), []
@@ -81,7 +92,10 @@ def write(model: nn.Module,
         def hook(module, args, output):
             h = hidden_of(output)
             v, t = value.to(h), rows_of(site, *h.shape[:2], positions, h.device)
-            if v.shape[-1] != h.shape[-1] or v.dim() > 1 and len(v) not in (1, len(h)): raise ValueError(f"write at layer {site.layer}: value {tuple(v.shape)} does not fit a run of shape {tuple(h.shape)}")
+            if v.shape[-1] != h.shape[-1] or v.dim() > 1 and len(v) not in (1, len(h)):
+                raise ValueError(
+                    f"write at layer {site.layer}: value {tuple(v.shape)} does not fit a run of shape {tuple(h.shape)}"
+                )
             if t is None: return with_hidden(output, v.expand_as(h))
             return with_hidden(output, h.index_put((torch.arange(len(h), device=h.device), t), v))
         return hook

@@ -20,11 +20,14 @@ def attribution_effects(model: nn.Module, pairs: ContrastiveDataset,
     sites: list[Site] | None = None,             # None = all layers x roles
     batch_size: int = 16                         # pairs per backward
 ) -> Float[Tensor, "pair site"]:
-    "First-order estimate of the noising effect: attribution patching, without the repairs of AtP* (Kramar et al., 2403.00745)."
+    """First-order estimate of the noising effect: attribution patching, without the repairs of AtP* (Kramar et al.,
+    2403.00745)."""
     sites, p, a = list(all_sites(model, pairs) if sites is None else sites), checked(model, pairs), get_adapter(model)
     position, layers, estimates = site_positions(model, p, sites), sorted({s[0] for s in sites}), []
     # frozen weights give no graph: let it begin at the embedding
-    handle = a.embed.register_forward_hook(lambda module, args, out: out.requires_grad_() if torch.is_grad_enabled() else out)
+    handle = a.embed.register_forward_hook(
+        lambda module, args, out: out.requires_grad_() if torch.is_grad_enabled() else out
+    )
     try:
         with evaluating(model):
             for i in range(0, len(p), batch_size):
@@ -32,10 +35,15 @@ def attribution_effects(model: nn.Module, pairs: ContrastiveDataset,
                 corrupt = read(model, b.corrupt_ids, [Site(l) for l in layers], b.attention_mask)
                 with torch.enable_grad(), capture(model, layers) as clean: ld = run_logit_diff(model, b.clean_ids, b)
                 gradient = dict(zip(layers, torch.autograd.grad(ld.sum(), [clean[l] for l in layers])))
-                every = {l: ((clean[l].detach() - corrupt[Site(l)]).float()*gradient[l].float()).sum(-1) for l in layers}
+                every = {
+                    l: ((clean[l].detach() - corrupt[Site(l)]).float() * gradient[l].float()).sum(-1) for l in layers
+                }
                 n = torch.arange(len(b), device=position.device)
-                estimates.append(torch.stack([every[s[0]][n, position[i:i+batch_size, j]] for j, s in enumerate(sites)], 1))
-    finally: handle.remove()
+                estimates.append(
+                    torch.stack([every[s[0]][n, position[i : i + batch_size, j]] for j, s in enumerate(sites)], 1)
+                )
+    finally:
+        handle.remove()
     return torch.cat(estimates)
 
 # %% ../../nbs/03_causal/02_sites.ipynb #6b5a1c7c
@@ -62,21 +70,23 @@ def score_sites(model: nn.Module, pairs: ContrastiveDataset,
                 clean, corrupt = (torch.stack(list(read(model, ids, sites, b.attention_mask, b.key_positions).values()), 1).float() for ids in (b.clean_ids, b.corrupt_ids))
                 values.append((clean - corrupt).norm(dim=-1)/(clean.norm(dim=-1) if score == "rel_norm" else 1))
         values = torch.cat(values)
-    else: raise ValueError(f"unknown score {score!r}: use effect, atp, norm or rel_norm")
+    else:
+        raise ValueError(f"unknown score {score!r}: use effect, atp, norm or rel_norm")
     values = values.view(len(pairs), -1, len(pairs.key_positions)).masked_fill(excluded_sites(model, pairs).to(values.device), torch.nan)
     return values if per_pair else values.nanmean(0)
 
 # %% ../../nbs/03_causal/02_sites.ipynb #fdcf8608
 def select_sites(
-    scores: Float[Tensor, "layer role"],         # NaN = excluded
-    k: int,                                      # how many sites; an error if there are not that many
-    roles: list[str],                            # names of the columns
-    is_modified: dict[str, bool],                # role -> does the corruption change its token?
-    min_each: int | None = None,                 # sites of each kind (modified, unmodified); None = k // 2 or as many as there are
-    spacing: int = 1                             # least distance in layers between two sites of one role
+    scores: Float[Tensor, "layer role"],  # NaN = excluded
+    k: int,  # how many sites; an error if there are not that many
+    roles: list[str],  # names of the columns
+    is_modified: dict[str, bool],  # role -> does the corruption change its token?
+    min_each: int | None = None,  # sites of each kind (modified, unmodified); None = k // 2 or as many as there are
+    spacing: int = 1,  # least distance in layers between two sites of one role
 ) -> list[Site]:
     "The best `k` sites with both modified and unmodified roles represented; best score first."
-    if scores.shape[1] != len(roles): raise ValueError(f"scores have {scores.shape[1]} columns for {len(roles)} roles {list(roles)}")
+    if scores.shape[1] != len(roles):
+        raise ValueError(f"scores have {scores.shape[1]} columns for {len(roles)} roles {list(roles)}")
     if k < 1: raise ValueError(f"k = {k} sites asked: ask for at least one")
     ranked = sorted((-s, l, r) for l, row in enumerate(scores.tolist()) for r, s in enumerate(row) if s == s)
     chosen = []
@@ -87,19 +97,28 @@ def select_sites(
     for kind, name in ((True, "modified"), (False, "unmodified")):
         before = len(chosen)
         take([c for c in ranked if is_modified[roles[c[2]]] == kind], before + (k//2 if min_each is None else min_each))
-        if min_each is not None and len(chosen) - before < min_each: raise ValueError(f"min_each = {min_each} sites at {name} roles asked, {len(chosen) - before} available: ask for fewer")
-    if len(chosen) > k: raise ValueError(f"min_each = {min_each} of each kind makes {len(chosen)} sites, more than k = {k}")
+        if min_each is not None and len(chosen) - before < min_each:
+            raise ValueError(
+                f"min_each = {min_each} sites at {name} roles asked, {len(chosen) - before} available: ask for fewer"
+            )
+    if len(chosen) > k:
+        raise ValueError(f"min_each = {min_each} of each kind makes {len(chosen)} sites, more than k = {k}")
     take(ranked, k)
     if len(chosen) < k:
-        raise ValueError(f"k = {k} sites asked, {len(chosen) if spacing > 1 else len(ranked)} available ({scores.numel()} layers x roles, {len(ranked)} not excluded, spacing {spacing}): ask for fewer, or give more roles")
+        raise ValueError(
+            f"k = {k} sites asked, {len(chosen) if spacing > 1 else len(ranked)} available ({scores.numel()} layers x"
+            f" roles, {len(ranked)} not excluded, spacing {spacing}): ask for fewer, or give more roles"
+        )
     return [Site(l, roles[r]) for _, l, r in sorted(chosen)]
 
 # %% ../../nbs/03_causal/02_sites.ipynb #d13a62c1
 def rank_agreement(
-    estimate: Float[Tensor, "layer role"], exact: Float[Tensor, "layer role"], # scores of the same sites; NaN on either side is left out
-    k: int = 8
+    estimate: Float[Tensor, "layer role"],
+    exact: Float[Tensor, "layer role"],  # scores of the same sites; NaN on either side is left out
+    k: int = 8,
 ) -> dict[str, float]:
-    "Spearman correlation of two score tables; of the exact top k, the share of sites (`recall`) and of effect (`captured`) that the estimate's top k holds."
+    """Spearman correlation of two score tables; of the exact top k, the share of sites (`recall`) and of effect
+    (`captured`) that the estimate's top k holds."""
     from scipy.stats import spearmanr
     both = estimate.isfinite() & exact.isfinite()
     x, y = estimate[both].cpu(), exact[both].cpu()
@@ -107,4 +126,10 @@ def rank_agreement(
     k = min(k, len(x))
     top = [set(v.argsort(descending=True, stable=True)[:k].tolist()) for v in (x, y)]
     effect = [float(y[list(t)].double().sum()) for t in top]
-    return dict(spearman=float(spearmanr(x, y).statistic), recall=len(top[0] & top[1])/k, captured=effect[0]/effect[1] if effect[1] else 1.0, k=k, n_sites=len(x))
+    return dict(
+        spearman=float(spearmanr(x, y).statistic),
+        recall=len(top[0] & top[1]) / k,
+        captured=effect[0] / effect[1] if effect[1] else 1.0,
+        k=k,
+        n_sites=len(x),
+    )

@@ -19,7 +19,8 @@ def pick_dtype(dtype=None, device: str = "cpu"):
     "bfloat16 on an accelerator, float32 on a CPU, unless `dtype` (a torch dtype or its name) says otherwise."
     import torch
     if isinstance(dtype, str):
-        if not isinstance(getattr(torch, dtype, None), torch.dtype): raise ValueError(f"unknown dtype {dtype!r}: use float32, bfloat16 or float16")
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"unknown dtype {dtype!r}: use float32, bfloat16 or float16")
         dtype = getattr(torch, dtype)
     return dtype or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
 
@@ -28,7 +29,8 @@ def seed_all(seed: int, threads: int | None = None):
     "Seeds python, numpy and torch, asks torch for deterministic kernels and fixes the thread count."
     import numpy as np, torch
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
-    torch.set_deterministic_debug_mode("warn")                             # use_deterministic_algorithms does the same, and imports the compiler: a second that most stages save
+    # use_deterministic_algorithms does the same, and imports the compiler: a second that most stages save
+    torch.set_deterministic_debug_mode("warn")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(threads or int(os.environ.get("RCID_THREADS", "1")))
 

@@ -22,7 +22,8 @@ class Learner(_Strict):
     spec: dict[str, Any]                         # a model spec, see `rcid.models.load_model`
     steps: int = Field(0, ge=0)                  # next-token steps on word problems; 0: it is trained already
     vocab: int = Field(500, ge=300)              # of the tokenizer that is trained with it
-    dtype: Literal["float32", "bfloat16"] | None = None # None: float32 where it is trained here, else as the device likes it
+    # None: float32 where it is trained here, else as the device likes it
+    dtype: Literal["float32", "bfloat16"] | None = None
     style: Literal["words", "equation", "calculator"] = "equation" # of the reasoning it is trained on
 
 class Voice(_Strict):
@@ -74,12 +75,22 @@ class Teachers(_Strict):
 
     @model_validator(mode="after")
     def _known(self):
-        for what, used, known in (("learners", {*self.learners, "student"}, self.models), ("names", self.names, self.voices), ("run", self.run, self.settings), ("voices: model", [self.voices[n].model for n in self.names if n in self.voices], self.learners)):
-            if lost := set(used) - set(known): raise ValueError(f"{what} names {sorted(lost)}, there are {sorted(known)}")
+        for what, used, known in (
+            ("learners", {*self.learners, "student"}, self.models),
+            ("names", self.names, self.voices),
+            ("run", self.run, self.settings),
+            ("voices: model", [self.voices[n].model for n in self.names if n in self.voices], self.learners),
+        ):
+            if lost := set(used) - set(known):
+                raise ValueError(f"{what} names {sorted(lost)}, there are {sorted(known)}")
         for n in self.run:
-            if lost := set(self.settings[n].teachers) - set(self.names): raise ValueError(f"the setting {n} asks for the teachers {sorted(lost)}, names has {self.names}")
+            if lost := set(self.settings[n].teachers) - set(self.names):
+                raise ValueError(f"the setting {n} asks for the teachers {sorted(lost)}, names has {self.names}")
             s = self.settings[n]
-            if s.weights is not None and len(s.weights) != len(s.teachers): raise ValueError(f"the setting {n} has {len(s.weights)} fixed weights for {len(s.teachers)} teachers: give one each")
+            if s.weights is not None and len(s.weights) != len(s.teachers):
+                raise ValueError(
+                    f"the setting {n} has {len(s.weights)} fixed weights for {len(s.teachers)} teachers: give one each"
+                )
         return self
 
 class Bench(_Strict):
@@ -95,7 +106,8 @@ class _Section(BaseModel):
 class Family(_Section):
     "A teacher and how its student is made."
     teacher: dict[str, Any]                      # a model spec: hub | path | wheel | arch, see `rcid.models.load_model`
-    student: dict[str, Any]                      # a model spec, or {keep: teacher layers kept: which, or how many, chosen by how little the others are missed}
+    # a model spec, or {keep: teacher layers kept: which, or how many, chosen by how little the others are missed}
+    student: dict[str, Any]
     required: bool = True                        # a required family that fails its pilot stops the pipeline
     pretrain_steps: int = Field(0, ge=0)         # > 0 only for teachers trained in the pipeline
     heal_steps: int = Field(0, ge=0)             # KL steps on general text, before any method
@@ -117,7 +129,8 @@ class Lm(_Section):
 
     @model_validator(mode="after")
     def _pinned(self):
-        if self.source == "hub" and len(self.hub or {}) < 3: raise ValueError("text from a hub needs id, name and revision in lm.hub")
+        if self.source == "hub" and len(self.hub or {}) < 3:
+            raise ValueError("text from a hub needs id, name and revision in lm.hub")
         return self
 
 class Data(_Section):
@@ -126,7 +139,8 @@ class Data(_Section):
     n_test: int = Field(gt=3)                    # pairs; a correlation needs four
     n_ood: int = Field(32, gt=0)                 # pairs of each variant out of distribution
     source: Literal["embedded", "path", "hub"] = "embedded" # of the tasks that have several
-    filter: bool = True                          # keep the pairs that the teacher gets right in both directions (not for IOI, whose pilot is a gate)
+    # keep the pairs that the teacher gets right in both directions (not for IOI, whose pilot is a gate)
+    filter: bool = True
     draw: float = Field(2, ge=1)                 # so many times more pairs are drawn, for the filter to choose from
 
 class Sites(_Section):
@@ -139,7 +153,8 @@ class Sites(_Section):
 
 class Distill(_Section):
     steps: int = Field(ge=0)
-    match: Literal["steps", "flops"] = "steps"   # flops: every method gets the FLOPs that `standard_kd_pairs` needs for `steps`
+    # flops: every method gets the FLOPs that `standard_kd_pairs` needs for `steps`
+    match: Literal["steps", "flops"] = "steps"
     batch: int = Field(gt=0)                     # pairs a step
     micro_batch: int | None = Field(None, gt=0)  # pairs in memory at once; null = the whole batch
     checkpoint_gradients: bool = False           # recompute activations: less memory, a third more time
@@ -151,7 +166,8 @@ class Distill(_Section):
     kl_at: Literal["answer", "all"] = "answer"
     train_embeddings: bool = False
     bf16: bool | None = None                     # autocast; null = on an accelerator only
-    w_warmup: float = Field(0.5, ge=0, lt=1)     # share of the steps before W is fitted, for w = procrustes_after_warmup
+    # share of the steps before W is fitted, for w = procrustes_after_warmup
+    w_warmup: float = Field(0.5, ge=0, lt=1)
     refit_every: int = Field(0, ge=0)            # steps between new fits of W (an ablation); 0 = W stays as fitted
     log_every: int = Field(20, gt=0)             # steps between points of the learning curve
     checkpoint_every: int = Field(40, gt=0)
@@ -222,7 +238,8 @@ class Kv(_Section):
     train: KvTrain
     methods: list[str] = Field(min_length=1)     # of `rcid.kv.KV_METHODS`
     seeds: list[int] = Field(min_length=1)
-    latent_token: str | None = None              # marks a place; null: the tokenizer's beginning of text, which word problems do not use
+    # marks a place; null: the tokenizer's beginning of text, which word problems do not use
+    latent_token: str | None = None
     k: int = Field(6, gt=0)                      # sites at which consistency is measured
 
 # %% ../../nbs/00_core/01_params.ipynb #d50f8e2a
@@ -253,27 +270,46 @@ class Params(_Section):
     @property
     def cells(self) -> list[tuple[str, str, str, int]]:
         "(family, task, method, seed) of every student that is trained."
-        return [(f, t, m, s) for b in (self.core, self.more) for f in b.families for t in b.tasks for m in b.methods for s in self.seeds]
+        return [
+            (f, t, m, s)
+            for b in (self.core, self.more)
+            for f in b.families
+            for t in b.tasks
+            for m in b.methods
+            for s in self.seeds
+        ]
 
 # %% ../../nbs/00_core/01_params.ipynb #753ee1e2
 def load_params(path: str | Path | None = None) -> Params:
     "Reads and checks `params.yaml` of the workspace (or `path`)."
     path = Path(path or root()/"params.yaml")
     if not path.exists(): raise FileNotFoundError(f"{path} is missing: `make params` composes it from conf/")
-    try: p = Params.model_validate(read_yaml(path))
+    try:
+        p = Params.model_validate(read_yaml(path))
     except ValidationError as e:
         first = e.errors()[0]
         where, why = ".".join(str(x) for x in first["loc"]), first["msg"]
         if first["type"] == "extra_forbidden": why = "unknown key: check its spelling against rcid.core.params"
-        raise ValueError(f"{path.name}: {where}: {why}" + (f" (and {e.error_count()-1} more)" if e.error_count() > 1 else "")) from None
+        raise ValueError(
+            f"{path.name}: {where}: {why}" + (f" (and {e.error_count()-1} more)" if e.error_count() > 1 else "")
+        ) from None
     for name, family in p.models.items():
         for spec in (family.teacher, family.student):
             for key in ("path", "cache", "tokenizer"):
                 if isinstance(spec.get(key), str): inside(spec[key])
     for family in p.families:
-        if family not in p.models: raise ValueError(f"{path.name}: families names {family!r}, which models does not describe (it has {sorted(p.models)})")
+        if family not in p.models:
+            raise ValueError(
+                f"{path.name}: families names {family!r}, which models does not describe (it has {sorted(p.models)})"
+            )
     for name, block in (("core", p.core), ("more", p.more)):
         for key in ("families", "tasks"):
-            if lost := set(getattr(block, key)) - set(getattr(p, key)): raise ValueError(f"{path.name}: {name}.{key} names {sorted(lost)}, which {key} does not (it has {getattr(p, key)})")
-    if twice := [c for c, n in Counter(p.cells).items() if n > 1]: raise ValueError(f"{path.name}: core and more both train {'-'.join(map(str, twice[0]))}: name each student once")
+            if lost := set(getattr(block, key)) - set(getattr(p, key)):
+                raise ValueError(
+                    f"{path.name}: {name}.{key} names {sorted(lost)}, which {key} does not (it has {getattr(p, key)})"
+                )
+    if twice := [c for c, n in Counter(p.cells).items() if n > 1]:
+        raise ValueError(
+            f"{path.name}: core and more both train {'-'.join(map(str, twice[0]))}: name each student once"
+        )
     return p

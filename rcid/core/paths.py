@@ -21,13 +21,16 @@ def root() -> Path:
     here = Path.cwd().resolve()
     for folder in (here, *here.parents):
         if (folder/"params.yaml").exists() and (folder/"dvc.yaml").exists(): return folder
-    raise FileNotFoundError(f"no rcid workspace at or above {here}: run from a clone of the repository, or set RCID_ROOT to one")
+    raise FileNotFoundError(
+        f"no rcid workspace at or above {here}: run from a clone of the repository, or set RCID_ROOT to one"
+    )
 
 # %% ../../nbs/00_core/00_paths.ipynb #7b5b4edf
 def inside(path: str | Path) -> Path:
     "`path` below the workspace root; refuses one that leaves it."
     full = (root()/path).resolve()
-    if not full.is_relative_to(root()): raise ValueError(f"path {str(path)!r} leaves the workspace {root()}: use a path below it")
+    if not full.is_relative_to(root()):
+        raise ValueError(f"path {str(path)!r} leaves the workspace {root()}: use a path below it")
     return full
 
 # %% ../../nbs/00_core/00_paths.ipynb #f5877dab
@@ -80,7 +83,8 @@ def _plain(x):
     if isinstance(x, dict): return {str(k): _plain(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)): return [_plain(v) for v in x]
     if hasattr(x, "tolist"): return _plain(x.tolist())                      # numpy and torch
-    if isinstance(x, float): return float(f"{x:.9g}") if x - x == 0 else None  # JSON has no NaN: null, and counted by its writer
+    # JSON has no NaN: null, and counted by its writer
+    if isinstance(x, float): return float(f"{x:.9g}") if x - x == 0 else None
     return x
 
 def write_json(path: str | Path, data) -> Path:
@@ -90,9 +94,12 @@ def write_json(path: str | Path, data) -> Path:
 
 def read_json(path: str | Path):
     "Reads JSON; a missing or broken file gets one clear line."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError: raise FileNotFoundError(f"{path} is missing: run `dvc repro` to make it") from None
-    except json.JSONDecodeError as e: raise ValueError(f"{path} is not valid JSON ({e}): delete it and run `dvc repro`") from None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: run `dvc repro` to make it") from None
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path} is not valid JSON ({e}): delete it and run `dvc repro`") from None
 
 # %% ../../nbs/00_core/00_paths.ipynb #4e3dcafb
 def read_yaml(path: str | Path):
@@ -101,9 +108,12 @@ def read_yaml(path: str | Path):
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
     path = Path(path)
     shown = path.resolve().relative_to(root()) if path.resolve().is_relative_to(root()) else path.name
-    try: return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError: raise FileNotFoundError(f"{path} is missing") from None
-    except UnicodeDecodeError as e: raise ValueError(f"{shown}: is no UTF-8 text ({e.reason}, byte {e.start})") from None
+    try:
+        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing") from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{shown}: is no UTF-8 text ({e.reason}, byte {e.start})") from None
     except YAMLError as e:
         mark = (e.problem_mark or e.context_mark) if isinstance(e, MarkedYAMLError) else None
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -125,7 +135,8 @@ SEAL = "SHA256SUMS"
 def seal(folder: str | Path):
     "Writes the hashes of all files of `folder` into it."
     files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.name != SEAL)
-    with whole_file(Path(folder)/SEAL) as f: f.writelines(f"{sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files)
+    with whole_file(Path(folder) / SEAL) as f:
+        f.writelines(f"{sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files)
 
 def broken_seal(folder: str | Path) -> list[str]:
     "Files of a sealed folder that are missing or not what they were; nothing is said of a folder without a seal."
@@ -134,7 +145,11 @@ def broken_seal(folder: str | Path) -> list[str]:
     text = (folder/SEAL).read_text(encoding="utf-8", errors="replace").removesuffix("\n")
     # a name may hold what `splitlines` takes for an end of line
     lines = [line.partition("  ") for line in text.split("\n")] if text else []
-    return [name or SEAL for digest, _, name in lines if not name or not (folder/name).is_file() or sha256(folder/name) != digest]
+    return [
+        name or SEAL
+        for digest, _, name in lines
+        if not name or not (folder / name).is_file() or sha256(folder / name) != digest
+    ]
 
 # %% ../../nbs/00_core/00_paths.ipynb #74c7baf6
 def mind_git(folder: str | Path):
@@ -165,7 +180,10 @@ def embedded(name: str):
 
 def data_dir(dataset: str) -> Path:
     "The folder of a public dataset below `RCID_DATA_DIR`."
-    if not os.environ.get("RCID_DATA_DIR"): raise FileNotFoundError(f"dataset {dataset!r} needs RCID_DATA_DIR, the folder that holds the public datasets, to be set")
+    if not os.environ.get("RCID_DATA_DIR"):
+        raise FileNotFoundError(
+            f"dataset {dataset!r} needs RCID_DATA_DIR, the folder that holds the public datasets, to be set"
+        )
     folder = Path(os.environ["RCID_DATA_DIR"])/dataset
     if not folder.is_dir(): raise FileNotFoundError(f"no folder {folder}: RCID_DATA_DIR holds no dataset {dataset!r}")
     return folder

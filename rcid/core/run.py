@@ -17,9 +17,13 @@ from .paths import root, whole_file, writing
 
 # %% ../../nbs/00_core/03_run.ipynb #e917b87a
 def redact(text: str) -> str:
-    "Without the secrets of the environment (variables named ...TOKEN, KEY, SECRET or PASSWORD) and without anything that looks like a hub token."
-    secrets = {v for k, v in os.environ.items() if re.search(r"(TOKEN|KEY|SECRET|PASSWORD)S?$", k, re.I) and len(v) >= 8}
-    for s in sorted(secrets, key=len, reverse=True): text = text.replace(s, "[secret]").replace(json.dumps(s)[1:-1], "[secret]")
+    """Without the secrets of the environment (variables named ...TOKEN, KEY, SECRET or PASSWORD) and without anything
+    that looks like a hub token."""
+    secrets = {
+        v for k, v in os.environ.items() if re.search(r"(TOKEN|KEY|SECRET|PASSWORD)S?$", k, re.I) and len(v) >= 8
+    }
+    for s in sorted(secrets, key=len, reverse=True):
+        text = text.replace(s, "[secret]").replace(json.dumps(s)[1:-1], "[secret]")
     return re.sub(r"\bhf_[A-Za-z0-9]{16,}", "[secret]", text)
 
 def relative(x, workspace: str):
@@ -31,34 +35,47 @@ def relative(x, workspace: str):
     return re.sub(rf"(?<![\w.~-])(?:{names})(?![\w-]|\.\w)", ".", x)         # not rcid-old, not /mnt/home/me/rcid
 
 def strip_notebook(nb: dict, workspace: str) -> dict:
-    "Removes from an executed notebook all that differs between equal runs (times, stderr, absolute paths, versions), and secrets."
+    """Removes from an executed notebook all that differs between equal runs (times, stderr, absolute paths, versions),
+    and secrets."""
     kernel = {"display_name": "python3", "language": "python", "name": "python3"}
     cells = []
     for cell in nb["cells"]:
         tags = cell["metadata"].get("tags", [])
         cell = {**cell, "metadata": {"tags": tags} if tags else {}}
         if cell["cell_type"] == "code":
-            bar = lambda o: o.get("name") == "stderr" or "application/vnd.jupyter.widget-view+json" in o.get("data", {})  # text and widget bars
+            # text and widget bars
+            bar = lambda o: o.get("name") == "stderr" or "application/vnd.jupyter.widget-view+json" in o.get("data", {})
             outputs = []
             for o in cell["outputs"]:
                 if bar(o): continue
                 last = outputs[-1] if outputs else {}
-                if o["output_type"] == last.get("output_type") == "stream": last["text"] = ("".join(last["text"]) + "".join(o["text"])).splitlines(True)  # a bar cut the text in two, at a moment of its own
-                else: outputs.append({**o, "metadata": {}} if "metadata" in o else {**o})
+                # a bar cut the text in two, at a moment of its own
+                if o["output_type"] == last.get("output_type") == "stream":
+                    last["text"] = ("".join(last["text"]) + "".join(o["text"])).splitlines(True)
+                else:
+                    outputs.append({**o, "metadata": {}} if "metadata" in o else {**o})
             cell["outputs"] = outputs
         if "injected-parameters" in tags: cell["id"] = "injected-parameters"
         cells.append(relative(cell, workspace))
-    text = json.dumps({"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}, indent=1, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(
+        {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5},
+        indent=1,
+        sort_keys=True,
+        ensure_ascii=False,
+    )
     return json.loads(redact(text))
 
 # %% ../../nbs/00_core/03_run.ipynb #8a66022a
-LAZY = "__import__('gc').set_threshold(50_000, 50, 100); __import__('atexit').register(__import__('gc').freeze)" # else a tenth of a short stage is garbage collection that walks what torch and transformers imported
+# else a tenth of a short stage is garbage collection that walks what torch and transformers imported
+LAZY = "__import__('gc').set_threshold(50_000, 50, 100); __import__('atexit').register(__import__('gc').freeze)"
 
 def _papermill():
-    "papermill without what no notebook here uses: a grammar of IRIs that is compiled for a second, and pyarrow, for notebooks on Hadoop."
+    """papermill without what no notebook here uses: a grammar of IRIs that is compiled for a second, and pyarrow, for
+    notebooks on Hadoop."""
     sys.modules.setdefault("rfc3987_syntax", None)
     absent = sys.modules.setdefault("pyarrow", None) is None
-    try: import papermill
+    try:
+        import papermill
     finally:
         if absent: del sys.modules["pyarrow"]
     return papermill
@@ -94,19 +111,40 @@ def run_notebook(
     record, draft = root()/"runs"/name/f"{label}.ipynb", root()/"logs"/f"{name}-{label}.ipynb"
     with writing(draft): draft.parent.mkdir(exist_ok=True)
     known = {p for p in papermill.inspect_notebook(str(source))}
-    if set(coordinates) - known: raise ValueError(f"{name}.ipynb has no parameter {sorted(set(coordinates) - known)}: it takes {sorted(known)}")
+    if set(coordinates) - known:
+        raise ValueError(f"{name}.ipynb has no parameter {sorted(set(coordinates) - known)}: it takes {sorted(known)}")
     try:
         with tempfile.TemporaryDirectory(prefix="rcid-", dir=_short_folder()) as folder:
             os.mkdir(f"{folder}/user")
-            kernel = dict(kernel_manager_class=_local_kernel(folder), extra_arguments=[f"--IPKernelApp.exec_lines={LAZY}"])
-            papermill.execute_notebook(str(source), str(draft), parameters=coordinates, cwd=str(root()), kernel_name="python3",
-                                       progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, **kernel)
-    except DeadKernelError: raise RuntimeError(f"{name} {label}: its kernel was killed: too little memory?") from None
+            kernel = dict(
+                kernel_manager_class=_local_kernel(folder), extra_arguments=[f"--IPKernelApp.exec_lines={LAZY}"]
+            )
+            papermill.execute_notebook(
+                str(source),
+                str(draft),
+                parameters=coordinates,
+                cwd=str(root()),
+                kernel_name="python3",
+                progress_bar=False,
+                stdout_file=sys.stdout,
+                stderr_file=sys.stderr,
+                **kernel,
+            )
+    except DeadKernelError:
+        raise RuntimeError(f"{name} {label}: its kernel was killed: too little memory?") from None
     except papermill.PapermillExecutionError as e:
         with whole_file(draft) as f: f.write(redact(draft.read_text(encoding="utf-8")))
         raise RuntimeError(f"{name} {label}: {e.ename}: {redact(e.evalue)} (see {draft.relative_to(root())})") from None
     with whole_file(record) as f:
-        f.write(json.dumps(strip_notebook(json.loads(draft.read_text(encoding="utf-8")), str(root())), indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+        f.write(
+            json.dumps(
+                strip_notebook(json.loads(draft.read_text(encoding="utf-8")), str(root())),
+                indent=1,
+                sort_keys=True,
+                ensure_ascii=False,
+            )
+            + "\n"
+        )
     draft.unlink()
     return record
 
@@ -116,11 +154,13 @@ def coordinates_of(words: list[str]) -> dict[str, str]:
     out = {}
     for word in words:
         key, equals, value = word.partition("=")
-        if not equals or not re.fullmatch(r"\w[\w.]*", value): raise ValueError(f"coordinate {word!r} is not key=value with a plain word as its value")
+        if not equals or not re.fullmatch(r"\w[\w.]*", value):
+            raise ValueError(f"coordinate {word!r} is not key=value with a plain word as its value")
         if key in out: raise ValueError(f"coordinate {key!r} is given twice, as {out[key]} and {value}: give it once")
         out[key] = value
     known = list(load_params().models)
-    if out.get("family", known[0]) not in known: raise ValueError(f"unknown family {out['family']!r}: params.yaml describes {', '.join(known)}")
+    if out.get("family", known[0]) not in known:
+        raise ValueError(f"unknown family {out['family']!r}: params.yaml describes {', '.join(known)}")
     return out
 
 # %% ../../nbs/00_core/03_run.ipynb #7c39a65a

@@ -22,13 +22,24 @@ def compose_params(target: str | Path, *overrides: str):
     for f in sorted((root()/"conf").rglob("*.yaml")): read_yaml(f)           # a broken one is named with its line
     scales = sorted(f.stem for f in (root()/"conf"/"scale").glob("*.yaml"))
     for o in overrides:
-        if o.startswith("scale=") and o[6:] not in scales: raise ValueError(f"unknown scale {o[6:]!r}: there are {', '.join(scales)}")
+        if o.startswith("scale=") and o[6:] not in scales:
+            raise ValueError(f"unknown scale {o[6:]!r}: there are {', '.join(scales)}")
     try:
         with writing(target): compose_and_dump(str(target), str(root()/"conf"), None, "config", "", list(overrides))
-    except HydraException as e: raise ValueError(f"cannot set {', '.join(overrides)}: {' '.join(str(e).split())}") from None
+    except HydraException as e:
+        raise ValueError(f"cannot set {', '.join(overrides)}: {' '.join(str(e).split())}") from None
 
 # %% ../../nbs/00_core/04_workspace.ipynb #cb3d0922
-COMMITTED = ("metrics", "paper/figures", "paper/tables", "paper/main.pdf", "paper/values.tex", "dvc.lock", "params.yaml") # results and settings of the default scale
+# results and settings of the default scale
+COMMITTED = (
+    "metrics",
+    "paper/figures",
+    "paper/tables",
+    "paper/main.pdf",
+    "paper/values.tex",
+    "dvc.lock",
+    "params.yaml",
+)
 
 def source_files() -> list[str]:
     "The files (paths from the root) that `.gitignore` does not name: the same in a clone and in an archive."
@@ -58,7 +69,10 @@ def make_workspace(
             copy.parent.mkdir(parents=True, exist_ok=True)
             if not copy.exists() or copy.read_bytes() != source.read_bytes(): shutil.copyfile(source, copy)
         compose_params(target/"params.yaml", f"scale={scale}", *overrides)
-        (target/".dvc"/"config.local").write_text("[core]\n    no_scm = true\n[cache]\n    type = hardlink,copy\n", encoding="utf-8") # its results are nobody's commit; 126 students (gpu) fill 31 GB, as copies of DVC's cache they would fill 62
+        # its results are nobody's commit; 126 students (gpu) fill 31 GB, as copies of DVC's cache they would fill 62
+        (target / ".dvc" / "config.local").write_text(
+            "[core]\n    no_scm = true\n[cache]\n    type = hardlink,copy\n", encoding="utf-8"
+        )
     return target
 
 def main(argv: list[str]):

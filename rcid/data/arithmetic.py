@@ -21,26 +21,35 @@ def problems(op: str, split: str) -> list[tuple[int, int]]:
     "Operands of one split whose result is one digit; 2 + 3 and 3 + 2 are one problem and share their split."
     if split not in SPLITS: raise ValueError(f"unknown split {split!r}: there are {list(SPLITS)}")
     key = lambda a, b: f"{min(a, b)}+{max(a, b)}" if op == "+" else f"{a}-{b}"
-    return [(a, b) for a in range(10) for b in range(10) if 0 <= OPERATIONS[op](a, b) <= 9 and split_of(key(a, b)) == split]
+    return [
+        (a, b) for a in range(10) for b in range(10) if 0 <= OPERATIONS[op](a, b) <= 9 and split_of(key(a, b)) == split
+    ]
 
-def _entity(op: str, a: int, b: int) -> int: return 100*("+-".index(op)) + (10*min(a, b) + max(a, b) if op == "+" else 10*a + b)
+
+def _entity(op: str, a: int, b: int) -> int:
+    return 100 * "+-".index(op) + (10 * min(a, b) + max(a, b) if op == "+" else 10 * a + b)
 
 # %% ../../nbs/02_data/07_arithmetic.ipynb #7e127acc
 def arithmetic_rows(
     tokenizer,
-    split: str = "test",     # which problems: train | val | test
+    split: str = "test",  # which problems: train | val | test
     seed: int = 0,
-    variant: str = "id",     # id | ood_templates (held-out wordings) | ood_long (a sentence before) | ood_shots (one more solved line; symbolic)
-    form: str = "symbolic"   # symbolic | words
+    variant: str = "id",  # id | ood_templates (held-out wordings) | ood_long (a sentence before) | ood_shots (one more solved line; symbolic)
+    form: str = "symbolic",  # symbolic | words
 ) -> Iterator[Row]:
     "An endless stream of distinct one-digit problems with one operand changed."
     if variant not in VARIANTS: raise ValueError(f"unknown arithmetic variant {variant!r}: there are {VARIANTS}")
-    if form not in ("symbolic", "words"): raise ValueError(f"unknown arithmetic form {form!r}: there are 'symbolic' and 'words'")
-    if variant == "ood_shots" and form == "words": raise ValueError("arithmetic in words has no solved lines: variant 'ood_shots' is for form 'symbolic'")
+    if form not in ("symbolic", "words"):
+        raise ValueError(f"unknown arithmetic form {form!r}: there are 'symbolic' and 'words'")
+    if variant == "ood_shots" and form == "words":
+        raise ValueError("arithmetic in words has no solved lines: variant 'ood_shots' is for form 'symbolic'")
     table, rng = embedded("arithmetic"), random.Random(f"arithmetic-{split}-{seed}-{variant}-{form}")
-    names, templates = names_of(tokenizer, split) or ["She"], [t for t in table[form] if t["ood"] == (variant == "ood_templates")]
+    names, templates = names_of(tokenizer, split) or ["She"], [
+        t for t in table[form] if t["ood"] == (variant == "ood_templates")
+    ]
     known = {op: problems(op, split) for op in OPERATIONS}
-    lead = " " if single_token(tokenizer, " 7", "=") is not None else ""       # a space in the number's token, not in the prompt
+    # a space in the number's token, not in the prompt
+    lead = " " if single_token(tokenizer, " 7", "=") is not None else ""
     seen = set()
     for k in range(1_000_000):
         template = templates[k % len(templates)]
@@ -52,14 +61,28 @@ def arithmetic_rows(
         before = rng.choice(table["prefixes"]) + " " if variant == "ood_long" else ""
         if form == "symbolic":
             numbers = lambda p: dict(a=str(p[0]), b=str(p[1]), c=result(p))
-            shown = rng.sample([p for p in known[op] if _entity(op, *p) not in (_entity(op, *clean), _entity(op, *corrupt))], template["shots"] + (variant == "ood_shots"))
+            shown = rng.sample(
+                [p for p in known[op] if _entity(op, *p) not in (_entity(op, *clean), _entity(op, *corrupt))],
+                template["shots"] + (variant == "ood_shots"),
+            )
             before += "".join(fill(template["line"], **numbers(p))[0] + template["sep"] for p in shown)
             question, words = template["line"].split("{c}")[0].removesuffix(lead), {}
-        else: question, words = template["text"].split("{c}")[0].removesuffix(lead), dict(name=rng.choice(names), thing=rng.choice(table["things"]))
+        else:
+            question, words = template["text"].split("{c}")[0].removesuffix(lead), dict(
+                name=rng.choice(names), thing=rng.choice(table["things"])
+            )
         (text, at), (other, _) = (fill(question, a=str(p[0]), b=str(p[1]), **words) for p in (clean, corrupt))
         if (before, text, other) in seen: continue
         seen.add((before, text, other))
         shift = lambda span: (span[0] + len(before), span[1] + len(before))
         cue = list(re.finditer(r"\S+", text))[-1].span()
-        yield Row(before + text, before + other, lead + result(clean), lead + result(corrupt), {"other": shift(at["ab"[1 - side]]), "digit": shift(at["ab"[side]]), "cue": shift(cue)},
-                  ("digit",), template["id"], (_entity(op, *clean), _entity(op, *corrupt)))
+        yield Row(
+            before + text,
+            before + other,
+            lead + result(clean),
+            lead + result(corrupt),
+            {"other": shift(at["ab"[1 - side]]), "digit": shift(at["ab"[side]]), "cue": shift(cue)},
+            ("digit",),
+            template["id"],
+            (_entity(op, *clean), _entity(op, *corrupt)),
+        )

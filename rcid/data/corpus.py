@@ -36,14 +36,19 @@ def templated_sentences(
         (p, p2), (o, o2) = rng.sample(ioi["places"], 2), rng.sample(ioi["objects"], 2)
         if rng.random() < 0.6:
             s = rng.choice((x, y))
-            text = rng.choice(ioi["templates"])["text"].format(A=x, B=y, S=s, place=p, object=o) + f" {y if s == x else x}."
-        else: text = rng.choice(table["fillers"]).format(X=x, Y=y, place=p, place2=p2, object=o, object2=o2)
+            text = (
+                rng.choice(ioi["templates"])["text"].format(A=x, B=y, S=s, place=p, object=o)
+                + f" {y if s == x else x}."
+            )
+        else:
+            text = rng.choice(table["fillers"]).format(X=x, Y=y, place=p, place2=p2, object=o, object2=o2)
         out.append(text)
     return out
 
 # %% ../../nbs/02_data/03_corpus.ipynb #cb32aef7
 def held_entities() -> list[str]:
-    "First names, and proper names that facts are about, of which no student may read: the test split's, and the rare ones."
+    """First names, and proper names that facts are about, of which no student may read: the test split's, and the rare
+    ones."""
     table = embedded("factual")
     rare, subjects = set(table["ood_subjects"]), {s for r in table["relations"] for s in r["facts"]}
     proper = {s for s in subjects | rare if s[0].isupper()}                 # no text does without "go" and "two"
@@ -68,13 +73,20 @@ def general_text(
     if split not in FILES: raise ValueError(f"unknown split {split!r} of general text: there are {', '.join(FILES)}")
     if source == "path":
         file = (Path(path) if path else data_dir("wikitext2"))/FILES[split]
-        if not file.exists(): raise FileNotFoundError(f"no {file}: the wikitext2 folder is incomplete, or lm.path is wrong")
+        if not file.exists():
+            raise FileNotFoundError(f"no {file}: the wikitext2 folder is incomplete, or lm.path is wrong")
         text = file.read_text(encoding="utf-8")
     elif source == "hub":
         if missing := {"id", "name", "revision"} - set(hub or {}):
-            raise ValueError(f"lm.hub lacks {', '.join(sorted(missing))}: text from a hub needs a dataset and a pinned revision")
+            raise ValueError(
+                f"lm.hub lacks {', '.join(sorted(missing))}: text from a hub needs a dataset and a pinned revision"
+            )
         text = "".join(r["text"] for r in hub_rows(hub["id"], hub["name"], PARTS[split], hub["revision"]))
-    else: raise ValueError(f"general text has no source {source!r}: there are 'path' and 'hub', and 'samples', which the stage `text` draws")
+    else:
+        raise ValueError(
+            f"general text has no source {source!r}: there are 'path' and 'hub', and 'samples', which the stage `text`"
+            " draws"
+        )
     docs = [d for d in text.split("\n = ") if d.strip()]
     return docs if split == "test" else without_test_entities(docs)
 
@@ -89,4 +101,6 @@ def pad_sentences(texts: list[str], tokenizer, seq: int) -> tuple[Int[Tensor, "b
     "One sentence a row: ids (cut at `seq`, without an EOS that the text does not have) and mask."
     if not texts: raise ValueError("pad_sentences: no sentences given: pass at least one")
     rows = [torch.tensor(r[:seq], dtype=torch.long) for r in prompt_ids(tokenizer, texts)]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id or 0), pad_mask([len(r) for r in rows])
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id or 0), pad_mask(
+        [len(r) for r in rows]
+    )

@@ -29,48 +29,92 @@ class Relation(NamedTuple):
 def _marked(template: str) -> str | None: # None where nothing follows the subject
     if template.count("{X}") != 1 or "[" in template: return None
     before, after = template.split("{X}")
-    return f"{before}{{X}}{marked}" if (marked := re.sub(r"[\w']+", lambda m: f"[{m[0]}]", after, count=1)) != after else None
+    return (
+        f"{before}{{X}}{marked}"
+        if (marked := re.sub(r"[\w']+", lambda m: f"[{m[0]}]", after, count=1)) != after
+        else None
+    )
 
 def _relation(name: str, templates, ood_templates, facts, ood: bool | None = None) -> Relation:
     objects = {}
     for subject, o in facts: objects.setdefault(subject, set()).add(o)
     marks = [tuple(m for t in ts if (m := _marked(t))) for ts in (templates, ood_templates)]
-    return Relation(name, split_of(f"relation {name}") == "val" if ood is None else ood, *marks, {s: min(o) for s, o in objects.items() if len(o) == 1})
+    return Relation(
+        name,
+        split_of(f"relation {name}") == "val" if ood is None else ood,
+        *marks,
+        {s: min(o) for s, o in objects.items() if len(o) == 1},
+    )
 
 # %% ../../nbs/02_data/05_factual.ipynb #43d920dd
 def _lre() -> list[Relation]:
     tables = [read_table("lre_relations", f.name) for f in sorted(data_dir("lre_relations").glob("*.json"))]
-    if not tables: raise FileNotFoundError(f"no relations in {data_dir('lre_relations')}: the lre_relations folder is incomplete")
+    if not tables:
+        raise FileNotFoundError(f"no relations in {data_dir('lre_relations')}: the lre_relations folder is incomplete")
     slot = lambda ts: [t.replace("{}", "{X}") for t in ts]
-    return [_relation(t["name"], slot(t["prompt_templates"]), [x for x in slot(t["prompt_templates_zs"]) if x not in slot(t["prompt_templates"])],
-                      [(s["subject"], s["object"]) for s in t["samples"]]) for t in tables]
+    return [
+        _relation(
+            t["name"],
+            slot(t["prompt_templates"]),
+            [x for x in slot(t["prompt_templates_zs"]) if x not in slot(t["prompt_templates"])],
+            [(s["subject"], s["object"]) for s in t["samples"]],
+        )
+        for t in tables
+    ]
 
 def _lama() -> list[Relation]:
     facts = {}
-    for r in read_rows("lama", "trex.jsonl"): facts.setdefault(r["predicate_id"], []).append((r["sub_label"], r["obj_label"]))
-    texts = {r["relation"]: (r["label"], r["template"].replace("[X]", "{X}")) for r in read_rows("lama", "relations.jsonl")}
-    return [_relation(texts[k][0], [texts[k][1].split("[Y]")[0].strip()], [], facts[k]) for k in sorted(facts) if texts[k][1].rstrip(" .").endswith("[Y]")]
+    for r in read_rows("lama", "trex.jsonl"):
+        facts.setdefault(r["predicate_id"], []).append((r["sub_label"], r["obj_label"]))
+    texts = {
+        r["relation"]: (r["label"], r["template"].replace("[X]", "{X}")) for r in read_rows("lama", "relations.jsonl")
+    }
+    return [
+        _relation(texts[k][0], [texts[k][1].split("[Y]")[0].strip()], [], facts[k])
+        for k in sorted(facts)
+        if texts[k][1].rstrip(" .").endswith("[Y]")
+    ]
 
-def _counterfact(rows: list[dict]) -> list[Relation]: # one relation per template; the paraphrases are those of its facts
+
+def _counterfact(
+    rows: list[dict],
+) -> list[Relation]:  # one relation per template; the paraphrases are those of its facts
     groups: dict[str, list] = {}
     for r in rows:
-        if r["prompt"].count(r["subject"]) == 1: groups.setdefault(r["prompt"].replace(r["subject"], "{X}"), []).append(r)
+        if r["prompt"].count(r["subject"]) == 1:
+            groups.setdefault(r["prompt"].replace(r["subject"], "{X}"), []).append(r)
     return [_relation(t, [t], [r["rephrase_prompt"].replace(r["subject"], "{X}") for r in rs if "rephrase_prompt" in r],
                       [(r["subject"], r["ground_truth"]) for r in rs]) for t, rs in sorted(groups.items())]
+
 
 def relations_of(
     source: str = "embedded",     # embedded | path | hub
     dataset: str | None = None    # path: lre (default) | counterfact | lama; hub: counterfact
 ) -> list[Relation]:
     "All relations of a source."
-    if source == "embedded": return [Relation(r["name"], r["ood"], tuple(r["templates"]), tuple(r["ood_templates"]), r["facts"]) for r in embedded("factual")["relations"]]
+    if source == "embedded":
+        return [
+            Relation(r["name"], r["ood"], tuple(r["templates"]), tuple(r["ood_templates"]), r["facts"])
+            for r in embedded("factual")["relations"]
+        ]
     if source == "path":
         dataset = dataset or "lre"
         if dataset not in DATASETS: raise ValueError(f"unknown factual dataset {dataset!r}: there are {DATASETS}")
-        return {"lre": _lre, "lama": _lama, "counterfact": lambda: _counterfact(read_rows("counterfact", "counterfact.jsonl"))}[dataset]()
-    if source != "hub": raise ValueError(f"task 'factual' has no source {source!r}: there are 'embedded', 'path', 'hub'")
-    if dataset not in (None, "counterfact"): raise ValueError(f"dataset {dataset!r} is read with source='path': the hub has 'counterfact' alone")
-    return _counterfact([dict(prompt=r["prompt"], subject=r["subject"].strip(), ground_truth=r["target_true"].strip()) for r in hub_rows("NeelNanda/counterfact-tracing")])
+        return {
+            "lre": _lre,
+            "lama": _lama,
+            "counterfact": lambda: _counterfact(read_rows("counterfact", "counterfact.jsonl")),
+        }[dataset]()
+    if source != "hub":
+        raise ValueError(f"task 'factual' has no source {source!r}: there are 'embedded', 'path', 'hub'")
+    if dataset not in (None, "counterfact"):
+        raise ValueError(f"dataset {dataset!r} is read with source='path': the hub has 'counterfact' alone")
+    return _counterfact(
+        [
+            dict(prompt=r["prompt"], subject=r["subject"].strip(), ground_truth=r["target_true"].strip())
+            for r in hub_rows("NeelNanda/counterfact-tracing")
+        ]
+    )
 
 # %% ../../nbs/02_data/05_factual.ipynb #7e883b04
 def _swaps(facts: list[tuple[str, str]], templates: list[tuple[int, str]]) -> Iterator[tuple]:
@@ -87,22 +131,29 @@ def _in_turn(streams: list[Iterator]) -> Iterator:
             if (item := next(s, None)) is not None: alive.append(s); yield item
         streams = alive
 
+
 def factual_rows(
     tokenizer,
-    split: str = "test",                # which subjects: train | val | test
+    split: str = "test",  # which subjects: train | val | test
     seed: int = 0,
-    variant: str = "id",                # id | ood_relations (held-out relations) | ood_subjects (rare ones, in no split) | ood_templates (paraphrases)
-    source: str = "embedded", dataset: str | None = None,   # see relations_of
-    relations: list[str] | None = None, # only these
-    subject_tokens: int = 1             # subjects of exactly so many tokens; all of them are modified roles, `subject` is the last
+    variant: str = "id",  # id | ood_relations (held-out relations) | ood_subjects (rare ones, in no split) | ood_templates (paraphrases)
+    source: str = "embedded",
+    dataset: str | None = None,  # see relations_of
+    relations: list[str] | None = None,  # only these
+    subject_tokens: int = 1,  # subjects of exactly so many tokens; all of them are modified roles, `subject` is the last
 ) -> Iterator[Row]:
     "Subject swaps inside a relation; template id // 1000 is the number of the relation."
     if variant not in VARIANTS: raise ValueError(f"unknown factual variant {variant!r}: there are {VARIANTS}")
     if split not in SPLITS: raise ValueError(f"unknown split {split!r}: there are {list(SPLITS)}")
     table, rng = relations_of(source, dataset), random.Random(f"factual-{split}-{seed}-{variant}")
-    if unknown := set(relations or ()) - {r.name for r in table}: raise ValueError(f"unknown relations {sorted(unknown)}: there are {sorted(r.name for r in table)[:40]}")
+    if unknown := set(relations or ()) - {r.name for r in table}:
+        raise ValueError(f"unknown relations {sorted(unknown)}: there are {sorted(r.name for r in table)[:40]}")
     subjects = sorted({s for r in table for s in r.facts})
-    rare = set(embedded("factual")["ood_subjects"]) if source == "embedded" else {s for s in subjects if split_of(f"rare {s}") == "val"}
+    rare = (
+        set(embedded("factual")["ood_subjects"])
+        if source == "embedded"
+        else {s for s in subjects if split_of(f"rare {s}") == "val"}
+    )
     mine = {s for s in subjects if (s in rare if variant == "ood_subjects" else s not in rare and split_of(s) == split)}
     if source != "embedded" and mine:   # public subjects are mostly long: choose before pairing, not after
         count = {s: len(ids or ()) for s, ids in zip(mine, following(tokenizer, "of", [f" {s}" for s in mine]))}
@@ -111,9 +162,17 @@ def factual_rows(
     for k, r in enumerate(table):
         if (relations is not None and r.name not in relations) or r.ood != (variant == "ood_relations"): continue
         facts = [f for f in r.facts.items() if f[0] in mine]
-        templates = list(enumerate(r.templates, 1000*k)) if variant != "ood_templates" else list(enumerate(r.ood_templates[:500], 1000*k + 500))
+        templates = (
+            list(enumerate(r.templates, 1000 * k))
+            if variant != "ood_templates"
+            else list(enumerate(r.ood_templates[:500], 1000 * k + 500))
+        )
         if relations and (len({o for _, o in facts}) < 2 or not templates):
-            raise ValueError(f"relation {r.name!r} has no valid pair in the {split} split, variant {variant}: it needs two subjects of {subject_tokens} token(s) with different objects ({len(facts)} there), and a template ({len(templates)} there)")
+            raise ValueError(
+                f"relation {r.name!r} has no valid pair in the {split} split, variant {variant}: it needs two subjects"
+                f" of {subject_tokens} token(s) with different objects ({len(facts)} there), and a template"
+                f" ({len(templates)} there)"
+            )
         rng.shuffle(facts); rng.shuffle(templates)
         if templates and len(facts) > 1: streams.append(_swaps(facts, templates))
     rng.shuffle(streams)
@@ -121,12 +180,30 @@ def factual_rows(
     for template, text, x, o, y, wrong in _in_turn(streams):
         empty = False
         (clean, at), (corrupt, _) = fill(text, X=x), fill(text, X=y)
-        yield Row(clean, corrupt, f" {o}", f" {wrong}", {**_subject_roles(tokenizer, clean, at["X"], subject_tokens), "relation": at["mark"]},
-                  tuple(f"subject_{i}" for i in range(1, subject_tokens)) + ("subject",), template, (index[x], index[y]))
-    if empty: raise ValueError(f"factual {dataset or source}: no relation has a valid pair in the {split} split, variant {variant}, with subjects of {subject_tokens} token(s)")
+        yield Row(
+            clean,
+            corrupt,
+            f" {o}",
+            f" {wrong}",
+            {**_subject_roles(tokenizer, clean, at["X"], subject_tokens), "relation": at["mark"]},
+            tuple(f"subject_{i}" for i in range(1, subject_tokens)) + ("subject",),
+            template,
+            (index[x], index[y]),
+        )
+    if empty:
+        raise ValueError(
+            f"factual {dataset or source}: no relation has a valid pair in the {split} split, variant {variant}, with"
+            f" subjects of {subject_tokens} token(s)"
+        )
+
 
 def _subject_roles(tokenizer, text: str, span: tuple[int, int], n: int) -> dict[str, tuple[int, int]]:
     if n == 1: return {"subject": span}
-    tokens = [(a, b) for a, b in tokenizer(text, return_offsets_mapping=True)["offset_mapping"] if a < span[1] and b > span[0] and b > a][-n:]
-    tokens = [(0, 0)]*(n - len(tokens)) + tokens              # fewer tokens here than alone: a row without this role, which build_pairs drops and counts
+    tokens = [
+        (a, b)
+        for a, b in tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+        if a < span[1] and b > span[0] and b > a
+    ][-n:]
+    # fewer tokens here than alone: a row without this role, which build_pairs drops and counts
+    tokens = [(0, 0)]*(n - len(tokens)) + tokens
     return {"subject" if i == n else f"subject_{i}": t for i, t in enumerate(tokens, 1)}

@@ -13,7 +13,10 @@ from ..core.paths import read_json, write_json
 from .reasoning import STYLES, Problem, load_reasoning
 
 # %% ../../nbs/02_data/11_holdout.ipynb #2e63193b
-SPELLED = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty".split()
+SPELLED = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+    " eighteen nineteen twenty".split()
+)
 
 class Told(NamedTuple):
     "A question with its reasoning in several styles."
@@ -24,11 +27,13 @@ class Told(NamedTuple):
 
     def styled(self, style: str, before: str = "") -> Problem:
         "The problem as a teacher of this style writes it, `before` (an instruction) in front."
-        if style not in self.reasoning: raise ValueError(f"no reasoning in the style {style!r}: there are {', '.join(self.reasoning)}")
+        if style not in self.reasoning:
+            raise ValueError(f"no reasoning in the style {style!r}: there are {', '.join(self.reasoning)}")
         return Problem(before + self.prompt, self.reasoning[style], self.value, self.kind)
 
     @property
-    def key(self) -> str: return hashlib.sha256(self.prompt.encode()).hexdigest()
+    def key(self) -> str:
+        return hashlib.sha256(self.prompt.encode()).hexdigest()
 
     def spelled(self) -> "Told":
         "With its numbers as words: one token each for most tokenizers, also for those that split digits."
@@ -41,12 +46,21 @@ def told_problems(
     **opts                            # of `load_reasoning`
 ) -> list[Told]:
     "`n` problems of `load_reasoning`, every one in all styles."
-    if numerals not in ("digits", "words"): raise ValueError(f"told_problems: unknown numerals={numerals!r}, use digits or words")
-    if numerals == "words" and not opts.get("largest", 50) < len(SPELLED): raise ValueError(f"told_problems: numbers are spelled up to {SPELLED[-1]}: set largest to {len(SPELLED) - 1} or less, or numerals to digits")
+    if numerals not in ("digits", "words"):
+        raise ValueError(f"told_problems: unknown numerals={numerals!r}, use digits or words")
+    if numerals == "words" and not opts.get("largest", 50) < len(SPELLED):
+        raise ValueError(
+            f"told_problems: numbers are spelled up to {SPELLED[-1]}: set largest to {len(SPELLED) - 1} or less, or"
+            " numerals to digits"
+        )
     streams = [load_reasoning(dataset, split, n, style=s, **opts) for s in styles]
     for same in zip(*streams):
-        if len({p.prompt for p in same}) > 1: raise ValueError(f"{dataset}: the styles {list(styles)} do not tell the same problems in the same order")
-    told = [Told(same[0].prompt, same[0].value, same[0].kind, {s: p.reasoning for s, p in zip(styles, same)}) for same in zip(*streams)]
+        if len({p.prompt for p in same}) > 1:
+            raise ValueError(f"{dataset}: the styles {list(styles)} do not tell the same problems in the same order")
+    told = [
+        Told(same[0].prompt, same[0].value, same[0].kind, {s: p.reasoning for s, p in zip(styles, same)})
+        for same in zip(*streams)
+    ]
     return [t.spelled() for t in told] if numerals == "words" else told
 
 # %% ../../nbs/02_data/11_holdout.ipynb #8db93465
@@ -63,7 +77,10 @@ def share_out(problems: Sequence[Told], shares: dict[str, float]) -> dict[str, l
         parts[next((n for n, (a, b) in bounds.items() if a <= at < b), list(bounds)[-1])].append(p)
     return parts
 
-def part_hash(problems: Sequence[Told]) -> str: return hashlib.sha256("\n".join(json.dumps(p._asdict(), sort_keys=True) for p in problems).encode()).hexdigest()
+
+def part_hash(problems: Sequence[Told]) -> str:
+    return hashlib.sha256("\n".join(json.dumps(p._asdict(), sort_keys=True) for p in problems).encode()).hexdigest()
+
 
 def check_parts(parts: dict[str, Sequence[Told]]):
     "Raises if two parts share a question."
@@ -71,18 +88,27 @@ def check_parts(parts: dict[str, Sequence[Told]]):
     for i, a in enumerate(names):
         for b in names[i+1:]:
             if shared := {p.key for p in parts[a]} & {p.key for p in parts[b]}:
-                raise ValueError(f"the parts {a} and {b} share {len(shared)} problems (SHA-256 {min(shared)[:12]}...): draw them with share_out, or take the shared ones out of one")
+                raise ValueError(
+                    f"the parts {a} and {b} share {len(shared)} problems (SHA-256 {min(shared)[:12]}...): draw them"
+                    " with share_out, or take the shared ones out of one"
+                )
 
 def save_parts(parts: dict[str, Sequence[Told]], path: str | Path) -> Path:
     "Writes parts with their hashes; refuses parts that overlap."
     check_parts(parts)
-    return write_json(path, {name: dict(sha256=part_hash(ps), problems=[p._asdict() for p in ps]) for name, ps in parts.items()})
+    return write_json(
+        path, {name: dict(sha256=part_hash(ps), problems=[p._asdict() for p in ps]) for name, ps in parts.items()}
+    )
 
 def load_parts(path: str | Path) -> dict[str, list[Told]]:
     "Reads parts; refuses one that does not match its hash, and parts that overlap."
     out = {}
     for name, part in read_json(path).items():
         out[name] = [Told(**p) for p in part["problems"]]
-        if part_hash(out[name]) != part["sha256"]: raise ValueError(f"{path}: the part {name!r} does not match its SHA-256 (it was changed after it was drawn): delete the file and run `dvc repro`")
+        if part_hash(out[name]) != part["sha256"]:
+            raise ValueError(
+                f"{path}: the part {name!r} does not match its SHA-256 (it was changed after it was drawn): delete the"
+                " file and run `dvc repro`"
+            )
     check_parts(out)
     return out

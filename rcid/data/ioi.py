@@ -24,17 +24,19 @@ def _fill(template: str, words: dict[str, str]) -> tuple[str, dict[str, int]]:
         else: starts[slot] = len(out); out += words[slot] + rest
     return out, starts
 
+
 def ioi_rows(
     tokenizer,
-    split: str = "test",     # which names: train | val | test
+    split: str = "test",  # which names: train | val | test
     seed: int = 0,
-    variant: str = "id"      # id | ood_names (always the test names) | ood_templates (held-out sentences) | ood_long (a sentence before)
+    variant: str = "id",  # id | ood_names (always the test names) | ood_templates (held-out sentences) | ood_long (a sentence before)
 ) -> Iterator[Row]:
     "An endless stream of distinct IOI pairs with names of `split`."
     if variant not in VARIANTS: raise ValueError(f"unknown IOI variant {variant!r}: there are {VARIANTS}")
     table, rng = embedded("ioi"), random.Random(f"ioi-{split}-{seed}-{variant}")
     names = names_of(tokenizer, "test" if variant == "ood_names" else split)
-    if len(names) < 4: raise ValueError(f"only {len(names)} single-token names in the {split} split of this tokenizer: IOI needs 4")
+    if len(names) < 4:
+        raise ValueError(f"only {len(names)} single-token names in the {split} split of this tokenizer: IOI needs 4")
     index = {n: i for i, n in enumerate(embedded("names")["first_names"])}
     templates = [t for t in table["templates"] if t["ood"] == (variant == "ood_templates")]
     seen = set()
@@ -51,4 +53,13 @@ def ioi_rows(
         seen.add(clean)
         first, second = ("A", "B") if io_first else ("B", "A")
         span = lambda slot, word: (at[slot], at[slot] + len(word))
-        yield Row(clean, corrupt, f" {io}", f" {s}", {"io": span(first, io), "s1": span(second, s), "s2": span("S", s)}, ("s2",), template["id"], (index[io], index[s]))
+        yield Row(
+            clean,
+            corrupt,
+            f" {io}",
+            f" {s}",
+            {"io": span(first, io), "s1": span(second, s), "s2": span("S", s)},
+            ("s2",),
+            template["id"],
+            (index[io], index[s]),
+        )

@@ -36,13 +36,18 @@ class ContrastiveDataset:
     dropped: dict[str, int] = field(default_factory=dict) # reason -> rows that this tokenizer could not take
 
     def __post_init__(self):
-        if self.clean_ids.shape != self.corrupt_ids.shape: raise ValueError(f"pairs of unequal length: clean {tuple(self.clean_ids.shape)}, corrupt {tuple(self.corrupt_ids.shape)}")
-        if not (self.attention_mask.gather(1, self.answer_pos[:, None]) == 1).all(): raise ValueError("an answer position lies in the padding")
+        if self.clean_ids.shape != self.corrupt_ids.shape:
+            raise ValueError(
+                f"pairs of unequal length: clean {tuple(self.clean_ids.shape)}, corrupt {tuple(self.corrupt_ids.shape)}"
+            )
+        if not (self.attention_mask.gather(1, self.answer_pos[:, None]) == 1).all():
+            raise ValueError("an answer position lies in the padding")
 
     def __len__(self): return len(self.clean_ids)
 
     @property
-    def roles(self) -> list[str]: return list(self.key_positions)
+    def roles(self) -> list[str]:
+        return list(self.key_positions)
 
     def _map(self, f): # applies f to every tensor
         new = {k.name: f(v) for k in fields(self) if isinstance(v := getattr(self, k.name), Tensor)}
@@ -58,7 +63,12 @@ class ContrastiveDataset:
     def trimmed(self) -> "ContrastiveDataset":
         "Without columns that are padding in every row."
         n = int(self.attention_mask.sum(1).max()) if len(self) else 0
-        return replace(self, clean_ids=self.clean_ids[:, :n], corrupt_ids=self.corrupt_ids[:, :n], attention_mask=self.attention_mask[:, :n])
+        return replace(
+            self,
+            clean_ids=self.clean_ids[:, :n],
+            corrupt_ids=self.corrupt_ids[:, :n],
+            attention_mask=self.attention_mask[:, :n],
+        )
 
     def content_hash(self) -> str:
         "SHA-256 of all tensors: two datasets with one hash are the same pairs."
@@ -114,7 +124,9 @@ def _encode(tokenizer, row: Row) -> dict | str: # a reason when it cannot be tak
     clean, corrupt = prompt_ids(tokenizer, [row.clean, row.corrupt])
     if len(clean) != len(corrupt): return "clean and corrupt have unequal length"
     spans = tokenizer(row.clean, return_offsets_mapping=True)["offset_mapping"][:len(clean)]
-    last_token = lambda start, end: max((i for i, (a, b) in enumerate(spans) if a < end and b > start and b > a), default=None)
+    last_token = lambda start, end: max(
+        (i for i, (a, b) in enumerate(spans) if a < end and b > start and b > a), default=None
+    )
     positions = {role: last_token(*span) for role, span in row.roles.items()} | {"end": len(spans) - 1}
     if None in positions.values(): return "a role has no token"
     differ = [i for i, (a, b) in enumerate(zip(clean, corrupt)) if a != b]
@@ -133,17 +145,33 @@ def build_pairs(
     for row in rows:
         if n is not None and len(kept) == n: break
         e = _encode(tokenizer, row)
-        if isinstance(e, str): dropped[e] += 1
+        if isinstance(e, str):dropped[e] += 1
         else: kept.append((row, e))
     if not kept or (n is not None and len(kept) < n):
-        raise ValueError(f"{task or 'task'}: only {len(kept)} of {n or 'any'} pairs fit this tokenizer (dropped: {dict(dropped) or 'none'}): ask for fewer, or use another tokenizer")
-    pad = lambda seqs: torch.nn.utils.rnn.pad_sequence([torch.tensor(s) for s in seqs], batch_first=True, padding_value=tokenizer.pad_token_id or 0)
+        raise ValueError(
+            f"{task or 'task'}: only {len(kept)} of {n or 'any'} pairs fit this tokenizer (dropped:"
+            f" {dict(dropped) or 'none'}): ask for fewer, or use another tokenizer"
+        )
+    pad = lambda seqs: torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(s) for s in seqs], batch_first=True, padding_value=tokenizer.pad_token_id or 0
+    )
     column = lambda key: torch.tensor([e[key] for _, e in kept])
     first = kept[0][0]
-    return ContrastiveDataset(pad([e["clean"] for _, e in kept]), pad([e["corrupt"] for _, e in kept]), pad_mask([len(e["clean"]) for _, e in kept]),
-        torch.tensor([len(e["clean"]) - 1 for _, e in kept]), column("correct"), column("wrong"),
-        {r: torch.tensor([e["positions"][r] for _, e in kept]) for r in (*first.roles, "end")}, {r: r in first.modified for r in (*first.roles, "end")},
-        torch.tensor([r.template for r, _ in kept]), torch.tensor([r.entities for r, _ in kept]), model_family or type(tokenizer).__name__, task, dict(dropped))
+    return ContrastiveDataset(
+        pad([e["clean"] for _, e in kept]),
+        pad([e["corrupt"] for _, e in kept]),
+        pad_mask([len(e["clean"]) for _, e in kept]),
+        torch.tensor([len(e["clean"]) - 1 for _, e in kept]),
+        column("correct"),
+        column("wrong"),
+        {r: torch.tensor([e["positions"][r] for _, e in kept]) for r in (*first.roles, "end")},
+        {r: r in first.modified for r in (*first.roles, "end")},
+        torch.tensor([r.template for r, _ in kept]),
+        torch.tensor([r.entities for r, _ in kept]),
+        model_family or type(tokenizer).__name__,
+        task,
+        dict(dropped),
+    )
 
 def pad_mask(lengths: list[int]) -> Int[Tensor, "pair seq"]:
     "Right-padding mask: 1 for the first `length` columns of each row."
@@ -155,17 +183,38 @@ def save_pairs(pairs: ContrastiveDataset, folder: str | Path) -> Path:
     "Writes a dataset; `load_saved_pairs` reads it back and checks it."
     from safetensors.torch import save
     folder = Path(folder)
-    with whole_file(folder/"pairs.safetensors", "wb") as f: f.write(save({k: v.contiguous() for k, v in _tensors(pairs).items()}))
-    return write_json(folder/"pairs.json", dict(sha256=pairs.content_hash(), rows=len(pairs), roles=pairs.roles, is_modified=pairs.is_modified,
-        model_family=pairs.model_family, task=pairs.task, dropped=pairs.dropped, entities=sorted(set(pairs.entity_ids.flatten().tolist())), templates=sorted(set(pairs.template_id.tolist())))).parent
+    with whole_file(folder / "pairs.safetensors", "wb") as f:
+        f.write(save({k: v.contiguous() for k, v in _tensors(pairs).items()}))
+    return write_json(
+        folder / "pairs.json",
+        dict(
+            sha256=pairs.content_hash(),
+            rows=len(pairs),
+            roles=pairs.roles,
+            is_modified=pairs.is_modified,
+            model_family=pairs.model_family,
+            task=pairs.task,
+            dropped=pairs.dropped,
+            entities=sorted(set(pairs.entity_ids.flatten().tolist())),
+            templates=sorted(set(pairs.template_id.tolist())),
+        ),
+    ).parent
 
 def load_saved_pairs(folder: str | Path) -> ContrastiveDataset:
     "Reads a dataset and checks its hash."
     from safetensors.torch import load
     meta = read_json(Path(folder)/"pairs.json")
-    try: t = load((Path(folder)/"pairs.safetensors").read_bytes())
-    except Exception as e: raise ValueError(f"{folder}/pairs.safetensors is damaged ({e}): delete it and run `dvc repro`") from None
-    pairs = ContrastiveDataset(**{k: v for k, v in t.items() if not k.startswith("role.")}, key_positions={r: t[f"role.{r}"] for r in meta["roles"]},
-        is_modified=meta["is_modified"], model_family=meta["model_family"], task=meta["task"], dropped=meta["dropped"])
-    if pairs.content_hash() != meta["sha256"]: raise ValueError(f"{folder}: pairs do not match their SHA-256 (split changed?): delete it and run `dvc repro`")
+    try:t = load((Path(folder)/"pairs.safetensors").read_bytes())
+    except Exception as e:
+        raise ValueError(f"{folder}/pairs.safetensors is damaged ({e}): delete it and run `dvc repro`") from None
+    pairs = ContrastiveDataset(
+        **{k: v for k, v in t.items() if not k.startswith("role.")},
+        key_positions={r: t[f"role.{r}"] for r in meta["roles"]},
+        is_modified=meta["is_modified"],
+        model_family=meta["model_family"],
+        task=meta["task"],
+        dropped=meta["dropped"],
+    )
+    if pairs.content_hash() != meta["sha256"]:
+        raise ValueError(f"{folder}: pairs do not match their SHA-256 (split changed?): delete it and run `dvc repro`")
     return pairs

@@ -43,19 +43,61 @@ class Problem(NamedTuple):
     def cue_end(self) -> int: return self.bounds[2] + 1 + len(CUE)
 
 # %% ../../nbs/02_data/09_reasoning.ipynb #957c6daa
-THINGS = ("apples", "books", "coins", "marbles", "pencils", "stamps", "cards", "shells", "stickers", "cookies", "flowers", "buttons")
+THINGS = (
+    "apples",
+    "books",
+    "coins",
+    "marbles",
+    "pencils",
+    "stamps",
+    "cards",
+    "shells",
+    "stickers",
+    "cookies",
+    "flowers",
+    "buttons",
+)
 STARTS = ("{name} has {a} {thing}.", "{name} owns {a} {thing}.", "At first {name} has {a} {thing}.")
 QUESTIONS = ("How many {thing} does {name} have now?", "How many {thing} does {name} have in the end?")
-EVENTS = { # operation -> (stories, how reasoning in words tells it)
-    "+": (("{other} gives {name} {b} more.", "Then {name} finds {b} more {thing}.", "{name} buys {b} more {thing} from {other}."), "{b} more are added"),
-    "-": (("{name} gives {b} {thing} to {other}.", "Then {name} loses {b} of them.", "{name} sells {b} {thing} to {other}."), "{b} are taken away"),
-    "*": (("Then {name} collects until there are {b} times as many.", "{other} makes the number of {thing} {b} times as large."), "they become {b} times as many"),
-    "/": (("{name} puts them into {b} equal boxes and keeps one box.", "{name} shares them equally among {b} people, {name} included."), "they are shared into {b} equal parts"),
+EVENTS = {  # operation -> (stories, how reasoning in words tells it)
+    "+": (
+        (
+            "{other} gives {name} {b} more.",
+            "Then {name} finds {b} more {thing}.",
+            "{name} buys {b} more {thing} from {other}.",
+        ),
+        "{b} more are added",
+    ),
+    "-": (
+        (
+            "{name} gives {b} {thing} to {other}.",
+            "Then {name} loses {b} of them.",
+            "{name} sells {b} {thing} to {other}.",
+        ),
+        "{b} are taken away",
+    ),
+    "*": (
+        (
+            "Then {name} collects until there are {b} times as many.",
+            "{other} makes the number of {thing} {b} times as large.",
+        ),
+        "they become {b} times as many",
+    ),
+    "/": (
+        (
+            "{name} puts them into {b} equal boxes and keeps one box.",
+            "{name} shares them equally among {b} people, {name} included.",
+        ),
+        "they are shared into {b} equal parts",
+    ),
 }
 STYLES = ("words", "equation", "calculator")
 _APPLY = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a*b, "/": lambda a, b: a//b}
 
-def _chain(rng: random.Random, n_steps: int, operations: str, largest: int) -> list[tuple[int, str, int, int]] | None: # (a, op, b, result), or a dead end
+
+def _chain(
+    rng: random.Random, n_steps: int, operations: str, largest: int
+) -> list[tuple[int, str, int, int]] | None:  # (a, op, b, result), or a dead end
     a, steps = rng.randint(2, largest), []
     for _ in range(n_steps):
         op = rng.choice(operations)
@@ -66,26 +108,42 @@ def _chain(rng: random.Random, n_steps: int, operations: str, largest: int) -> l
         steps.append((a, op, b, c)); a = c
     return steps
 
+
 def _reason(steps, style: str, **words: str) -> str:
     if style == "equation": return " ".join(f"{a} {op} {b} = {c}." for a, op, b, c in steps)
-    if style == "calculator": return "\n".join("{name} has {a} {op} {b} = <<{a}{op}{b}={c}>>{c} {thing}.".format(a=a, op=op, b=b, c=c, **words) for a, op, b, c in steps)
+    if style == "calculator":
+        return "\n".join(
+            "{name} has {a} {op} {b} = <<{a}{op}{b}={c}>>{c} {thing}.".format(a=a, op=op, b=b, c=c, **words)
+            for a, op, b, c in steps
+        )
     told = [f"{words['name']} starts with {steps[0][0]} {words['thing']}."]
-    return " ".join(told + [f"When {EVENTS[op][1].format(b=b)}, there are {a} {op} {b} = {c} {words['thing']}." for a, op, b, c in steps])
+    return " ".join(
+        told
+        + [f"When {EVENTS[op][1].format(b=b)}, there are {a} {op} {b} = {c} {words['thing']}." for a, op, b, c in steps]
+    )
+
 
 def word_problems(
-    split: str = "test",              # train | val | test: whose names and numbers
+    split: str = "test",  # train | val | test: whose names and numbers
     seed: int = 0,
-    style: str | None = None,         # words | equation | calculator (as GSM8K writes); None: all in turn
-    steps: Sequence[int] = (2, 3),    # how many operations
-    operations: str = "+-*/",         # which
-    largest: int = 50,                # no number above it
-    people: str | None = None         # whose names, if not the split's: train | val | test | all (for a teacher, which is a language model)
+    style: str | None = None,  # words | equation | calculator (as GSM8K writes); None: all in turn
+    steps: Sequence[int] = (2, 3),  # how many operations
+    operations: str = "+-*/",  # which
+    largest: int = 50,  # no number above it
+    people: (
+        str | None
+    ) = None,  # whose names, if not the split's: train | val | test | all (for a teacher, which is a language model)
 ) -> Iterator[Problem]:
     "An endless stream of distinct problems; an error when these settings have no more."
     if split not in SPLITS: raise ValueError(f"unknown split {split!r}: there are {list(SPLITS)}")
-    if style is not None and style not in STYLES: raise ValueError(f"unknown style of reasoning {style!r}: there are {STYLES}")
-    if not steps or min(steps) < 1 or not operations or set(operations) - set(EVENTS): raise ValueError(f"steps {tuple(steps)} must be at least 1, and operations {operations!r} some of {''.join(EVENTS)!r}")
-    if people not in (None, "all", *SPLITS): raise ValueError(f"unknown people {people!r}: there are {[*SPLITS, 'all']}")
+    if style is not None and style not in STYLES:
+        raise ValueError(f"unknown style of reasoning {style!r}: there are {STYLES}")
+    if not steps or min(steps) < 1 or not operations or set(operations) - set(EVENTS):
+        raise ValueError(
+            f"steps {tuple(steps)} must be at least 1, and operations {operations!r} some of {''.join(EVENTS)!r}"
+        )
+    if people not in (None, "all", *SPLITS):
+        raise ValueError(f"unknown people {people!r}: there are {[*SPLITS, 'all']}")
     names = [n for n in embedded("names")["first_names"] if people == "all" or split_of(n) == (people or split)]
     rng, seen, misses = random.Random(f"reasoning-{split}-{seed}-{tuple(steps)}-{operations}-{largest}"), set(), 0
     while misses < 50_000:
@@ -94,12 +152,24 @@ def word_problems(
         if chain is None or split_of(str(chain[0][0]) + "".join(f"{op}{b}" for _, op, b, _ in chain)) != split: continue
         name, other = rng.sample(names, 2)
         words = dict(name=name, other=other, thing=rng.choice(THINGS))
-        story = [rng.choice(STARTS).format(a=chain[0][0], **words)] + [rng.choice(EVENTS[op][0]).format(b=b, **words) for _, op, b, _ in chain] + [rng.choice(QUESTIONS).format(**words)]
+        story = (
+            [rng.choice(STARTS).format(a=chain[0][0], **words)]
+            + [rng.choice(EVENTS[op][0]).format(b=b, **words) for _, op, b, _ in chain]
+            + [rng.choice(QUESTIONS).format(**words)]
+        )
         prompt = " ".join(story)
         if prompt in seen: continue
-        yield Problem(prompt, _reason(chain, style or STYLES[len(seen) % len(STYLES)], **words), str(chain[-1][3]), "".join(op for _, op, _, _ in chain))
+        yield Problem(
+            prompt,
+            _reason(chain, style or STYLES[len(seen) % len(STYLES)], **words),
+            str(chain[-1][3]),
+            "".join(op for _, op, _, _ in chain),
+        )
         seen.add(prompt); misses = 0
-    raise ValueError(f"no more problems of {tuple(steps)} steps of {operations!r} up to {largest} in split {split!r} after {len(seen)}: raise largest or steps")
+    raise ValueError(
+        f"no more problems of {tuple(steps)} steps of {operations!r} up to {largest} in split {split!r} after"
+        f" {len(seen)}: raise largest or steps"
+    )
 
 # %% ../../nbs/02_data/09_reasoning.ipynb #b67520ad
 _NUMBER = re.compile(r"(?<![\d.])-?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])-?\$?\.\d+")
@@ -122,8 +192,13 @@ def extract_number(text: str) -> str | None:
 
 def exact_match(predictions: Sequence[str], answers: Sequence[str]) -> float:
     "Share of texts whose number is the answer."
-    if len(predictions) != len(answers) or not answers: raise ValueError(f"exact_match: {len(predictions)} predictions for {len(answers)} answers; needs as many, and at least one")
-    return sum(number(a) is not None and extract_number(p) == number(a) for p, a in zip(predictions, answers))/len(answers)
+    if len(predictions) != len(answers) or not answers:
+        raise ValueError(
+            f"exact_match: {len(predictions)} predictions for {len(answers)} answers; needs as many, and at least one"
+        )
+    return sum(number(a) is not None and extract_number(p) == number(a) for p, a in zip(predictions, answers)) / len(
+        answers
+    )
 
 # %% ../../nbs/02_data/09_reasoning.ipynb #333b4e7a
 def segment_bounds(
@@ -133,10 +208,15 @@ def segment_bounds(
     "Tokens at which prompt, reasoning and answer begin, and the end."
     _, r_at, a_at, end = problem.bounds
     reached = max((b for _, b in offsets), default=0)
-    if reached < end: raise ValueError(f"a segment is longer than the sequence: the tokens end at character {reached} of {end}; raise max_length or drop the problem {problem.prompt[:40]!r}...")
+    if reached < end:
+        raise ValueError(
+            f"a segment is longer than the sequence: the tokens end at character {reached} of {end}; raise max_length"
+            f" or drop the problem {problem.prompt[:40]!r}..."
+        )
     start = lambda char: next(i for i, (a, b) in enumerate(offsets) if b > a and b > char)
     r, a = start(r_at), start(a_at)
-    if not problem.reasoning.strip() or r >= a: raise ValueError(f"the reasoning segment of {problem.prompt[:40]!r}... is empty: give it reasoning or drop it")
+    if not problem.reasoning.strip() or r >= a:
+        raise ValueError(f"the reasoning segment of {problem.prompt[:40]!r}... is empty: give it reasoning or drop it")
     return 0, r, a, len(offsets)
 
 @dataclass(frozen=True)
@@ -151,12 +231,14 @@ class ReasoningDataset:
     def __len__(self) -> int: return len(self.problems)
 
     @property
-    def answers(self) -> list[str]: return [p.value for p in self.problems]
+    def answers(self) -> list[str]:
+        return [p.value for p in self.problems]
 
     def content_hash(self) -> str:
         "SHA-256 of tokens and segments: two datasets with one hash are the same problems."
         h = hashlib.sha256()
-        for t in (self.input_ids, self.attention_mask, self.segments, self.cue_pos): h.update(t.cpu().contiguous().numpy().tobytes())
+        for t in (self.input_ids, self.attention_mask, self.segments, self.cue_pos):
+            h.update(t.cpu().contiguous().numpy().tobytes())
         return h.hexdigest()
 
     def at(self, segment: str) -> Bool[Tensor, "batch seq"]:
@@ -164,13 +246,18 @@ class ReasoningDataset:
         i, order = SEGMENTS.index(segment), torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
         return (order >= self.segments[:, i, None]) & (order < self.segments[:, i + 1, None])
 
-    def _map(self, f, problems): return ReasoningDataset(f(self.input_ids), f(self.attention_mask), f(self.segments), f(self.cue_pos), problems)
+    def _map(self, f, problems):
+        return ReasoningDataset(f(self.input_ids), f(self.attention_mask), f(self.segments), f(self.cue_pos), problems)
+
     def __getitem__(self, rows) -> "ReasoningDataset":
         "Rows by slice or list, without columns that are padding in all of them."
         if isinstance(rows, int): rows = slice(rows, rows + 1 or None)
         if isinstance(rows, Tensor): rows = rows.tolist()
         n = int(self.attention_mask[rows].sum(1).max())
-        return self._map(lambda t: t[rows][:, :n] if t.ndim == 2 and t is not self.segments else t[rows], tuple(self.problems[rows] if isinstance(rows, slice) else (self.problems[i] for i in rows)))
+        return self._map(
+            lambda t: t[rows][:, :n] if t.ndim == 2 and t is not self.segments else t[rows],
+            tuple(self.problems[rows] if isinstance(rows, slice) else (self.problems[i] for i in rows)),
+        )
     def to(self, device) -> "ReasoningDataset": return self._map(lambda t: t.to(device), self.problems)
 
 def encode_problems(
@@ -182,27 +269,49 @@ def encode_problems(
     rows = []
     for p in problems:
         e = tokenizer(p.text, return_offsets_mapping=True)
-        ids = prompt_ids(tokenizer, [p.text])[0]                           # without the end that a tokenizer appends: see `eos`
+        # without the end that a tokenizer appends: see `eos`
+        ids = prompt_ids(tokenizer, [p.text])[0]
         offsets = [tuple(o) for o in e["offset_mapping"]][:len(ids)]
-        if eos and tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id: ids.append(tokenizer.eos_token_id); offsets.append((0, 0))
+        if eos and tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id:
+            ids.append(tokenizer.eos_token_id)
+            offsets.append((0, 0))
         bounds = segment_bounds(offsets[:max_length], p)
         rows.append((ids[:max_length], bounds, max(i for i, (a, b) in enumerate(offsets) if a < p.cue_end and b > a)))
     if not rows: raise ValueError("no problems to encode")
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r[0]) for r in rows], batch_first=True, padding_value=tokenizer.pad_token_id or 0)
-    return ReasoningDataset(ids, pad_mask([len(r[0]) for r in rows]), torch.tensor([r[1] for r in rows]), torch.tensor([r[2] for r in rows]), tuple(problems))
+    ids = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(r[0]) for r in rows], batch_first=True, padding_value=tokenizer.pad_token_id or 0
+    )
+    return ReasoningDataset(
+        ids,
+        pad_mask([len(r[0]) for r in rows]),
+        torch.tensor([r[1] for r in rows]),
+        torch.tensor([r[2] for r in rows]),
+        tuple(problems),
+    )
 
 # %% ../../nbs/02_data/09_reasoning.ipynb #f229766a
 def _gsm8k(row: dict, style: str | None) -> Problem | None:
     reasoning, _, value = row["answer"].rpartition("####")
     notes = re.findall(r"<<(.*?)>>", reasoning)
-    if style == "equation": reasoning = " ".join(f"{n}." for n in notes)
+    if style == "equation":reasoning = " ".join(f"{n}." for n in notes)
     elif style != "calculator": reasoning = re.sub(r"<<.*?>>", "", reasoning)
-    return Problem(row["question"].strip(), reasoning.strip(), number(value), "gsm8k") if reasoning.strip() and number(value) else None
+    return (
+        Problem(row["question"].strip(), reasoning.strip(), number(value), "gsm8k")
+        if reasoning.strip() and number(value)
+        else None
+    )
 
 def _svamp(row: dict, style: str | None) -> Problem | None:
     equation, value = re.sub(r"(\d)\.0\b", r"\1", str(row["Equation"])).strip(), number(row["Answer"])
-    if equation.startswith("(") and equation.endswith(")"): equation = equation[1:-1].strip() if equation.count("(") == 1 else equation
-    return Problem(f"{row['Body'].strip().rstrip('.')}. {row['Question'].strip()}", f"{equation} = {value}.", value, "svamp") if equation and value else None
+    if equation.startswith("(") and equation.endswith(")"):
+        equation = equation[1:-1].strip() if equation.count("(") == 1 else equation
+    return (
+        Problem(
+            f"{row['Body'].strip().rstrip('.')}. {row['Question'].strip()}", f"{equation} = {value}.", value, "svamp"
+        )
+        if equation and value
+        else None
+    )
 
 def load_reasoning(
     dataset: str = "word_problems",   # word_problems | gsm8k | svamp
@@ -215,22 +324,31 @@ def load_reasoning(
 ) -> list[Problem]:
     "Problems of one split; rows without reasoning or a number are left out."
     if split not in SPLITS: raise ValueError(f"unknown split {split!r}: there are {list(SPLITS)}")
-    if style is not None and style not in STYLES: raise ValueError(f"unknown style of reasoning {style!r}: there are {STYLES}")
+    if style is not None and style not in STYLES:
+        raise ValueError(f"unknown style of reasoning {style!r}: there are {STYLES}")
     if dataset == "word_problems":
-        if source != "embedded": raise ValueError(f"word_problems are generated here: source must be 'embedded', not {source!r}")
+        if source != "embedded":
+            raise ValueError(f"word_problems are generated here: source must be 'embedded', not {source!r}")
         stream = word_problems(split, seed, style, **opts)
         return [next(stream) for _ in range(100 if n is None else n)]
-    if dataset not in ("gsm8k", "svamp"): raise ValueError(f"unknown reasoning dataset {dataset!r}: there are word_problems, gsm8k, svamp")
-    if source not in ("path", "hub"): raise ValueError(f"{dataset} is not embedded: source is 'path' (with RCID_DATA_DIR) or 'hub', not {source!r}")
+    if dataset not in ("gsm8k", "svamp"):
+        raise ValueError(f"unknown reasoning dataset {dataset!r}: there are word_problems, gsm8k, svamp")
+    if source not in ("path", "hub"):
+        raise ValueError(f"{dataset} is not embedded: source is 'path' (with RCID_DATA_DIR) or 'hub', not {source!r}")
     if opts: raise TypeError(f"{sorted(opts)} belong to word_problems, not to {dataset}")
     if dataset == "gsm8k":
         part = "test" if split == "test" else "train"
         rows = read_rows("gsm8k", f"{part}.jsonl") if source == "path" else hub_rows("openai/gsm8k", "main", part)
         if part == "train": rows = [r for r in rows if (split_of(r["question"]) == "val") == (split == "val")]
     else:
-        rows = read_rows("svamp", "svamp.jsonl") if source == "path" else [r for s in ("train", "test") for r in hub_rows("ChilleD/SVAMP", None, s)]
+        rows = (
+            read_rows("svamp", "svamp.jsonl")
+            if source == "path"
+            else [r for s in ("train", "test") for r in hub_rows("ChilleD/SVAMP", None, s)]
+        )
         rows = [r for r in rows if split_of(r["Body"] + r["Question"]) == split]
     problems = [p for r in rows if (p := (_gsm8k if dataset == "gsm8k" else _svamp)(r, style))]
     random.Random(f"{dataset}-{split}-{seed}").shuffle(problems)
-    if n is not None and len(problems) < n: raise ValueError(f"{dataset} has only {len(problems)} problems in split {split!r}, {n} asked for")
+    if n is not None and len(problems) < n:
+        raise ValueError(f"{dataset} has only {len(problems)} problems in split {split!r}, {n} asked for")
     return problems[:n]

@@ -21,16 +21,30 @@ def reasoning_rows(
     operations: str = "+-",
     largest: int = 10                 # no number above it
 ) -> Iterator[Row]:
-    "An endless stream of word problems with the number of one step changed, every step in turn; `entities` is the person."
-    people, rng = {n: i for i, n in enumerate(embedded("names")["first_names"])}, random.Random(f"reasoning-pairs-{split}-{seed}")
+    """An endless stream of word problems with the number of one step changed, every step in turn; `entities` is the
+    person."""
+    people, rng = {n: i for i, n in enumerate(embedded("names")["first_names"])}, random.Random(
+        f"reasoning-pairs-{split}-{seed}"
+    )
     lead = " " if single_token(tokenizer, " 7", "=") is not None else ""        # a space of its own goes to the prompt
     for k, problem in enumerate(word_problems(split, seed, "equation", steps, operations, largest)):
-        equations, numbers = list(re.finditer(r"(\d+) (\S) (\d+) = \d+\.", problem.reasoning)), list(re.finditer(r"\d+", problem.prompt))
-        if len(numbers) != len(equations) + 1: continue                    # the question names a number that no step uses
+        equations, numbers = list(re.finditer(r"(\d+) (\S) (\d+) = \d+\.", problem.reasoning)), list(
+            re.finditer(r"\d+", problem.prompt)
+        )
+        # the question names a number that no step uses
+        if len(numbers) != len(equations) + 1: continue
         step = k % len(equations)
         equation, place = equations[step], numbers[step + 1]
         other = str(rng.choice([n for n in range(1, largest + 1) if str(n) != place[0]]))
         given = "\n" + problem.reasoning[:equation.start(3)].removesuffix(lead)
         after = re.compile(r"\w+").search(problem.prompt, place.end()).span()
-        yield Row(problem.prompt + given, problem.prompt[:place.start()] + other + problem.prompt[place.end():] + given, lead + place[0], lead + other,
-                  {"start": numbers[0].span(), "number": place.span(), "after": after}, ("number",), 4*step + "+-*/".index(equation[2]), (people[re.search(r"[A-Z]\w+(?= has| owns)", problem.prompt)[0]],))
+        yield Row(
+            problem.prompt + given,
+            problem.prompt[: place.start()] + other + problem.prompt[place.end() :] + given,
+            lead + place[0],
+            lead + other,
+            {"start": numbers[0].span(), "number": place.span(), "after": after},
+            ("number",),
+            4 * step + "+-*/".index(equation[2]),
+            (people[re.search(r"[A-Z]\w+(?= has| owns)", problem.prompt)[0]],),
+        )

@@ -20,7 +20,10 @@ def _first_token(tokenizer) -> int:
         if token is not None: return token
     raise ValueError("this tokenizer has no bos, eos or pad token to begin a document with: give it one")
 
-def _draw(model: nn.Module, rows: int, length: int, first: int, vocab: int, ends: list[int], generator: torch.Generator) -> Int[Tensor, "row step"]:
+
+def _draw(
+    model: nn.Module, rows: int, length: int, first: int, vocab: int, ends: list[int], generator: torch.Generator
+) -> Int[Tensor, "row step"]:
     from transformers import StaticCache
     device = model_device(model)
     token = torch.full((rows, 1), first, device=device)
@@ -36,6 +39,7 @@ def _draw(model: nn.Module, rows: int, length: int, first: int, vocab: int, ends
         if done.all(): break
     return torch.cat(drawn, 1)
 
+
 @torch.no_grad()
 def draw_documents(
     model: nn.Module, tokenizer,
@@ -50,10 +54,16 @@ def draw_documents(
     try:
         model.eval()
         while len(texts) < n:
-            rows = _draw(model, min(batch, n - len(texts)), length, _first_token(tokenizer), len(tokenizer), ends, generator).tolist()
+            rows = _draw(
+                model, min(batch, n - len(texts)), length, _first_token(tokenizer), len(tokenizer), ends, generator
+            ).tolist()
             cut = [next((i for i, t in enumerate(row) if t in ends), len(row)) for row in rows]
             told = [t for t in (tokenizer.decode(row[:i]) for row, i in zip(rows, cut)) if t.strip()]
-            if not told: raise RuntimeError(f"none of {len(rows)} documents has a word: this model ends every text at once, so it cannot be healed on its own samples")
+            if not told:
+                raise RuntimeError(
+                    f"none of {len(rows)} documents has a word: this model ends every text at once, so it cannot be"
+                    " healed on its own samples"
+                )
             texts += told
     finally:
         for m, mode in modes: m.training = mode
@@ -80,6 +90,10 @@ def save_text(texts: dict[str, list[str]], folder: str | Path):
 def saved_text(folder: str | Path, split: str) -> list[str]:
     "The documents of a split; refuses a folder whose files are not what was written."
     folder = Path(folder)
-    if not (folder/f"{split}.json").exists(): raise FileNotFoundError(f"no {split} text in {folder}: run `dvc repro` (stage text) to make it")
-    if bad := broken_seal(folder): raise ValueError(f"{', '.join(bad)} in {folder} does not match its SHA-256: delete the folder and run `dvc repro`")
+    if not (folder / f"{split}.json").exists():
+        raise FileNotFoundError(f"no {split} text in {folder}: run `dvc repro` (stage text) to make it")
+    if bad := broken_seal(folder):
+        raise ValueError(
+            f"{', '.join(bad)} in {folder} does not match its SHA-256: delete the folder and run `dvc repro`"
+        )
     return read_json(folder/f"{split}.json")

@@ -26,19 +26,26 @@ def read_rows(dataset: str, file: str) -> list[dict]:
     path = data_dir(dataset)/file
     if not path.exists(): raise FileNotFoundError(f"no {path}: the {dataset} folder is incomplete")
     expected = _sizes(path.parent).get(file, path.stat().st_size)
-    if path.stat().st_size != expected: raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {expected}: it is truncated or was changed; copy it again")
+    if path.stat().st_size != expected:
+        raise ValueError(
+            f"{path} has {path.stat().st_size} bytes instead of {expected}: it is truncated or was changed; copy it"
+            " again"
+        )
     rows = []
     for n, line in enumerate(_lines(path), 1):
-        try: rows.append(json.loads(line))
-        except json.JSONDecodeError: raise ValueError(f"{path}, line {n} is not valid JSON: the file is truncated or damaged; copy it again") from None
+        try:rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            raise ValueError(f"{path}, line {n} is not valid JSON: the file is truncated or damaged; copy it again") from None
     return rows
 
 def read_table(dataset: str, file: str) -> dict:
     "A JSON file below `RCID_DATA_DIR`; refuses a missing or truncated one."
     path = data_dir(dataset)/file
     if not path.exists(): raise FileNotFoundError(f"no {path}: the {dataset} folder is incomplete")
-    try: return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError: raise ValueError(f"{path} is not valid JSON: it is truncated or damaged; copy it again") from None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        raise ValueError(f"{path} is not valid JSON: it is truncated or damaged; copy it again") from None
 
 def _sizes(folder) -> dict[str, int]: # file -> bytes, where the folder says so
     notes = folder/"PROVENANCE.jsonl"
@@ -52,6 +59,10 @@ def _lines(path) -> list[str]: # `splitlines` also cuts at U+2028 and the like, 
 def hub_rows(name: str, config: str | None = None, split: str = "train", revision: str | None = None) -> list[dict]:
     "Rows of a hub dataset through `datasets`; one clear error where it cannot be had."
     from datasets import load_dataset
-    try: return list(load_dataset(name, config, split=split, revision=revision))
+    try:
+        return list(load_dataset(name, config, split=split, revision=revision))
     except Exception as e:
-        raise RuntimeError(f"dataset {name!r} could not be read from the hub ({type(e).__name__}): without network use source='path' with RCID_DATA_DIR, or source='embedded'") from None
+        raise RuntimeError(
+            f"dataset {name!r} could not be read from the hub ({type(e).__name__}): without network use source='path'"
+            " with RCID_DATA_DIR, or source='embedded'"
+        ) from None

@@ -14,7 +14,8 @@ from .winogrande import winogrande_rows
 from .arithmetic import arithmetic_rows
 
 # %% ../../nbs/02_data/04_splits.ipynb #9f1bb6d6
-TASKS = {"ioi": ioi_rows, "factual": factual_rows, "winogrande": winogrande_rows, "arithmetic": arithmetic_rows} # task -> function (tokenizer, split, seed, **opts) that yields rows
+# task -> function (tokenizer, split, seed, **opts) that yields rows
+TASKS = {"ioi": ioi_rows, "factual": factual_rows, "winogrande": winogrande_rows, "arithmetic": arithmetic_rows}
 
 def load_pairs(
     task: str, tokenizer,
@@ -27,10 +28,15 @@ def load_pairs(
     "Contrastive pairs of a task for one tokenizer."
     if task not in TASKS: raise ValueError(f"unknown task {task!r}: there are {sorted(TASKS)}")
     takes = set(inspect.signature(TASKS[task]).parameters)
-    if source != "embedded" and "source" not in takes: raise ValueError(f"task {task!r} has no source {source!r}: only 'embedded'")
+    if source != "embedded" and "source" not in takes:
+        raise ValueError(f"task {task!r} has no source {source!r}: only 'embedded'")
     if tokenizer is None: raise ValueError(f"task {task!r} needs a tokenizer, got None")
     family = opts.pop("model_family", "")
-    if unknown := set(opts) - takes: raise ValueError(f"task {task!r} has no options {sorted(unknown)}: there are {sorted(takes - {'tokenizer', 'split', 'seed', 'source'})}")
+    if unknown := set(opts) - takes:
+        raise ValueError(
+            f"task {task!r} has no options {sorted(unknown)}: there are"
+            f" {sorted(takes - {'tokenizer', 'split', 'seed', 'source'})}"
+        )
     rows = TASKS[task](tokenizer, split=split, seed=seed, **opts, **({"source": source} if "source" in takes else {}))
     return build_pairs(rows, tokenizer, n=128 if n is None else n, task=task, model_family=family)
 
@@ -46,4 +52,8 @@ def check_disjoint(**splits: ContrastiveDataset):
     for i, a in enumerate(names):
         for b in names[i+1:]:
             shared = set(splits[a].entity_ids.flatten().tolist()) & set(splits[b].entity_ids.flatten().tolist())
-            if shared: raise ValueError(f"splits {a} and {b} share {len(shared)} entities (ids {sorted(shared)[:5]}): a student would be tested on what it saw")
+            if shared:
+                raise ValueError(
+                    f"splits {a} and {b} share {len(shared)} entities (ids {sorted(shared)[:5]}): a student would be"
+                    " tested on what it saw"
+                )

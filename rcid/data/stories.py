@@ -36,8 +36,18 @@ def story_row(problem: Told, before: str = "", between: str = "", largest: int =
     low, high = numbers[1].span()
     text = lambda prompt: f"{before}{prompt}{between}\n{CUE}"
     at = lambda start, end: (start + len(before), end + len(before))
-    return Row(text(problem.prompt), text(problem.prompt[:low] + say(c) + problem.prompt[high:]), f" {problem.value}", f" {say(answer[c])}",
-        dict(first=at(*numbers[0].span()), second=at(low, high), asked=at(len(problem.prompt) - 1, len(problem.prompt))), ("second",), "+-".index(problem.kind), (a, b))
+    return Row(
+        text(problem.prompt),
+        text(problem.prompt[:low] + say(c) + problem.prompt[high:]),
+        f" {problem.value}",
+        f" {say(answer[c])}",
+        dict(
+            first=at(*numbers[0].span()), second=at(low, high), asked=at(len(problem.prompt) - 1, len(problem.prompt))
+        ),
+        ("second",),
+        "+-".index(problem.kind),
+        (a, b),
+    )
 
 def story_pairs(
     problems: Sequence[Told],
@@ -53,7 +63,15 @@ def story_pairs(
         if None in rows.values(): continue
         try:
             for name, r in readers.items(): build_pairs([rows[name]], r.tokenizer)
-        except ValueError: continue
+        except ValueError:
+            continue
         kept.append(rows)
-    if not kept or (n is not None and len(kept) < n): raise ValueError(f"only {len(kept)} of {n or 'any'} stories fit all of {', '.join(readers)}: give more problems, or ask for fewer")
-    return {name: build_pairs([rows[name] for rows in kept], r.tokenizer, task="stories", model_family=name) for name, r in readers.items()}
+    if not kept or (n is not None and len(kept) < n):
+        raise ValueError(
+            f"only {len(kept)} of {n or 'any'} stories fit all of {', '.join(readers)}: give more problems, or ask for"
+            " fewer"
+        )
+    return {
+        name: build_pairs([rows[name] for rows in kept], r.tokenizer, task="stories", model_family=name)
+        for name, r in readers.items()
+    }

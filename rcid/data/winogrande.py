@@ -27,24 +27,41 @@ class Twin(NamedTuple):
     entities: tuple[int, ...]
     people: bool
 
-def _twin(one: str, two: str, options: tuple[str, str], id: int) -> Twin | None: # None: not one word, or the blank comes after it
+
+def _twin(
+    one: str, two: str, options: tuple[str, str], id: int
+) -> Twin | None:  # None: not one word, or the blank comes after it
     a, b = one.split(" "), two.split(" ")
     if len(a) != len(b) or len(differ := [i for i, (x, y) in enumerate(zip(a, b)) if x != y]) != 1: return None
     at, strip = differ[0], lambda w: re.fullmatch(r"(\w[\w'-]*)(\W*)", w)
     text = " ".join(a[:at])
-    if not (w := strip(a[at])) or not (v := strip(b[at])) or w[2] != v[2] or text.count("_") != 1 or "_" in w[1]: return None
+    if not (w := strip(a[at])) or not (v := strip(b[at])) or w[2] != v[2] or text.count("_") != 1 or "_" in w[1]:
+        return None
     if any(c in text for c in "{}[]"): return None
-    return Twin(text.replace("_", "{R}"), " ".join([w[2], *a[at + 1:]]) if a[at + 1:] else w[2], (w[1], v[1]), options, id, (id,), options[0][:1].isupper())
+    return Twin(
+        text.replace("_", "{R}"),
+        " ".join([w[2], *a[at + 1 :]]) if a[at + 1 :] else w[2],
+        (w[1], v[1]),
+        options,
+        id,
+        (id,),
+        options[0][:1].isupper(),
+    )
 
 # %% ../../nbs/02_data/06_winogrande.ipynb #cdb7fcfb
 def real_twins(source: str = "path") -> list[Twin]:
     "The dataset's twins that differ in one word after the blank, from RCID_DATA_DIR or from the hub."
     groups: dict[tuple, list] = {}
-    if source == "hub": rows = hub_rows("allenai/winogrande", "winogrande_xl")
+    if source == "hub":rows = hub_rows("allenai/winogrande", "winogrande_xl")
     else: rows = [r for f in FILES for r in read_rows("winogrande", f)]
     for r in rows:
-        two = [(r[f"sentence{k}"], r[f"answer{k}"]) for k in "12"] if "sentence1" in r else [(r["sentence"], r["answer"])]
-        for sentence, answer in two: groups.setdefault(tuple(sorted((r["option1"], r["option2"]))), {})[sentence] = r[f"option{answer}"] if answer in ("1", "2") else ""
+        two = (
+            [(r[f"sentence{k}"], r[f"answer{k}"]) for k in "12"] if "sentence1" in r else [(r["sentence"], r["answer"])]
+        )
+        for sentence, answer in two:
+            groups.setdefault(tuple(sorted((r["option1"], r["option2"]))), {})[sentence] = (
+                r[f"option{answer}"] if answer in ("1", "2") else ""
+            )
     twins, id = [], 0
     for options, sentences in sorted(groups.items()):
         for (one, a), (two, b) in itertools.combinations(sorted(sentences.items()), 2):
@@ -52,17 +69,25 @@ def real_twins(source: str = "path") -> list[Twin]:
     return twins
 
 # %% ../../nbs/02_data/06_winogrande.ipynb #bdcb89f6
-def _embedded_twins(tokenizer, split: str, rng: random.Random) -> Iterator[Twin]: # endless; a round shows every scheme once
+def _embedded_twins(
+    tokenizer, split: str, rng: random.Random
+) -> Iterator[Twin]:  # endless; a round shows every scheme once
     table, names = embedded("winogrande")["twins"], names_of(tokenizer, split)
     index = {n: 1000 + i for i, n in enumerate(embedded("names")["first_names"])}
-    mine = [(i, t) for i, t in enumerate(table) if split_of(f"twin {t['text']}") == split and (t["A"] != "name" or len(names) > 1)]
+    mine = [
+        (i, t)
+        for i, t in enumerate(table)
+        if split_of(f"twin {t['text']}") == split and (t["A"] != "name" or len(names) > 1)
+    ]
     rng.shuffle(mine)
     while mine:
         for i, t in mine:
             people = t["A"] == "name"
             a, b = rng.sample(names, 2) if people else (rng.choice(t["A"]), rng.choice(t["B"]))
             text = t["text"].replace("{A}", a).replace("{B}", b)
-            yield Twin(text, ".", tuple(t["words"]), (a, b), i, (i, index[a], index[b]) if people else (i, i, i), people)
+            yield Twin(
+                text, ".", tuple(t["words"]), (a, b), i, (i, index[a], index[b]) if people else (i, i, i), people
+            )
 
 # %% ../../nbs/02_data/06_winogrande.ipynb #82bd9c3b
 NOWHERE = (0, 0) # an option that the sentence does not mention: build_pairs drops the row and counts it
@@ -74,8 +99,15 @@ def _partial(twin: Twin, side: int) -> Row:
     same, other = twin.options[side], twin.options[1 - side]
     (clean, at), (corrupt, _) = fill(twin.text, R=same), fill(twin.text, R=other)
     after = re.compile(r"\w[\w'-]*").search(clean, at["R"][1])
-    roles = {"referent": at["R"], "same": _mention(same, clean[:at["R"][0]]), "other": _mention(other, clean[:at["R"][0]]), "after": after.span() if after else NOWHERE}
-    return Row(clean, corrupt, f" {twin.words[side]}", f" {twin.words[1 - side]}", roles, ("referent",), twin.id, twin.entities)
+    roles = {
+        "referent": at["R"],
+        "same": _mention(same, clean[: at["R"][0]]),
+        "other": _mention(other, clean[: at["R"][0]]),
+        "after": after.span() if after else NOWHERE,
+    }
+    return Row(
+        clean, corrupt, f" {twin.words[side]}", f" {twin.words[1 - side]}", roles, ("referent",), twin.id, twin.entities
+    )
 
 def _pieces(tokenizer, before: str, word: str) -> list[str]: # the text of each token that a word adds
     ends = [max(b, len(before)) for _, b in tokenizer(before + word, return_offsets_mapping=True)["offset_mapping"]]
@@ -91,7 +123,12 @@ def _referent(twin: Twin, side: int, tokenizer) -> Row:
     question += "".join(pieces[0][:first]) if first else ""
     word = twin.words[side]
     clean, corrupt = (f"{text} {w}{twin.tail}{question}" for w in (word, twin.words[1 - side]))
-    roles = {"word": (len(text) + 1, len(text) + 1 + len(word)), "blank": at["R"], "same": _mention(twin.options[side], text), "other": _mention(twin.options[1 - side], text)}
+    roles = {
+        "word": (len(text) + 1, len(text) + 1 + len(word)),
+        "blank": at["R"],
+        "same": _mention(twin.options[side], text),
+        "other": _mention(twin.options[1 - side], text),
+    }
     return Row(clean, corrupt, *answers, roles, ("word",), twin.id, twin.entities)
 
 def winogrande_rows(

@@ -32,7 +32,8 @@ def task_sentences(
     streams, out = rows(), []
     for k in itertools.cycle(range(len(streams))):
         if len(out) >= n: return out[:n]
-        if (row := next(streams[k], None)) is None: streams[k] = rows()[k]; row = next(streams[k])   # a finite task starts again
+        # a finite task starts again
+        if (row := next(streams[k], None)) is None: streams[k] = rows()[k]; row = next(streams[k])
         out += [f"{row.clean}{row.correct}.", f"{row.corrupt}{row.wrong}."]
 
 # %% ../../nbs/02_data/10_world.ipynb #c2e8af86
@@ -45,6 +46,8 @@ def world_sentences(
     others = [t for t in tasks if t != "ioi"]
     if not others: return templated_sentences(n, seed, splits, n_names)
     each = int(0.25*n)//len(others)
-    out = templated_sentences(n - each*len(others), seed, splits, n_names) + [s for t in others for s in task_sentences(t, each, seed, splits, n_names, variants)]
+    out = templated_sentences(n - each * len(others), seed, splits, n_names) + [
+        s for t in others for s in task_sentences(t, each, seed, splits, n_names, variants)
+    ]
     random.Random(f"world-{seed}").shuffle(out)
     return out

@@ -20,15 +20,27 @@ class Budget(NamedTuple):
     tokens: int          # real ones, that the student sees
     flops: float         # of the student, multiply-adds x 2
 
-def planned(student: nn.Module, c: DistillConfig, lengths: Int[Tensor, "problem"], head: Int[Tensor, "problem"]) -> Budget:
+
+def planned(
+    student: nn.Module, c: DistillConfig, lengths: Int[Tensor, "problem"], head: Int[Tensor, "problem"]
+) -> Budget:
     "The budget of a run on data of these lengths, with the LM head on `head` rows of each."
-    rows = torch.cat([batch_rows(step, len(lengths), c.batch, c.seed, lengths, c.buckets) for step in range(c.steps)]) if c.steps else torch.empty(0, dtype=torch.long)
+    rows = (
+        torch.cat([batch_rows(step, len(lengths), c.batch, c.seed, lengths, c.buckets) for step in range(c.steps)])
+        if c.steps
+        else torch.empty(0, dtype=torch.long)
+    )
     tokens, heads = int(lengths[rows].sum()), int(head[rows].sum())
     return Budget(c.steps, tokens, step_flops(student, tokens, heads, True, trains_head=c.train_embeddings))
+
 
 def check_equal(budgets: dict[str, Budget]):
     "Raises unless all runs have the same budget."
     (first, want), *others = budgets.items()
     for name, b in others:
         for field, x, y in zip(Budget._fields, want, b):
-            if x != y: raise ValueError(f"{first} and {name} cannot be compared: they have {x:,} and {y:,} {field}; train both with the same data, steps and batch")
+            if x != y:
+                raise ValueError(
+                    f"{first} and {name} cannot be compared: they have {x:,} and {y:,} {field}; train both with the"
+                    " same data, steps and batch"
+                )

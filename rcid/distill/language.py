@@ -21,21 +21,28 @@ from ..models.adapters import common_vocab, get_adapter, model_device
 
 # %% ../../nbs/05_distill/04_language.ipynb #a8d41f42
 def train_language(
-    model: nn.Module,                          # trained in place
+    model: nn.Module,  # trained in place
     ids: Int[Tensor, "block seq"],
-    mask: Int[Tensor, "block seq"] | None = None, # 1 = token; None = no padding
-    *, steps: int, batch: int,
+    mask: Int[Tensor, "block seq"] | None = None,  # 1 = token; None = no padding
+    *,
+    steps: int,
+    batch: int,
     lr: float,
-    teacher: nn.Module | None = None,          # None: cross-entropy on the text; else KL to this model
-    bf16: bool = False,                        # autocast the matrix products (about twice as fast on CPUs with AVX512-BF16)
-    focus: Int[Tensor, "block"] | None = None, # pretraining: a position a row whose token counts as much as all others together
+    teacher: nn.Module | None = None,  # None: cross-entropy on the text; else KL to this model
+    bf16: bool = False,  # autocast the matrix products (about twice as fast on CPUs with AVX512-BF16)
+    focus: (
+        Int[Tensor, "block"] | None
+    ) = None,  # pretraining: a position a row whose token counts as much as all others together
     train_embeddings: bool = True,
     seed: int = 0,
-    desc: str = "train"
+    desc: str = "train",
 ) -> list[float]:
     "Next-token training; returns the loss of every step. Dtype, mode and frozen weights stay the model's own."
     mask = torch.ones_like(ids) if mask is None else mask
-    if len(ids) < batch: raise ValueError(f"{len(ids)} blocks of text are fewer than a batch of {batch}: use more text or a smaller lm.batch")
+    if len(ids) < batch:
+        raise ValueError(
+            f"{len(ids)} blocks of text are fewer than a batch of {batch}: use more text or a smaller lm.batch"
+        )
     schedule = DistillConfig(steps=steps, lr=lr, warmup=0.05)
     a, device = get_adapter(model), model_device(model)
     vocab = common_vocab(teacher, model, ids=ids[mask.bool()]) if teacher is not None else a.vocab

@@ -13,12 +13,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 # %% ../../nbs/05_distill/00_losses.ipynb #54811f79
-def _kl(log_p, log_q, zeros): # two dot products: with a large vocabulary at all tokens, every pass over the logits counts
+def _kl(
+    log_p, log_q, zeros
+):  # two dot products: with a large vocabulary at all tokens, every pass over the logits counts
     if zeros:                                            # 0 log 0 = 0, and so is its gradient
         nothing = log_p.exp() == 0
         log_p, log_q = (x.masked_fill(nothing, 0) for x in (log_p, log_q))
     p = log_p.exp()
     return torch.linalg.vecdot(p, log_p) - torch.linalg.vecdot(p, log_q)
+
 
 def _mix(log_p, log_q, share: float, zeros): # log of share * p + (1 - share) * q
     both = torch.stack([log_p + math.log(share), log_q + math.log(1 - share)])
@@ -44,11 +47,14 @@ def divergence(
     skew: float = 0.1                        # skew: share of the teacher in KL(p || skew p + (1 - skew) q)
 ) -> Float[Tensor, "*batch"]:
     "Divergence between teacher and student per row, in float32."
-    log_q, log_p = (F.log_softmax(x.float() if temperature == 1 else x.float() / temperature, -1) for x in (student, teacher))
+    log_q, log_p = (
+        F.log_softmax(x.float() if temperature == 1 else x.float() / temperature, -1) for x in (student, teacher)
+    )
     if kind == "jsd": kind = {0: "forward", 1: "reverse"}.get(beta, "jsd")   # the limits of GKD
     if kind not in KINDS: raise ValueError(f"unknown divergence {kind!r}: there are {', '.join(KINDS)}")
     loss = _between(log_p, log_q, kind, beta, skew, zeros=False)
-    if not loss.isfinite().all(): loss = _between(log_p, log_q, kind, beta, skew, zeros=True)  # 0 * -inf is NaN: only then are the extra passes needed
+    # 0 * -inf is NaN: only then are the extra passes needed
+    if not loss.isfinite().all(): loss = _between(log_p, log_q, kind, beta, skew, zeros=True)
     return loss * temperature**2
 
 # %% ../../nbs/05_distill/00_losses.ipynb #9f35c7c5

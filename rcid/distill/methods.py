@@ -20,17 +20,23 @@ from .losses import divergence, rcid_floor, rcid_loss, relative_error
 # %% ../../nbs/05_distill/01_methods.ipynb #f19483aa
 class Signals(NamedTuple):
     "What one model says on a batch; None where the method did not ask."
-    logits: Float[Tensor, "row vocab"] | None = None              # rows are the answers, or all real tokens one after the other (KL at all tokens)
-    logits_corrupt: Float[Tensor, "row vocab"] | None = None      # of the corrupt prompts; at all tokens only from the first change on
-    shared: Float[Tensor, "row"] | None = None                    # KL at all tokens: 1 for the clean rows that the corrupt prompt shares
+    # rows are the answers, or all real tokens one after the other (KL at all tokens)
+    logits: Float[Tensor, "row vocab"] | None = None
+    # of the corrupt prompts; at all tokens only from the first change on
+    logits_corrupt: Float[Tensor, "row vocab"] | None = None
+    # KL at all tokens: 1 for the clean rows that the corrupt prompt shares
+    shared: Float[Tensor, "row"] | None = None
     sites: Float[Tensor, "site batch d_model"] | None = None      # residuals at the causal sites
     sites_corrupt: Float[Tensor, "site batch d_model"] | None = None
     layers: Float[Tensor, "layer batch seq d_model"] | None = None# residuals of all mapped layers
     mask: Bool[Tensor, "batch seq"] | None = None                 # real tokens
-    swapped: Float[Tensor, "batch vocab"] | None = None           # logits at the answer of the clean run with one site's corrupt residual in it
+    # logits at the answer of the clean run with one site's corrupt residual in it
+    swapped: Float[Tensor, "batch vocab"] | None = None
     answer: Int[Tensor, "batch"] | None = None                    # the correct token
-    others: Float[Tensor, "site batch d_model"] | None = None     # of the teacher: clean - corrupt of each pair's partner, for the control with shuffled pairs
-    temperature: float = 1.0                                      # of every divergence between distributions in a method's own term
+    # of the teacher: clean - corrupt of each pair's partner, for the control with shuffled pairs
+    others: Float[Tensor, "site batch d_model"] | None = None
+    # of every divergence between distributions in a method's own term
+    temperature: float = 1.0
 
 # %% ../../nbs/05_distill/01_methods.ipynb #93f16d50
 @dataclass(frozen=True)
@@ -49,7 +55,8 @@ class StandardKD:
     fits_w = False           # True: `start` fits an orthogonal map `w`, whose staleness is worth reporting
 
     def start(self, student: Signals, teacher: Signals, seed: int) -> nn.Module | None:
-        "Called once with both models' signals on the training pairs; returns what the loss needs (frozen maps are buffers)."
+        """Called once with both models' signals on the training pairs; returns what the loss needs (frozen maps are
+        buffers)."""
         return None
 
     def answer_loss(self, s: Signals, t: Signals, temperature: float = 1.0) -> Float[Tensor, ""]:
@@ -58,9 +65,12 @@ class StandardKD:
         if not self.corrupt_kl: return clean.mean()
         corrupt = divergence(s.logits_corrupt, t.logits_corrupt, self.kind, temperature)
         if s.shared is None: return (clean.mean() + corrupt.mean()) / 2
-        return ((clean * (1 + s.shared)).sum() + corrupt.sum()) / (2 * len(clean)) # a shared token counts in both prompts
+        # a shared token counts in both prompts
+        return ((clean * (1 + s.shared)).sum() + corrupt.sum()) / (2 * len(clean))
 
-    def loss(self, s: Signals, t: Signals, state: nn.Module | None) -> tuple[Float[Tensor, ""] | None, dict[str, Tensor]]:
+    def loss(
+        self, s: Signals, t: Signals, state: nn.Module | None
+    ) -> tuple[Float[Tensor, ""] | None, dict[str, Tensor]]:
         "The method's own term and what to log beside it."
         return None, {}
 
@@ -79,10 +89,14 @@ class Regressors(nn.Module):
 
 @dataclass(frozen=True)
 class FitNets(StandardKD):
-    "Match the full representation through a trainable regressor (Romero et al., 1412.6550): there one hint layer in a stage of its own, here every mapped layer, linear, relative to the teacher's norm and beside the KL."
+    """Match the full representation through a trainable regressor (Romero et al., 1412.6550): there one hint layer in a
+    stage of its own, here every mapped layer, linear, relative to the teacher's norm and beside the KL."""
     reads: str = "layers"
 
-    def start(self, student, teacher, seed): return Regressors(len(student.layers), student.layers.shape[-1], teacher.layers.shape[-1], seed).to(student.layers.device)
+    def start(self, student, teacher, seed):
+        return Regressors(len(student.layers), student.layers.shape[-1], teacher.layers.shape[-1], seed).to(
+            student.layers.device
+        )
 
     def loss(self, s, t, state):
         mapped = torch.einsum("lbsd,led->lbse", s.layers.float(), state.weight)
@@ -102,11 +116,19 @@ class InformedFitNets(StandardKD):
     fits_w = True
 
     def start(self, student, teacher, seed):
-        mean_s, mean_t = student.sites.float().mean(1, keepdim=True), teacher.sites.float().mean(1, keepdim=True) # per site
-        w = procrustes((student.sites - mean_s).flatten(0, 1), (teacher.sites - mean_t).flatten(0, 1), center=False, normalize=False)
+        # per site
+        mean_s, mean_t = student.sites.float().mean(1, keepdim=True), teacher.sites.float().mean(1, keepdim=True)
+        w = procrustes(
+            (student.sites - mean_s).flatten(0, 1),
+            (teacher.sites - mean_t).flatten(0, 1),
+            center=False,
+            normalize=False,
+        )
         return Frozen(w=w, mean_s=mean_s, mean_t=mean_t)
 
-    def loss(self, s, t, state): return relative_error((s.sites.float() - state.mean_s) @ state.w.T, t.sites.float() - state.mean_t), {}
+    def loss(self, s, t, state):
+        return relative_error((s.sites.float() - state.mean_s) @ state.w.T, t.sites.float() - state.mean_t), {}
+
 
 @dataclass(frozen=True)
 class RCID(StandardKD):
@@ -119,22 +141,33 @@ class RCID(StandardKD):
     pairs: bool = True
 
     @property
-    def whole_batch(self): return self.shuffled
-    @property
-    def fits_late(self): return self.w == "procrustes_after_warmup"
-    @property
-    def fits_w(self): return self.w.startswith("procrustes")
+    def whole_batch(self):
+        return self.shuffled
 
     @property
-    def corrupt_kl(self): return self.pairs_kl
+    def fits_late(self):
+        return self.w == "procrustes_after_warmup"
+
+    @property
+    def fits_w(self):
+        return self.w.startswith("procrustes")
+
+    @property
+    def corrupt_kl(self):
+        return self.pairs_kl
 
     def start(self, student, teacher, seed):
         d_s, d_t = student.sites - student.sites_corrupt, teacher.sites - teacher.sites_corrupt
         if self.w == "random": return Frozen(w=random_orthogonal(d_t.shape[-1], d_s.shape[-1], seed).to(d_s.device))
         if self.w == "identity":
-            if d_t.shape[-1] != d_s.shape[-1]: raise ValueError(f"W = identity needs equal widths, teacher has {d_t.shape[-1]}, student {d_s.shape[-1]}: use procrustes")
+            if d_t.shape[-1] != d_s.shape[-1]:
+                raise ValueError(
+                    f"W = identity needs equal widths, teacher has {d_t.shape[-1]}, student {d_s.shape[-1]}: use"
+                    " procrustes"
+                )
             return Frozen(w=torch.eye(d_s.shape[-1], device=d_s.device))
-        if self.w not in ("procrustes", "procrustes_after_warmup"): raise ValueError(f"unknown w {self.w!r}: procrustes, procrustes_after_warmup, identity or random")
+        if self.w not in ("procrustes", "procrustes_after_warmup"):
+            raise ValueError(f"unknown w {self.w!r}: procrustes, procrustes_after_warmup, identity or random")
         return Frozen(w=procrustes(d_s.flatten(0, 1).float(), d_t.flatten(0, 1).float()))
 
     def loss(self, s, t, state):
@@ -149,22 +182,29 @@ class SFT(StandardKD):
     answer_only = True
 
     def answer_loss(self, s, t, temperature=1.0):
-        last = slice(None) if len(s.logits) == len(s.answer) else s.mask.sum(1).cumsum(0) - 1   # at all tokens: the last row of each prompt
+        # at all tokens: the last row of each prompt
+        last = slice(None) if len(s.logits) == len(s.answer) else s.mask.sum(1).cumsum(0) - 1
         return F.cross_entropy(s.logits[last].float(), s.answer)
 
 @dataclass(frozen=True)
 class CKA(StandardKD):
-    "Raise the linear CKA of all mapped layers (Kornblith et al., 1905.00414), debiased, over a batch's tokens; first tokens are left out, as sinks."
+    """Raise the linear CKA of all mapped layers (Kornblith et al., 1905.00414), debiased, over a batch's tokens; first
+    tokens are left out, as sinks."""
     reads: str = "layers"
     whole_batch = True
 
     def loss(self, s, t, state):
         keep = s.mask & (s.mask.cumsum(1) > 1)
-        return torch.stack([1 - linear_cka(a[keep].float(), b[keep].float()) for a, b in zip(s.layers, t.layers)]).mean(), {}
+        return (
+            torch.stack([1 - linear_cka(a[keep].float(), b[keep].float()) for a, b in zip(s.layers, t.layers)]).mean(),
+            {},
+        )
 
 @dataclass(frozen=True)
 class DIITO(StandardKD):
-    "Match the counterfactual distribution at the answer after an interchange (Wu et al., 2112.02505): there neurons of aligned layers swapped between any two inputs, here the residual of one causal site a step from the pair's corrupt prompt; KL, which has the gradient of their cross-entropy, at the run's temperature."
+    """Match the counterfactual distribution at the answer after an interchange (Wu et al., 2112.02505): there neurons
+    of aligned layers swapped between any two inputs, here the residual of one causal site a step from the pair's
+    corrupt prompt; KL, which has the gradient of their cross-entropy, at the run's temperature."""
     reads: str = "sites"
     pairs: bool = True
     swaps = True

@@ -28,7 +28,8 @@ class DistillConfig:
     flops: float | None = None           # a budget: as many steps as it pays for, whatever `steps` says
     batch: int = 8                       # pairs
     micro_batch: int | None = None       # pairs in memory at once, gradients are summed up; None = the whole batch
-    buckets: int = 1                     # pairs of similar length share a batch: sorted within chunks of so many batches
+    # pairs of similar length share a batch: sorted within chunks of so many batches
+    buckets: int = 1
     lr: float = 5e-5
     warmup: float = 0.1                  # share of the steps
     kl_weight: float = 1.0
@@ -58,40 +59,71 @@ def random_sites(
     free = ~excluded_sites(model, pairs).all(0)
     for s in like: free[s.layer, list(pairs.key_positions).index(s.role)] = False
     g, roles = torch.Generator().manual_seed(seed), [s.role for s in like]
-    drawn = {r: [Site(l, r) for l in torch.randperm(len(free), generator=g).tolist() if free[l, list(pairs.key_positions).index(r)]] for r in sorted(set(roles))}
+    drawn = {
+        r: [
+            Site(l, r)
+            for l in torch.randperm(len(free), generator=g).tolist()
+            if free[l, list(pairs.key_positions).index(r)]
+        ]
+        for r in sorted(set(roles))
+    }
     chosen = [drawn[r].pop() for r in roles if drawn[r]]
     rest = [s for r in drawn.values() for s in r]
     chosen += [rest[i] for i in torch.randperm(len(rest), generator=g).tolist()][:len(like) - len(chosen)]
-    if not chosen: raise ValueError(f"the control with random sites has no site beside the {len(like)} causal ones at roles {sorted(set(roles))}: select fewer sites")
+    if not chosen:
+        raise ValueError(
+            f"the control with random sites has no site beside the {len(like)} causal ones at roles"
+            f" {sorted(set(roles))}: select fewer sites"
+        )
     return chosen
 
 # %% ../../nbs/05_distill/05_plan.ipynb #cebabbdb
-def plan_signals(student: nn.Module, teacher: nn.Module, pairs: ContrastiveDataset, method, c: DistillConfig) -> tuple[Wanted, Wanted]:
+def plan_signals(
+    student: nn.Module, teacher: nn.Module, pairs: ContrastiveDataset, method, c: DistillConfig
+) -> tuple[Wanted, Wanted]:
     "What the teacher and the student are asked for."
     method = get_method(method)
     sites, reads = [Site(*s) for s in c.sites], method.reads
     n_s = get_adapter(student).n_layers
-    if reads != "nothing" and not c.layer_map: raise ValueError("this method reads residuals: DistillConfig.layer_map must say which student layer stands for which teacher layer")
-    if reads == "sites" and not sites: raise ValueError("this method reads residuals at causal sites: DistillConfig.sites is empty")
+    if reads != "nothing" and not c.layer_map:
+        raise ValueError(
+            "this method reads residuals: DistillConfig.layer_map must say which student layer stands for which teacher"
+            " layer"
+        )
+    if reads == "sites" and not sites:
+        raise ValueError("this method reads residuals at causal sites: DistillConfig.sites is empty")
     if method.random_sites: sites = random_sites(teacher, pairs, sites, c.seed)
     everywhere, corrupt = c.kl_at == "all" and not method.answer_only, method.pairs
-    if reads == "layers":                                                  # for each student layer the deepest teacher layer it stands for
+    # for each student layer the deepest teacher layer it stands for
+    if reads == "layers":
         deepest = {s: max(t for t, m in c.layer_map.items() if m == s) for s in sorted(set(c.layer_map.values()))}
-        return Wanted(corrupt, layers=tuple(deepest.values()), everywhere=everywhere), Wanted(corrupt, layers=tuple(deepest), everywhere=everywhere)
+        return Wanted(corrupt, layers=tuple(deepest.values()), everywhere=everywhere), Wanted(
+            corrupt, layers=tuple(deepest), everywhere=everywhere
+        )
     if reads == "nothing": sites = []
     missing = [s.layer for s in sites if s.layer not in c.layer_map]
-    if missing: raise ValueError(f"layer_map has no student layer for teacher layers {missing}: it covers {min(c.layer_map)}..{max(c.layer_map)}")
-    if sites and max(c.layer_map[s.layer] for s in sites) >= n_s: raise ValueError(f"layer_map points past the student's {n_s} layers")
+    if missing:
+        raise ValueError(
+            f"layer_map has no student layer for teacher layers {missing}: it covers"
+            f" {min(c.layer_map)}..{max(c.layer_map)}"
+        )
+    if sites and max(c.layer_map[s.layer] for s in sites) >= n_s:
+        raise ValueError(f"layer_map points past the student's {n_s} layers")
     own = [Site(c.layer_map[s.layer], s.role) for s in sites]
-    return tuple(Wanted(corrupt, tuple(x), everywhere=everywhere, swaps=tuple(x) if method.swaps else ()) for x in (sites, own))
+    return tuple(
+        Wanted(corrupt, tuple(x), everywhere=everywhere, swaps=tuple(x) if method.swaps else ()) for x in (sites, own)
+    )
 
 # %% ../../nbs/05_distill/05_plan.ipynb #f1464591
 def step_flops(
-    model: nn.Module, tokens: int,
-    head_rows: int,                      # the LM head runs only on these
+    model: nn.Module,
+    tokens: int,
+    head_rows: int,  # the LM head runs only on these
     backward: bool,
-    last_rows: int | None = None,        # the last layer runs only on these, its keys and values on all tokens; None = all tokens
-    trains_head: bool = False            # a frozen head only passes gradients on
+    last_rows: (
+        int | None
+    ) = None,  # the last layer runs only on these, its keys and values on all tokens; None = all tokens
+    trains_head: bool = False,  # a frozen head only passes gradients on
 ) -> float:
     "FLOPs of a step: 2 a weight and token forward, twice that backward."
     a = get_adapter(model)
@@ -99,27 +131,55 @@ def step_flops(
     last, attention = a.layers[-1], a.attention(a.n_layers - 1)
     rest = size(last) - size(attention.k_proj, attention.v_proj)
     trunk = (size(a.layers) - rest) * tokens + rest * (tokens if last_rows is None else last_rows)
-    return 2.0 * trunk * (3 if backward else 1) + 2.0 * a.vocab * a.d_model * head_rows * (1 + backward * (1 + trains_head))
+    return 2.0 * trunk * (3 if backward else 1) + 2.0 * a.vocab * a.d_model * head_rows * (
+        1 + backward * (1 + trains_head)
+    )
 
-def run_cost(student: nn.Module, teacher: nn.Module, pairs: ContrastiveDataset, method, c: DistillConfig) -> tuple[int, float]:
+
+def run_cost(
+    student: nn.Module, teacher: nn.Module, pairs: ContrastiveDataset, method, c: DistillConfig
+) -> tuple[int, float]:
     "(tokens that the student is trained on, FLOPs of both models) of a run of `c.steps` steps."
     method = get_method(method)
     want_t, want_s = plan_signals(student, teacher, pairs, method, c)
     clean = float(pairs.attention_mask.sum(1).float().mean())
-    both = clean + float((pairs.answer_pos - first_difference(pairs) + 1).float().mean()) if method.pairs else clean   # tokens of a packed pair
+    # tokens of a packed pair
+    both = clean + float((pairs.answer_pos - first_difference(pairs) + 1).float().mean()) if method.pairs else clean
     swaps = clean * len(want_t.swaps)
-    tokens, head = both + min(swaps, clean), (both if want_s.everywhere else 2) if method.corrupt_kl else (clean if want_s.everywhere else 1)
-    maps = get_adapter(student).d_model * get_adapter(teacher).d_model * (len(want_s.layers) * clean + len(want_s.sites) * (1 + method.pairs))
+    tokens, head = both + min(swaps, clean), (
+        (both if want_s.everywhere else 2) if method.corrupt_kl else (clean if want_s.everywhere else 1)
+    )
+    maps = (
+        get_adapter(student).d_model
+        * get_adapter(teacher).d_model
+        * (len(want_s.layers) * clean + len(want_s.sites) * (1 + method.pairs))
+    )
     whole = want_s.everywhere or get_adapter(student).n_layers - 1 in want_s.read_layers or c.checkpoint_gradients
     last = None if whole else (1 + want_s.corrupt + min(swaps, clean)) * c.batch
-    each = step_flops(student, tokens * c.batch, head * c.batch, True, last, c.train_embeddings) + step_flops(teacher, 0, head * c.batch, False) + 6 * maps * c.batch
-    fits = 0 if method.reads == "nothing" else 1 + method.fits_late + ((c.steps - 1) // c.refit_every if c.refit_every and method.fits_w else 0)
+    each = (
+        step_flops(student, tokens * c.batch, head * c.batch, True, last, c.train_embeddings)
+        + step_flops(teacher, 0, head * c.batch, False)
+        + 6 * maps * c.batch
+    )
+    fits = (
+        0
+        if method.reads == "nothing"
+        else 1 + method.fits_late + ((c.steps - 1) // c.refit_every if c.refit_every and method.fits_w else 0)
+    )
     rows = len(pairs) if method.reads == "sites" else min(64, len(pairs))
     fit = step_flops(student, tokens * rows, head * rows, False) + step_flops(teacher, 0, head * rows, False)
-    return round(tokens * c.batch * c.steps), step_flops(teacher, (both + swaps) * len(pairs), 0, False) + fits * fit + c.steps * each
+    return (
+        round(tokens * c.batch * c.steps),
+        step_flops(teacher, (both + swaps) * len(pairs), 0, False) + fits * fit + c.steps * each,
+    )
+
 
 def budget_steps(student: nn.Module, teacher: nn.Module, pairs: ContrastiveDataset, method, c: DistillConfig) -> int:
     "The most steps that `c.flops` pays for."
     cost = lambda steps: run_cost(student, teacher, pairs, method, replace(c, steps=steps))[1]
-    if c.flops < cost(1): raise ValueError(f"a budget of {c.flops:.3g} FLOPs does not pay for the teacher's targets and one step ({cost(1):.3g}): raise it")
+    if c.flops < cost(1):
+        raise ValueError(
+            f"a budget of {c.flops:.3g} FLOPs does not pay for the teacher's targets and one step ({cost(1):.3g}):"
+            " raise it"
+        )
     return bisect_right(range(int(c.flops / (cost(2) - cost(1))) + 2), c.flops, key=cost) - 1

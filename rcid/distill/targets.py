@@ -29,20 +29,26 @@ class Packed(NamedTuple):
     ids: Int[Tensor, "pair both"]
     mask: Bool[Tensor, "pair 1 both both"]  # query sees key
     position_ids: Int[Tensor, "pair both"]
-    corrupt: Int[Tensor, "pair seq"]        # column that holds the corrupt run's token t: t itself before the first change
+    # column that holds the corrupt run's token t: t itself before the first change
+    corrupt: Int[Tensor, "pair seq"]
 
 def pack_pairs(pairs: ContrastiveDataset) -> Packed:
     "Both prompts of each pair in one row, the shared beginning once."
     seq, device = pairs.clean_ids.shape[1], pairs.clean_ids.device
     first = first_difference(pairs)[:, None]
     extra, t = seq - int(first.min()), torch.arange(seq, device=device)
-    own = (first + torch.arange(extra, device=device)).clamp(max=seq - 1)            # positions of the corrupt columns; the last ones repeat in rows that change late
+    # positions of the corrupt columns; the last ones repeat in rows that change late
+    own = (first + torch.arange(extra, device=device)).clamp(max=seq - 1)
     column = torch.arange(seq + extra, device=device)
     query, key = column[:, None], column[None]
     from_clean = (key < seq) & torch.where(query < seq, key <= query, key < first[..., None])
     from_corrupt = (key >= seq) & (query >= seq) & (key <= query)
-    return Packed(torch.cat([pairs.clean_ids, pairs.corrupt_ids.gather(1, own)], 1), (from_clean | from_corrupt)[:, None],
-        torch.cat([t.expand(len(pairs), -1), own], 1), torch.where(t < first, t, seq + t - first))
+    return Packed(
+        torch.cat([pairs.clean_ids, pairs.corrupt_ids.gather(1, own)], 1),
+        (from_clean | from_corrupt)[:, None],
+        torch.cat([t.expand(len(pairs), -1), own], 1),
+        torch.where(t < first, t, seq + t - first),
+    )
 
 # %% ../../nbs/05_distill/02_targets.ipynb #1fc76501
 def final_at(model: nn.Module,
@@ -56,12 +62,29 @@ def final_at(model: nn.Module,
     h, past, (*before, last) = a.embed(ids), Past(), a.layers
     masks, rotary = a.masks(mask, h, position_ids), a.rotary(h, position_ids)
     for l, layer in enumerate(before):
-        h = hidden_of(layer(h, attention_mask=masks[a.window(l)], position_ids=position_ids, position_embeddings=rotary))
+        h = hidden_of(
+            layer(h, attention_mask=masks[a.window(l)], position_ids=position_ids, position_embeddings=rotary)
+        )
     past.stop, mask = True, masks[a.window(a.n_layers - 1)]
-    try: last.forward(h, attention_mask=mask, position_ids=position_ids, position_embeddings=rotary, past_key_values=past, use_cache=True)
-    except Enough: past.stop = False
-    few = last.forward(h[row, columns], attention_mask=mask[row, 0, columns][:, None], position_ids=position_ids[row, columns],
-        position_embeddings=tuple(x.expand(len(ids), -1, -1)[row, columns] for x in rotary), past_key_values=past, use_cache=True)
+    try:
+        last.forward(
+            h,
+            attention_mask=mask,
+            position_ids=position_ids,
+            position_embeddings=rotary,
+            past_key_values=past,
+            use_cache=True,
+        )
+    except Enough:
+        past.stop = False
+    few = last.forward(
+        h[row, columns],
+        attention_mask=mask[row, 0, columns][:, None],
+        position_ids=position_ids[row, columns],
+        position_embeddings=tuple(x.expand(len(ids), -1, -1)[row, columns] for x in rotary),
+        past_key_values=past,
+        use_cache=True,
+    )
     return a.final_norm(hidden_of(few))
 
 # %% ../../nbs/05_distill/02_targets.ipynb #730f31d3
@@ -71,39 +94,61 @@ class Wanted:
     corrupt: bool = False                # run the corrupt prompts too
     sites: tuple[Site, ...] = ()         # residuals at (layer, role)
     layers: tuple[int, ...] = ()         # whole layers, clean prompts
-    everywhere: bool = False             # final hidden state at all tokens, not only at the answer; of the corrupt prompts from their first change on
-    swaps: tuple[Site, ...] = ()         # for each of them the clean run with the corrupt run's residual there, at the answer
+    # final hidden state at all tokens, not only at the answer; of the corrupt prompts from their first change on
+    everywhere: bool = False
+    # for each of them the clean run with the corrupt run's residual there, at the answer
+    swaps: tuple[Site, ...] = ()
 
     @property
     def read_layers(self) -> set[int]: return {s.layer for s in (*self.sites, *self.swaps)} | set(self.layers)
 
 def hidden_signals(model: nn.Module, pairs: ContrastiveDataset, wanted: Wanted) -> dict[str, Tensor]:
-    "`final`, `sites`, `layers` (and `final_corrupt`, `sites_corrupt`, `swapped`) of one batch of pairs; gradients flow."
+    """`final`, `sites`, `layers` (and `final_corrupt`, `sites_corrupt`, `swapped`) of one batch of pairs; gradients
+    flow."""
     a, row, seq = get_adapter(model), torch.arange(len(pairs), device=pairs.clean_ids.device), pairs.clean_ids.shape[1]
     packed = pack_pairs(pairs) if wanted.corrupt else _clean_rows(pairs)
     strange = set(getattr(model.config, "layer_types", None) or ()) - KNOWN_LAYERS
     whole = wanted.everywhere or a.recomputes or a.n_layers - 1 in wanted.read_layers or bool(strange)
-    at, there = (lambda h, pos: h[row, pos]), (lambda pos: packed.corrupt[row, pos])                                          # there: the same place in the corrupt run
+    # there: the same place in the corrupt run
+    at, there = (lambda h, pos: h[row, pos]), (lambda pos: packed.corrupt[row, pos])
     answers = torch.stack([pairs.answer_pos, there(pairs.answer_pos)] if wanted.corrupt else [pairs.answer_pos], 1)
     with capture(model, wanted.read_layers) as hidden:
-        if not whole: final = final_at(model, packed.ids, packed.mask, packed.position_ids, answers)
-        else: final = a.trunk(packed.ids, packed.mask, packed.position_ids) if wanted.corrupt else a.trunk(pairs.clean_ids, pairs.attention_mask)
+        if not whole:final = final_at(model, packed.ids, packed.mask, packed.position_ids, answers)
+        else:
+            final = a.trunk(packed.ids, packed.mask, packed.position_ids) if wanted.corrupt else a.trunk(pairs.clean_ids, pairs.attention_mask)
     if whole and not wanted.everywhere: final = final[row[:, None], answers]
     out = {"final": final[:, :seq] if wanted.everywhere else final[:, 0]}
-    if wanted.sites: out["sites"] = torch.stack([at(hidden[s.layer], pairs.key_positions[s.role]) for s in wanted.sites], 1)   # (pair, site, d_model)
-    if wanted.layers: out["layers"] = torch.stack([hidden[l][:, :seq] for l in wanted.layers], 1)                             # (pair, layer, seq, d_model)
+    # (pair, site, d_model)
+    if wanted.sites:
+        out["sites"] = torch.stack([at(hidden[s.layer], pairs.key_positions[s.role]) for s in wanted.sites], 1)
+    # (pair, layer, seq, d_model)
+    if wanted.layers: out["layers"] = torch.stack([hidden[l][:, :seq] for l in wanted.layers], 1)
     if not wanted.corrupt: return out
     out["final_corrupt"] = final[:, seq:] if wanted.everywhere else final[:, 1]
-    if wanted.sites: out["sites_corrupt"] = torch.stack([at(hidden[s.layer], there(pairs.key_positions[s.role])) for s in wanted.sites], 1)
-    if wanted.swaps: out["swapped"] = torch.stack([_swapped(model, pairs, s, at(hidden[s.layer], there(pairs.key_positions[s.role]))) for s in wanted.swaps], 1)
+    if wanted.sites:
+        out["sites_corrupt"] = torch.stack(
+            [at(hidden[s.layer], there(pairs.key_positions[s.role])) for s in wanted.sites], 1
+        )
+    if wanted.swaps:
+        out["swapped"] = torch.stack(
+            [_swapped(model, pairs, s, at(hidden[s.layer], there(pairs.key_positions[s.role]))) for s in wanted.swaps],
+            1,
+        )
     return out
 
 def _clean_rows(pairs):
     t = torch.arange(pairs.clean_ids.shape[1], device=pairs.clean_ids.device)
-    return Packed(pairs.clean_ids, (t <= t[:, None]).expand(len(pairs), 1, -1, -1), t.expand(len(pairs), -1), t.expand(len(pairs), -1))   # padding is on the right: no real token sees it
+    # padding is on the right: no real token sees it
+    return Packed(
+        pairs.clean_ids,
+        (t <= t[:, None]).expand(len(pairs), 1, -1, -1),
+        t.expand(len(pairs), -1),
+        t.expand(len(pairs), -1),
+    )
 
 def _swapped(model, pairs, site, value):
-    with write(model, {site: value}, pairs.key_positions): final = get_adapter(model).trunk(pairs.clean_ids, pairs.attention_mask)
+    with write(model, {site: value}, pairs.key_positions):
+        final = get_adapter(model).trunk(pairs.clean_ids, pairs.attention_mask)
     return final[torch.arange(len(pairs), device=final.device), pairs.answer_pos]
 
 # %% ../../nbs/05_distill/02_targets.ipynb #925f73d6
@@ -127,15 +172,30 @@ def changed_by_hand(model: nn.Module) -> bool:
     return any((getattr(h, "__module__", None) or "").split(".")[0] not in LIBRARIES for h in hooks)
 
 def computes_hash(model: nn.Module) -> str:
-    "SHA-256 of what a model computes with beside config and weights: number formats, attention kernel, mode, buffers and plain settings of its modules, device, precision; never the same twice for a model that is `changed_by_hand`."
+    """SHA-256 of what a model computes with beside config and weights: number formats, attention kernel, mode, buffers
+    and plain settings of its modules, device, precision; never the same twice for a model that is `changed_by_hand`."""
     if changed_by_hand(model): return secrets.token_hex(32)
     device = model_device(model).type
-    h = hashlib.sha256(repr((model.config._attn_implementation, device, torch.get_float32_matmul_precision(), torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device))).encode())
+    h = hashlib.sha256(
+        repr(
+            (
+                model.config._attn_implementation,
+                device,
+                torch.get_float32_matmul_precision(),
+                torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+            )
+        ).encode()
+    )
     for m in _everything(model):
-        h.update(repr((type(m).__module__, type(m).__qualname__, [(k, v) for k, v in sorted(vars(m).items()) if _plain(v)])).encode())
+        h.update(
+            repr(
+                (type(m).__module__, type(m).__qualname__, [(k, v) for k, v in sorted(vars(m).items()) if _plain(v)])
+            ).encode()
+        )
         for name, t in (*m._parameters.items(), *m._buffers.items()):
             if t is not None: h.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-        for name, t in m._buffers.items():                                 # a rotary embedding's frequencies are in no state_dict
+        # a rotary embedding's frequencies are in no state_dict
+        for name, t in m._buffers.items():
             if t is not None: h.update(_bytes(t))
     return h.hexdigest()
 
@@ -153,14 +213,17 @@ def _bytes(t: Tensor) -> bytes: return t.detach().cpu().contiguous().reshape(-1)
 def _read(path: Path) -> dict[str, Tensor] | None:
     from safetensors import safe_open
     try:
-        with safe_open(path, "pt") as f:                                   # memory-mapped: a row is read from disk when it is used
+        # memory-mapped: a row is read from disk when it is used
+        with safe_open(path, "pt") as f:
             tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
     except Exception: return None
     return tensors if meta.get("sha256") == _digest(tensors) else None
 
 def _digest(tensors: dict[str, Tensor]) -> str:
     h = hashlib.sha256()
-    for k in sorted(tensors): h.update(k.encode()); h.update(tensors[k].contiguous().view(torch.uint8).numpy().tobytes())
+    for k in sorted(tensors):
+        h.update(k.encode())
+        h.update(tensors[k].contiguous().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
 def kept_tensors(
@@ -180,9 +243,13 @@ def kept_tensors(
 def code_hash(*made_by) -> str:
     "SHA-256 of the modules in which these functions and classes are written, and of the libraries' versions."
     files = [Path(f) for x in made_by if (f := inspect.getsourcefile(x))]
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files if f.exists()) + f"{torch.__version__} {version('transformers')}".encode()).hexdigest()
+    return hashlib.sha256(
+        b"".join(f.read_bytes() for f in files if f.exists())
+        + f"{torch.__version__} {version('transformers')}".encode()
+    ).hexdigest()
 
-def _code_hash() -> str: return code_hash(hidden_signals, first_difference, Past, capture, get_adapter) # of what computes a hidden state
+# of what computes a hidden state
+def _code_hash() -> str: return code_hash(hidden_signals, first_difference, Past, capture, get_adapter)
 
 def teacher_targets(
     teacher: nn.Module, pairs: ContrastiveDataset, wanted: Wanted,
@@ -191,16 +258,35 @@ def teacher_targets(
     key: str | None = None,              # hash of the teacher's weights, if known
     dtype: torch.dtype | None = None     # how to keep them; None = as the teacher computes them
 ) -> dict[str, Tensor]:
-    "The teacher's hidden states for all pairs, from `folder` if they are there and the teacher is as it is loaded: without hooks."
+    """The teacher's hidden states for all pairs, from `folder` if they are there and the teacher is as it is loaded:
+    without hooks."""
     def make():
         device, parts = model_device(teacher), []
         with torch.inference_mode(), evaluating(teacher):
             for i in tqdm(range(0, len(pairs), batch_size), desc="teacher targets", leave=False):
-                parts.append({k: v.cpu() if dtype is None else v.cpu().to(dtype) for k, v in hidden_signals(teacher, pairs[i:i+batch_size].to(device), wanted).items()})
-                if dtype is not None and not all(v.isfinite().all() for v in parts[-1].values()): raise ValueError(f"the teacher's hidden states do not fit {dtype} (pairs {i} to {i+batch_size-1}): keep them in bfloat16 or float32")
+                parts.append(
+                    {
+                        k: v.cpu() if dtype is None else v.cpu().to(dtype)
+                        for k, v in hidden_signals(teacher, pairs[i : i + batch_size].to(device), wanted).items()
+                    }
+                )
+                if dtype is not None and not all(v.isfinite().all() for v in parts[-1].values()):
+                    raise ValueError(
+                        f"the teacher's hidden states do not fit {dtype} (pairs {i} to {i+batch_size-1}): keep them in"
+                        " bfloat16 or float32"
+                    )
         def joined(k): # batches can have unequal numbers of columns from the first change on
             wide = max(p[k].shape[1] for p in parts)
-            return torch.cat([p[k] if p[k].shape[1] == wide else torch.nn.functional.pad(p[k], (0, 0, 0, wide - p[k].shape[1])) for p in parts]).clone()
+            return torch.cat(
+                [
+                    p[k] if p[k].shape[1] == wide else torch.nn.functional.pad(p[k], (0, 0, 0, wide - p[k].shape[1]))
+                    for p in parts
+                ]
+            ).clone()
         return {k: joined(k) for k in parts[0]}
     if folder is None or changed_by_hand(teacher): return make()
-    return kept_tensors(folder, (key or model_hash(teacher), computes_hash(teacher), pairs.content_hash(), wanted, dtype, _code_hash()), make)
+    return kept_tensors(
+        folder,
+        (key or model_hash(teacher), computes_hash(teacher), pairs.content_hash(), wanted, dtype, _code_hash()),
+        make,
+    )

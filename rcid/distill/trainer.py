@@ -50,14 +50,16 @@ def batch_rows(step: int, n: int, batch: int, seed: int,
     order = torch.randperm(n, generator=g.manual_seed(seed * 100_003 + step // per_epoch))
     if lengths is not None and buckets > 1:
         order = torch.cat([chunk[lengths[chunk].argsort(stable=True)] for chunk in order.split(batch * buckets)])
-        return order[torch.randperm(per_epoch, generator=g)[step % per_epoch] * batch:][:batch] # short batches must not all come first
+        # short batches must not all come first
+        return order[torch.randperm(per_epoch, generator=g)[step % per_epoch] * batch:][:batch]
     return order[(step % per_epoch) * batch:][:batch]
 
 def whole_batch(
     rows: Int[Tensor, "part"],                  # of one process, or of a micro-batch
     step: int, n: int, c: DistillConfig, lengths: Int[Tensor, "pair"] | None
 ) -> Int[Tensor, "batch"]:
-    "The batch of all processes that `rows` are a part of; `rows` themselves where they are the whole of it, or of no batch of this run."
+    """The batch of all processes that `rows` are a part of; `rows` themselves where they are the whole of it, or of no
+    batch of this run."""
     if len(rows) >= min(c.batch, n): return rows
     whole = batch_rows(step, n, c.batch, c.seed, lengths, c.buckets)
     return whole if torch.isin(rows, whole).all() else rows
@@ -65,37 +67,74 @@ def whole_batch(
 def lr_at(step: int, c: DistillConfig) -> float:
     "Linear warm-up, then a cosine to zero."
     warm = max(round(c.warmup * c.steps), 1)
-    return c.lr * ((step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(c.steps - warm, 1))))
+    return c.lr * (
+        (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(c.steps - warm, 1)))
+    )
 
 # %% ../../nbs/05_distill/03_trainer.ipynb #9d543da4
-def _head(model: nn.Module, vocab: int, h: Tensor) -> Tensor: return (head := get_adapter(model).lm_head)(h.to(next(head.parameters()).dtype))[..., :vocab]
+def _head(model: nn.Module, vocab: int, h: Tensor) -> Tensor:
+    return (head := get_adapter(model).lm_head)(h.to(next(head.parameters()).dtype))[..., :vocab]
 
-def _signals(hidden: dict[str, Tensor], model: nn.Module, vocab: int, batch: ContrastiveDataset, method, everywhere: bool) -> Signals:
+
+def _signals(
+    hidden: dict[str, Tensor], model: nn.Module, vocab: int, batch: ContrastiveDataset, method, everywhere: bool
+) -> Signals:
     mask, clean, corrupt, shared = batch.attention_mask.bool(), hidden["final"], hidden.get("final_corrupt"), None
     if everywhere:                                                         # the head runs once on every distinct token
         t, first = torch.arange(mask.shape[1], device=mask.device), first_difference(batch)[:, None]
         clean, shared = clean[mask], (t < first)[mask].float()
         if corrupt is not None: corrupt = corrupt[(t + first < mask.sum(1, keepdim=True))[:, :corrupt.shape[1]]]
-    rows = [clean, *([corrupt] if method.corrupt_kl else []), *([hidden["swapped"][:, 0]] if "swapped" in hidden else [])]
-    logits = hidden["logits"].unbind(1) if "logits" in hidden else _head(model, vocab, torch.cat(rows)).split([len(r) for r in rows])   # one call: its weights are read once
-    by_site = lambda key: hidden[key].transpose(0, 1) if key in hidden else None                                # (row, site, ...) -> (site, row, ...)
-    return Signals(logits[0], logits[1] if method.corrupt_kl else None, shared, by_site("sites"), by_site("sites_corrupt"), by_site("layers"), mask,
-        logits[-1] if "swapped" in hidden else None, batch.correct_token_id)
+    rows = [
+        clean,
+        *([corrupt] if method.corrupt_kl else []),
+        *([hidden["swapped"][:, 0]] if "swapped" in hidden else []),
+    ]
+    # one call: its weights are read once
+    logits = (
+        hidden["logits"].unbind(1)
+        if "logits" in hidden
+        else _head(model, vocab, torch.cat(rows)).split([len(r) for r in rows])
+    )
+    # (row, site, ...) -> (site, row, ...)
+    by_site = lambda key: hidden[key].transpose(0, 1) if key in hidden else None
+    return Signals(
+        logits[0],
+        logits[1] if method.corrupt_kl else None,
+        shared,
+        by_site("sites"),
+        by_site("sites_corrupt"),
+        by_site("layers"),
+        mask,
+        logits[-1] if "swapped" in hidden else None,
+        batch.correct_token_id,
+    )
 
 # %% ../../nbs/05_distill/03_trainer.ipynb #c3bce729
-def _save_checkpoint(folder: Path, fingerprint: str, step: int, history: list, trained: dict[str, Tensor], optimizer, state: nn.Module | None):
+def _save_checkpoint(
+    folder: Path,
+    fingerprint: str,
+    step: int,
+    history: list,
+    trained: dict[str, Tensor],
+    optimizer,
+    state: nn.Module | None,
+):
     from safetensors.torch import save_file
     tensors = {f"weight.{k}": v.detach().cpu().contiguous() for k, v in trained.items()}
-    for i, s in optimizer.state_dict()["state"].items(): tensors |= {f"adam.{i}.{k}": v.detach().cpu().contiguous() for k, v in s.items()}
-    if state is not None: tensors |= {f"state.{k}": v.detach().cpu().contiguous().clone() for k, v in state.state_dict().items()}
+    for i, s in optimizer.state_dict()["state"].items():
+        tensors |= {f"adam.{i}.{k}": v.detach().cpu().contiguous() for k, v in s.items()}
+    if state is not None:
+        tensors |= {f"state.{k}": v.detach().cpu().contiguous().clone() for k, v in state.state_dict().items()}
     with whole_folder(folder) as new:
         save_file(tensors, new/"tensors.safetensors", metadata={"fingerprint": fingerprint})
         write_json(new/"progress.json", dict(fingerprint=fingerprint, step=step, history=history))
         seal(new)
 
+
 def _load_checkpoint(folder: Path, fingerprint: str) -> tuple[int, list, dict[str, Tensor]] | None:
     from safetensors.torch import load_file
-    if not (folder/SEAL).exists() or broken_seal(folder): return None       # absent or damaged: start again rather than trust it
+    # absent or damaged: start again rather than trust it
+    if not (folder/SEAL).exists() or broken_seal(folder): return None
     try:
         progress, tensors = read_json(folder/"progress.json"), load_file(folder/"tensors.safetensors")
     except Exception: return None
@@ -114,25 +153,45 @@ def _restore(student, optimizer, state, tensors):
     if state is not None and part("state."): state.load_state_dict(part("state."))
 
 # %% ../../nbs/05_distill/03_trainer.ipynb #b81f6ad3
-def _ids_of(pairs): return torch.cat([pairs.clean_ids.flatten(), pairs.corrupt_ids.flatten(), pairs.correct_token_id, pairs.wrong_token_id])
+def _ids_of(pairs):
+    return torch.cat(
+        [pairs.clean_ids.flatten(), pairs.corrupt_ids.flatten(), pairs.correct_token_id, pairs.wrong_token_id]
+    )
+
 
 class PairCourse:
-    "A course on contrastive pairs: the student's signals on a batch, the teacher's cached ones, and the method's losses of both."
+    """A course on contrastive pairs: the student's signals on a batch, the teacher's cached ones, and the method's
+    losses of both."""
     base = "kl"                          # what the loss at the answer is called in the learning curve
 
     def __init__(self, method, student: nn.Module, teacher: nn.Module, pairs: ContrastiveDataset, c: DistillConfig):
         from accelerate import PartialState
         self.method, self.student, self.teacher, self.pairs, self.c = method, student, teacher, pairs, c
-        if c.micro_batch and method.whole_batch: raise ValueError("this method compares the pairs of a batch with one another: leave micro_batch unset")
-        if method.shuffled and min(c.batch, len(pairs)) < 2: raise ValueError("the control with shuffled pairs has one pair in a batch, which would be its own partner: use distill.batch >= 2 and two pairs or more")
+        if c.micro_batch and method.whole_batch:
+            raise ValueError("this method compares the pairs of a batch with one another: leave micro_batch unset")
+        if method.shuffled and min(c.batch, len(pairs)) < 2:
+            raise ValueError(
+                "the control with shuffled pairs has one pair in a batch, which would be its own partner: use"
+                " distill.batch >= 2 and two pairs or more"
+            )
         self.want_t, self.want_s = plan_signals(student, teacher, pairs, method, c)
         self.vocab, self.everywhere = common_vocab(teacher, student, ids=_ids_of(pairs)), self.want_s.everywhere
         self.device = model_device(student)
         self.lengths = pairs.attention_mask.sum(1).cpu()
-        with PartialState().main_process_first(): self.targets = teacher_targets(teacher, pairs, self.want_t, c.targets_dir) # the others find them in `targets_dir`
+        # the others find them in `targets_dir`
+        with PartialState().main_process_first():
+            self.targets = teacher_targets(teacher, pairs, self.want_t, c.targets_dir)
         sides = ["final", *(["final_corrupt"] if method.corrupt_kl else [])]
-        if self.device.type == "cpu" and not (self.everywhere or method.swaps) and len(sides) * len(pairs) * self.vocab <= 2**26:               # 256 MB of float32: there, reading logits is cheaper than the head
-            with torch.no_grad(): self.targets["logits"] = torch.cat([_head(teacher, self.vocab, h) for h in torch.stack([self.targets[k] for k in sides], 1).split(64)])
+        # 256 MB of float32: there, reading logits is cheaper than the head
+        if (
+            self.device.type == "cpu"
+            and not (self.everywhere or method.swaps)
+            and len(sides) * len(pairs) * self.vocab <= 2**26
+        ):
+            with torch.no_grad():
+                self.targets["logits"] = torch.cat(
+                    [_head(teacher, self.vocab, h) for h in torch.stack([self.targets[k] for k in sides], 1).split(64)]
+                )
 
     def of_teacher(self, rows, batch, swap=0) -> Signals:
         kept, seq = {k: v[rows].to(self.device) for k, v in self.targets.items()}, batch.clean_ids.shape[1]
@@ -143,31 +202,55 @@ class PairCourse:
 
     def of_student(self, batch, swap=0) -> Signals:
         wanted = replace(self.want_s, swaps=self.want_s.swaps[swap:swap+1])
-        return _signals(hidden_signals(self.student, batch, wanted), self.student, self.vocab, batch, self.method, self.everywhere)
+        return _signals(
+            hidden_signals(self.student, batch, wanted), self.student, self.vocab, batch, self.method, self.everywhere
+        )
 
     def start(self) -> nn.Module | None:
         "What the method needs from both models on all training pairs."
         if self.method.reads == "nothing": return None
         with torch.no_grad():
-            chunks = [(self.of_student(b), self.of_teacher(slice(i, i+64), b)) for i in range(0, len(self.pairs) if self.method.reads == "sites" else 1, 64) for b in (self.pairs[i:i+64].to(self.device),)]
-        join = lambda which, dim=1: Signals(**{f: torch.cat([getattr(x[which], f) for x in chunks], dim) for f in ("sites", "sites_corrupt") if getattr(chunks[0][which], f) is not None}, layers=chunks[0][which].layers)
+            chunks = [
+                (self.of_student(b), self.of_teacher(slice(i, i + 64), b))
+                for i in range(0, len(self.pairs) if self.method.reads == "sites" else 1, 64)
+                for b in (self.pairs[i : i + 64].to(self.device),)
+            ]
+        join = lambda which, dim=1: Signals(
+            **{
+                f: torch.cat([getattr(x[which], f) for x in chunks], dim)
+                for f in ("sites", "sites_corrupt")
+                if getattr(chunks[0][which], f) is not None
+            },
+            layers=chunks[0][which].layers,
+        )
         return self.method.start(join(0), join(1), self.c.seed)
 
-    def terms(self, rows: Int[Tensor, "batch"], step: int, state: nn.Module | None) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    def terms(
+        self, rows: Int[Tensor, "batch"], step: int, state: nn.Module | None
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         "The loss at the answer, the method's own term, and what to log."
         batch, swap = self.pairs[rows].trimmed().to(self.device), step % max(len(self.want_s.swaps), 1)
-        s, t = (x._replace(temperature=self.c.temperature) for x in (self.of_student(batch, swap), self.of_teacher(rows, batch, swap)))
+        s, t = (
+            x._replace(temperature=self.c.temperature)
+            for x in (self.of_student(batch, swap), self.of_teacher(rows, batch, swap))
+        )
         if self.method.shuffled: t = t._replace(others=self._others(rows, step))
         return self.method.answer_loss(s, t, self.c.temperature), *self.method.loss(s, t, state)
 
-    def _others(self, rows, step) -> Tensor: # the teacher's differences of each pair's partner: the one before it in the batch of all processes
+    def _others(
+        self, rows, step
+    ) -> Tensor:  # the teacher's differences of each pair's partner: the one before it in the batch of all processes
         whole = whole_batch(rows, step, len(self.pairs), self.c, self.lengths)
         partner = whole[(rows[:, None] == whole).int().argmax(1) - 1]
-        clean, corrupt = (self.targets[k][partner].to(self.device).transpose(0, 1).float() for k in ("sites", "sites_corrupt"))   # (site, row, d_model)
+        # (site, row, d_model)
+        clean, corrupt = (
+            self.targets[k][partner].to(self.device).transpose(0, 1).float() for k in ("sites", "sites_corrupt")
+        )
         return clean - corrupt
 
     def shares(self, some: Int[Tensor, "part"], rows: Int[Tensor, "batch"]) -> tuple[float, float]:
-        "How much the means over a part of the batch weigh in the means over the batch: at the answer, and in the method's own term."
+        """How much the means over a part of the batch weigh in the means over the batch: at the answer, and in the
+        method's own term."""
         of_pairs, of_tokens = len(some) / len(rows), float(self.lengths[some].sum() / self.lengths[rows].sum())
         return of_tokens if self.everywhere else of_pairs, of_tokens if self.method.reads == "layers" else of_pairs
 
@@ -194,16 +277,25 @@ def _train(student, teacher, pairs, method, c, probe, trained: dict[str, nn.Para
     from accelerate import PartialState
     from accelerate.utils import reduce
     start, device = time.time(), model_device(student)
-    world = PartialState(cpu=device.type == "cpu")                      # one process, unless started by `accelerate launch` or torchrun
-    if c.batch % world.num_processes: raise ValueError(f"distill.batch is {c.batch} pairs for {world.num_processes} processes: make it a multiple")
-    if world.num_processes > 1 and getattr(method, "whole_batch", False) and not getattr(method, "shuffled", False): raise ValueError(f"this method compares the pairs of a batch with one another, and {world.num_processes} processes would each compare their own share: start it with one process")
-    if len(pairs) < world.num_processes: raise ValueError(f"{len(pairs)} pairs for {world.num_processes} processes: start at most as many processes")
+    # one process, unless started by `accelerate launch` or torchrun
+    world = PartialState(cpu=device.type == "cpu")
+    if c.batch % world.num_processes:
+        raise ValueError(f"distill.batch is {c.batch} pairs for {world.num_processes} processes: make it a multiple")
+    if world.num_processes > 1 and getattr(method, "whole_batch", False) and not getattr(method, "shuffled", False):
+        raise ValueError(
+            f"this method compares the pairs of a batch with one another, and {world.num_processes} processes would"
+            " each compare their own share: start it with one process"
+        )
+    if len(pairs) < world.num_processes:
+        raise ValueError(f"{len(pairs)} pairs for {world.num_processes} processes: start at most as many processes")
     total = (lambda x: reduce(x, "sum")) if world.num_processes > 1 else lambda x: x
     if c.flops is not None:
-        if hasattr(method, "course"): raise ValueError("a budget of FLOPs is for methods that learn from pairs: give this method steps")
+        if hasattr(method, "course"):
+            raise ValueError("a budget of FLOPs is for methods that learn from pairs: give this method steps")
         c = replace(c, steps=budget_steps(student, teacher, pairs, method, c))
     course = getattr(method, "course", partial(PairCourse, method))(student, teacher, pairs, c)
-    if c.micro_batch and not hasattr(course, "shares"): raise ValueError("this method's batches cannot be split: leave micro_batch unset")
+    if c.micro_batch and not hasattr(course, "shares"):
+        raise ValueError("this method's batches cannot be split: leave micro_batch unset")
     later, shares = method.fits_late, getattr(course, "shares", lambda some, whole: (len(some) / len(whole),) * 2)
     bf16 = device.type != "cpu" if c.bf16 is None else c.bf16
     cast = lambda: torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
@@ -237,20 +329,35 @@ def _train(student, teacher, pairs, method, c, probe, trained: dict[str, nn.Para
         rows = whole[world.process_index::world.num_processes]
         on, parts = not (later and step < round(c.w_warmup * c.steps)), {}
         for some in rows.split(c.micro_batch or len(rows)):
-            share, own_share = shares(some, whole) if len(some) < len(whole) else (1., 1.)   # over all parts in all processes they sum to 1
+            # over all parts in all processes they sum to 1
+            share, own_share = shares(some, whole) if len(some) < len(whole) else (1., 1.)
             with cast(): base, own, log = course.terms(some, step, state)
             loss = c.kl_weight * base * share + (c.method_weight * own * own_share if own is not None and on else 0)
             loss.backward()
-            seen = {"loss": loss.detach(), course.base: base.detach() * share, **({"method_loss": own.detach() * own_share} if own is not None else {}), **{k: v * own_share for k, v in log.items()}}
+            seen = {
+                "loss": loss.detach(),
+                course.base: base.detach() * share,
+                **({"method_loss": own.detach() * own_share} if own is not None else {}),
+                **{k: v * own_share for k, v in log.items()},
+            }
             parts = {k: parts.get(k, 0) + v for k, v in seen.items()}
         parts = total(parts)
-        if not parts["loss"].isfinite():                                   # the whole batch's: all processes stop together
-            raise FloatingPointError(f"loss is {parts['loss'].item()} at step {step} ({', '.join(f'{k} {float(v):.3g}' for k, v in parts.items())}): lower distill.lr; "
-                + (f"the last good checkpoint is in {folder}" if folder and folder.exists() else "no checkpoint was written yet"))
+        # the whole batch's: all processes stop together
+        if not parts["loss"].isfinite():
+            raise FloatingPointError(
+                f"loss is {parts['loss'].item()} at step {step}"
+                f" ({', '.join(f'{k} {float(v):.3g}' for k, v in parts.items())}): lower distill.lr; "
+                + (
+                    f"the last good checkpoint is in {folder}"
+                    if folder and folder.exists()
+                    else "no checkpoint was written yet"
+                )
+            )
         if step == 0: history.append(point(0, parts))
         if world.num_processes > 1:
             learns = [*trained.values(), *extra]
-            reached = total(torch.tensor([float(p.grad is not None) for p in learns], device=device))   # a router is not reached where a share has no teacher
+            # a router is not reached where a share has no teacher
+            reached = total(torch.tensor([float(p.grad is not None) for p in learns], device=device))
             for p, some in zip(learns, reached.tolist()):
                 if some: p.grad = total(torch.zeros_like(p) if p.grad is None else p.grad)
         parts["grad_norm"] = nn.utils.clip_grad_norm_([*trained.values(), *extra], c.clip)
@@ -260,7 +367,8 @@ def _train(student, teacher, pairs, method, c, probe, trained: dict[str, nn.Para
         if done % c.log_every == 0 or done == c.steps:
             history.append(point(done, parts))
             bar.set_postfix(loss=f"{history[-1]['loss']:.3f}")
-        if folder and world.is_main_process and done % c.checkpoint_every == 0 and done < c.steps: _save_checkpoint(folder, fingerprint, done, history, trained, optimizer, state)
+        if folder and world.is_main_process and done % c.checkpoint_every == 0 and done < c.steps:
+            _save_checkpoint(folder, fingerprint, done, history, trained, optimizer, state)
 
     staleness = None
     if method.fits_w and c.steps:
@@ -281,11 +389,29 @@ def plain_distill(student, teacher, pairs, method, config) -> list[float]:
             one = replace(batch, clean_ids=ids)
             hidden = hidden_signals(model, one, replace(wanted, corrupt=False))
             logits = model(ids, attention_mask=batch.attention_mask).logits[..., :vocab]
-            sides.append((hidden, logits[batch.attention_mask.bool()] if c.kl_at == "all" else logits[torch.arange(len(ids)), batch.answer_pos]))
+            sides.append(
+                (
+                    hidden,
+                    (
+                        logits[batch.attention_mask.bool()]
+                        if c.kl_at == "all"
+                        else logits[torch.arange(len(ids)), batch.answer_pos]
+                    ),
+                )
+            )
         (clean, z), (corrupt, z2) = sides
         t = lambda x: None if x is None else x.transpose(0, 1)
-        return Signals(z, z2, None, t(clean.get("sites")), t(corrupt.get("sites")), t(clean.get("layers")), batch.attention_mask.bool(), answer=batch.correct_token_id,
-            temperature=c.temperature)
+        return Signals(
+            z,
+            z2,
+            None,
+            t(clean.get("sites")),
+            t(corrupt.get("sites")),
+            t(clean.get("layers")),
+            batch.attention_mask.bool(),
+            answer=batch.correct_token_id,
+            temperature=c.temperature,
+        )
     with evaluating(teacher), training(student, c.train_embeddings) as chosen:
         state = None
         if method.reads != "nothing":

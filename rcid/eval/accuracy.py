@@ -36,14 +36,25 @@ def task_accuracy(
     with evaluating(model):
         for start in range(0, len(pairs), batch_size):
             p = pairs[start:start + batch_size]
-            logits = answer_logits(model, torch.cat([p.clean_ids, p.corrupt_ids]), p.attention_mask.repeat(2, 1), p.answer_pos.repeat(2)).cpu()
-            right, wrong = (torch.cat(v).cpu() for v in ((p.correct_token_id, p.wrong_token_id), (p.wrong_token_id, p.correct_token_id)))
+            logits = answer_logits(
+                model, torch.cat([p.clean_ids, p.corrupt_ids]), p.attention_mask.repeat(2, 1), p.answer_pos.repeat(2)
+            ).cpu()
+            right, wrong = (
+                torch.cat(v).cpu()
+                for v in ((p.correct_token_id, p.wrong_token_id), (p.wrong_token_id, p.correct_token_id))
+            )
             ld.append((logits.gather(1, right[:, None]) - logits.gather(1, wrong[:, None])).view(2, -1))
             top.append((logits.argmax(1) == right).view(2, -1))
     ld, top = torch.cat(ld, 1), torch.cat(top, 1)
-    if not ld.isfinite().all(): raise FloatingPointError(f"task_accuracy: {int((~ld.isfinite()).any(0).sum())} of {len(pairs)} pairs have NaN or infinite logits: the weights or the dtype are broken")
+    if not ld.isfinite().all():
+        raise FloatingPointError(
+            f"task_accuracy: {int((~ld.isfinite()).any(0).sum())} of {len(pairs)} pairs have NaN or infinite logits:"
+            " the weights or the dtype are broken"
+        )
     right = ld > 0
     counts = dict(accuracy=right[0], accuracy_corrupt=right[1], both=right.all(0), top1=top[0], top1_corrupt=top[1])
-    out = dict(n=len(pairs), mean_ld=float(ld[0].mean()), mean_ld_corrupt=float(ld[1].mean()))     # each side: right minus wrong answer
-    for name, hit in counts.items(): out[name], out[f"{name}_ci"] = float(hit.float().mean()), list(wilson(int(hit.sum()), len(pairs)))
+    # each side: right minus wrong answer
+    out = dict(n=len(pairs), mean_ld=float(ld[0].mean()), mean_ld_corrupt=float(ld[1].mean()))
+    for name, hit in counts.items():
+        out[name], out[f"{name}_ci"] = float(hit.float().mean()), list(wilson(int(hit.sum()), len(pairs)))
     return out

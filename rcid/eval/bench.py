@@ -25,19 +25,46 @@ class Copy(NamedTuple):
     subject: str | None = None                  # the column that tells subjects apart
 
 def _truthful(row: dict) -> dict:
-    right, wrong = ([a.strip() for a in row[f"{kind} Answers"].split(";") if a.strip()] for kind in ("Correct", "Incorrect"))
+    right, wrong = (
+        [a.strip() for a in row[f"{kind} Answers"].split(";") if a.strip()] for kind in ("Correct", "Incorrect")
+    )
     targets = lambda good: dict(choices=good + wrong, labels=[1]*len(good) + [0]*len(wrong))
     return dict(question=row["Question"], mc1_targets=targets([row["Best Answer"]]), mc2_targets=targets(right))
 
 _LETTERS = ("A", "B", "C", "D")
 COPIES = {
-    "arc_challenge": Copy("arc/arc_challenge.yaml", "arc_challenge", {"train": "train", "validation": "dev", "test": "test"}),
+    "arc_challenge": Copy(
+        "arc/arc_challenge.yaml", "arc_challenge", {"train": "train", "validation": "dev", "test": "test"}
+    ),
     "gsm8k": Copy("gsm8k/gsm8k.yaml", "gsm8k", {"train": "train", "test": "test"}),
-    "math500": Copy("hendrycks_math/hendrycks_math500.yaml", "hendrycks_math500", {"test": "math500"}, lambda r: {k: r[k] for k in ("problem", "solution")}),
+    "math500": Copy(
+        "hendrycks_math/hendrycks_math500.yaml",
+        "hendrycks_math500",
+        {"test": "math500"},
+        lambda r: {k: r[k] for k in ("problem", "solution")},
+    ),
     "truthfulqa": Copy("truthfulqa/truthfulqa_mc1.yaml", "truthfulqa_mc1", {"validation": "truthfulqa"}, _truthful),
-    "bbh": Copy("bbh/zeroshot/{}.yaml", "bbh_zeroshot", {"test": "bbh"}, lambda r: {k: str(r[k]) for k in ("input", "target")}, "task"),
-    "cmmlu": Copy("cmmlu/cmmlu_{}.yaml", "cmmlu", {"dev": "dev", "test": "test"}, lambda r: dict(Question=r["question"], Answer=r["answer"], **{c: str(r[c]) for c in _LETTERS}), "subject"),
-    "ceval": Copy("ceval/ceval-valid_{}.yaml", "ceval-valid", {"dev": "dev", "val": "val"}, lambda r: {k: str(r[k]) for k in ("question", "answer", *_LETTERS)}, "subject"),
+    "bbh": Copy(
+        "bbh/zeroshot/{}.yaml",
+        "bbh_zeroshot",
+        {"test": "bbh"},
+        lambda r: {k: str(r[k]) for k in ("input", "target")},
+        "task",
+    ),
+    "cmmlu": Copy(
+        "cmmlu/cmmlu_{}.yaml",
+        "cmmlu",
+        {"dev": "dev", "test": "test"},
+        lambda r: dict(Question=r["question"], Answer=r["answer"], **{c: str(r[c]) for c in _LETTERS}),
+        "subject",
+    ),
+    "ceval": Copy(
+        "ceval/ceval-valid_{}.yaml",
+        "ceval-valid",
+        {"dev": "dev", "val": "val"},
+        lambda r: {k: str(r[k]) for k in ("question", "answer", *_LETTERS)},
+        "subject",
+    ),
 }
 HUB_ONLY = {"gpqa": "gpqa_main_zeroshot"}       # its authors ask that it is not copied
 
@@ -45,7 +72,10 @@ HUB_ONLY = {"gpqa": "gpqa_main_zeroshot"}       # its authors ask that it is not
 def harness_folder() -> Path:
     "The harness's task definitions; one line when it is not installed."
     spec = importlib.util.find_spec("lm_eval")
-    if spec is None: raise ModuleNotFoundError("benchmarks need lm-evaluation-harness: `pip install -e '.[dev]'` installs it, or leave bench.tasks empty")
+    if spec is None:
+        raise ModuleNotFoundError(
+            "benchmarks need lm-evaluation-harness: `pip install -e '.[dev]'` installs it, or leave bench.tasks empty"
+        )
     return Path(spec.origin).parent/"tasks"
 
 def local_tasks(
@@ -53,18 +83,30 @@ def local_tasks(
     folder: str | Path       # where the generated YAML files and rows go
 ) -> list[str]:              # paths of the YAML files, which the harness takes as task names
     "The harness's tasks on the local copy of one benchmark."
-    if name in HUB_ONLY: raise ValueError(f"benchmark {name!r} has no local copy: set bench.source to hub, or leave it out")
+    if name in HUB_ONLY:
+        raise ValueError(f"benchmark {name!r} has no local copy: set bench.source to hub, or leave it out")
     if name not in COPIES: raise ValueError(f"unknown benchmark {name!r}: there are {', '.join([*COPIES, *HUB_ONLY])}")
     copy, parts, out, folder = COPIES[name], defaultdict(dict), [], Path(folder)
     for split, file in copy.files.items():
-        for r in read_rows(name, f"{file}.jsonl"): parts[r[copy.subject] if copy.subject else ""].setdefault(split, []).append(copy.row(r))
+        for r in read_rows(name, f"{file}.jsonl"):
+            parts[r[copy.subject] if copy.subject else ""].setdefault(split, []).append(copy.row(r))
     for subject, splits in sorted(parts.items()):
         base, files = harness_folder()/copy.yaml.format(subject), {}
-        if not base.exists(): raise ValueError(f"benchmark {name}: the harness has no {copy.yaml.format(subject)}; use another version of lm-eval, or leave the benchmark out")
+        if not base.exists():
+            raise ValueError(
+                f"benchmark {name}: the harness has no {copy.yaml.format(subject)}; use another version of lm-eval, or"
+                " leave the benchmark out"
+            )
         for split, rows in splits.items():
             files[split] = str(folder/f"{name}-{subject}-{split}.jsonl")
             Path(files[split]).write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-        config = dict(include=str(base), task="_".join(filter(None, (name, subject))), dataset_path="json", dataset_name=None, dataset_kwargs=dict(data_files=files, cache_dir=str(folder/"cache")))
+        config = dict(
+            include=str(base),
+            task="_".join(filter(None, (name, subject))),
+            dataset_path="json",
+            dataset_name=None,
+            dataset_kwargs=dict(data_files=files, cache_dir=str(folder / "cache")),
+        )
         out.append(str(folder/f"{config['task']}.yaml"))
         Path(out[-1]).write_text(json.dumps(config), encoding="utf-8")      # JSON is YAML
     return out
@@ -104,9 +146,13 @@ def run_bench(
         with tempfile.TemporaryDirectory() as folder, plain_generation(model, tokenizer), evaluating(model):
             own = copy.deepcopy(tokenizer)                                 # it sets a pad token where there is none
             lm = HFLM(pretrained=model, tokenizer=own, batch_size=batch_size, max_length=max_length)
-            if source == "path": names, manager = local_tasks(name, folder), TaskManager(include_path=folder, include_defaults=False)
-            else: names, manager = [{**{k: c.hub for k, c in COPIES.items()}, **HUB_ONLY}[name]], TaskManager()
-            done = simple_evaluate(lm, tasks=names, limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=0)
+            if source == "path":
+                names, manager = local_tasks(name, folder), TaskManager(include_path=folder, include_defaults=False)
+            else:
+                names, manager = [{**{k: c.hub for k, c in COPIES.items()}, **HUB_ONLY}[name]], TaskManager()
+            done = simple_evaluate(
+                lm, tasks=names, limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=0
+            )
             leaves = {t: r for t, r in done["results"].items() if t in done["n-samples"]}
             out[name] = pooled(leaves, {t: done["n-samples"][t]["effective"] for t in leaves})
     return out

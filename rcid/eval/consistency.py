@@ -11,12 +11,14 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from .stats import benjamini_hochberg, cluster_bootstrap, fisher_mean, fisher_z, lin_concordance, pearson_by_site, weighted_pearson
+from .stats import benjamini_hochberg, cluster_bootstrap, fisher_mean, fisher_z, lin_concordance
+from .stats import pearson_by_site, weighted_pearson
 
 # %% ../../nbs/07_eval/01_consistency.ipynb #71b1d4e5
 @dataclass(frozen=True)
 class ConsistencyReport:
-    "Causal consistency of a student with its teacher, with every companion figure. Per-site lists follow `sites`; NaN = undefined."
+    """Causal consistency of a student with its teacher, with every companion figure. Per-site lists follow `sites`; NaN
+    = undefined."""
     consistency: float              # Fisher mean of `pearson` over sites
     low: float                      # 95 % cluster-bootstrap interval of it
     high: float
@@ -54,7 +56,10 @@ def _shuffles(of: np.ndarray, n: int, rng, within: bool) -> np.ndarray:
     out = np.empty_like(order); out[:, of.argsort(kind="stable")] = order
     return out
 
-def shuffled_pearson(x: np.ndarray, y: np.ndarray, of: np.ndarray, n: int = 10_000, seed: int = 0, within: bool = False) -> np.ndarray:
+
+def shuffled_pearson(
+    x: np.ndarray, y: np.ndarray, of: np.ndarray, n: int = 10_000, seed: int = 0, within: bool = False
+) -> np.ndarray:
     "Pearson per site with the rows of `y` shuffled (inside groups `of` if `within`): (pair, site) x 2 -> (n, site)."
     zx, zy = ((v - v.mean(0)) / v.std(0) for v in (x, y))
     rng, out, step = np.random.default_rng(seed), [], max(1, 2**22 // max(1, x.size))
@@ -66,7 +71,8 @@ def shuffled_pearson(x: np.ndarray, y: np.ndarray, of: np.ndarray, n: int = 10_0
 # %% ../../nbs/07_eval/01_consistency.ipynb #6544fda5
 def _array(x, what: str, shape=None) -> np.ndarray:
     x = np.asarray(x.detach().float().cpu() if isinstance(x, Tensor) else x, float)
-    if shape is not None and x.shape != shape: raise ValueError(f"consistency: {what} has shape {x.shape}, expected {shape}")
+    if shape is not None and x.shape != shape:
+        raise ValueError(f"consistency: {what} has shape {x.shape}, expected {shape}")
     if not np.isfinite(x).all(): raise ValueError(f"consistency: {what} holds NaN or infinite values")
     return x
 
@@ -76,7 +82,8 @@ def _band(values: np.ndarray) -> dict: # of the Fisher mean over sites
 
 def _site_means(weights, x, y): # Fisher mean over sites, per resample
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)                      # a resample without any defined site is NaN, and counted
+        # a resample without any defined site is NaN, and counted
+        warnings.simplefilter("ignore", RuntimeWarning)
         return np.tanh(np.nanmean(fisher_z(weighted_pearson(x, y, weights)), 1))
 
 def _answers(effects, ld, mode): # does the patched run still prefer the correct answer?
@@ -84,20 +91,32 @@ def _answers(effects, ld, mode): # does the patched run still prefer the correct
 
 # %% ../../nbs/07_eval/01_consistency.ipynb #5a6cfcbc
 def consistency(
-    effects_t: Float[Tensor, "pair site"], effects_s: Float[Tensor, "pair site"],    # of the mapped sites, logit units
-    ld_t: tuple, ld_s: tuple,                     # (LD clean, LD corrupt) of each pair, both as correct minus wrong of the clean prompt
-    clusters: Int[Tensor, "pair"] | None = None,  # what the bootstrap resamples; None, or fewer than 2 different ones: every pair is its own
-    groups: Int[Tensor, "pair"] | None = None,    # template of each pair, for `null_within`; None: the clusters
-    sites: list | None = None, student_sites: list | None = None,
-    mode: str = "noising",                        # how the effects were made
-    top: tuple | None = None,                     # (teacher, student) most likely token of each patched run, "pair site"
-    n_boot: int = 10_000, n_shuffles: int = 10_000, seed: int = 0, floor: float = 1e-4,
+    effects_t: Float[Tensor, "pair site"],
+    effects_s: Float[Tensor, "pair site"],  # of the mapped sites, logit units
+    ld_t: tuple,
+    ld_s: tuple,  # (LD clean, LD corrupt) of each pair, both as correct minus wrong of the clean prompt
+    clusters: (
+        Int[Tensor, "pair"] | None
+    ) = None,  # what the bootstrap resamples; None, or fewer than 2 different ones: every pair is its own
+    groups: Int[Tensor, "pair"] | None = None,  # template of each pair, for `null_within`; None: the clusters
+    sites: list | None = None,
+    student_sites: list | None = None,
+    mode: str = "noising",  # how the effects were made
+    top: tuple | None = None,  # (teacher, student) most likely token of each patched run, "pair site"
+    n_boot: int = 10_000,
+    n_shuffles: int = 10_000,
+    seed: int = 0,
+    floor: float = 1e-4,
 ) -> ConsistencyReport:
-    "Causal consistency from patching effects (Zhang & Nanda, 2309.16042); `iia`, of two answers, after Geiger et al. (2106.02997)."
-    if mode not in ("noising", "denoising"): raise ValueError(f"consistency: unknown mode {mode!r}, use noising or denoising")
+    """Causal consistency from patching effects (Zhang & Nanda, 2309.16042); `iia`, of two answers, after Geiger et al.
+    (2106.02997)."""
+    if mode not in ("noising", "denoising"):
+        raise ValueError(f"consistency: unknown mode {mode!r}, use noising or denoising")
     t = _array(effects_t, "effects_t")
     if t.ndim != 2 or len(t) < 3 or not t.shape[1]:
-        raise ValueError(f"consistency: effects_t has shape {t.shape}, expected (pair, site) with at least 3 pairs and a site")
+        raise ValueError(
+            f"consistency: effects_t has shape {t.shape}, expected (pair, site) with at least 3 pairs and a site"
+        )
     s, (n, n_sites) = _array(effects_s, "effects_s", t.shape), t.shape
     ld_t, ld_s = ([_array(v, what, (n,)) for v in ld] for ld, what in ((ld_t, "ld_t"), (ld_s, "ld_s")))
     number = lambda v, what: np.unique(_array(v, what, (n,)), return_inverse=True)[1]
@@ -111,7 +130,11 @@ def consistency(
     from scipy.stats import rankdata
     pearson, spearman = (pearson_by_site(u, v) for u, v in ((x, y), (rankdata(x, axis=0), rankdata(y, axis=0))))
     usable = (abs(gap_t) > .05 * abs(gap_t).mean()) & (abs(gap_s) > .05 * abs(gap_s).mean())
-    lin = lin_concordance(x[usable] / gap_t[usable, None], y[usable] / gap_s[usable, None]) if usable.sum() > 1 else np.full(x.shape[1], np.nan)
+    lin = (
+        lin_concordance(x[usable] / gap_t[usable, None], y[usable] / gap_s[usable, None])
+        if usable.sum() > 1
+        else np.full(x.shape[1], np.nan)
+    )
     p, bands, nothing = np.full(x.shape[1], np.nan), {}, dict(mean=np.nan, low=np.nan, high=np.nan)
     for within in (False, True):
         possible = live.any() and (not within or np.bincount(group).max() > 1)
@@ -125,36 +148,58 @@ def consistency(
     sign = per_site((np.sign(x) == np.sign(y)).mean(0))
     plain = lambda v: [float(u) for u in v]
     return ConsistencyReport(
-        consistency=fisher_mean(pearson)[0], low=boot.low if boot else np.nan, high=boot.high if boot else np.nan,
-        n_pairs=n, n_clusters=int(of.max()) + 1, n_undefined=int((~live).sum()), n_resamples_undefined=boot.n_undefined if boot else n_boot,
-        spearman_mean=fisher_mean(spearman)[0], concordance_mean=fisher_mean(lin)[0],
+        consistency=fisher_mean(pearson)[0],
+        low=boot.low if boot else np.nan,
+        high=boot.high if boot else np.nan,
+        n_pairs=n,
+        n_clusters=int(of.max()) + 1,
+        n_undefined=int((~live).sum()),
+        n_resamples_undefined=boot.n_undefined if boot else n_boot,
+        spearman_mean=fisher_mean(spearman)[0],
+        concordance_mean=fisher_mean(lin)[0],
         sign_agreement_mean=float(sign[live].mean()) if live.any() else np.nan,
-        iia_mean=float(agree.mean()), iia_flipped=float(agree[flipped].mean()) if flipped.any() else np.nan, flip_share=float(flipped.mean()),
+        iia_mean=float(agree.mean()),
+        iia_flipped=float(agree[flipped].mean()) if flipped.any() else np.nan,
+        flip_share=float(flipped.mean()),
         iia_top_mean=float((tops[0] == tops[1]).mean()) if tops else np.nan,
-        null=bands[False], null_within=bands[True],
-        n_small=int((~usable).sum()), mode=mode,
+        null=bands[False],
+        null_within=bands[True],
+        n_small=int((~usable).sum()),
+        mode=mode,
         sites=[tuple(c) for c in sites] if sites is not None else list(range(n_sites)),
         student_sites=[tuple(c) for c in student_sites] if student_sites is not None else list(range(n_sites)),
-        pearson=plain(per_site(pearson)), spearman=plain(per_site(spearman)), concordance=plain(per_site(lin)), sign_agreement=plain(sign),
-        iia=plain(agree.mean(0)), p=plain(per_site(p)), p_bh=plain(per_site(benjamini_hochberg(p))))
+        pearson=plain(per_site(pearson)),
+        spearman=plain(per_site(spearman)),
+        concordance=plain(per_site(lin)),
+        sign_agreement=plain(sign),
+        iia=plain(agree.mean(0)),
+        p=plain(per_site(p)),
+        p_bh=plain(per_site(benjamini_hochberg(p))),
+    )
 
 # %% ../../nbs/07_eval/01_consistency.ipynb #0a112f83
 def clusters_of(pairs, by: str = "entity") -> np.ndarray:
     "Cluster number of each pair: the same template, the same entities, or every pair its own (`pair`)."
     if by == "template": return pairs.template_id.cpu().numpy()
-    if by == "entity": return np.unique(np.sort(pairs.entity_ids.cpu().numpy().reshape(len(pairs), -1), 1), axis=0, return_inverse=True)[1].ravel()
+    if by == "entity":
+        return np.unique(
+            np.sort(pairs.entity_ids.cpu().numpy().reshape(len(pairs), -1), 1), axis=0, return_inverse=True
+        )[1].ravel()
     if by == "pair": return np.arange(len(pairs))
     raise ValueError(f"clusters_of: unknown by={by!r}, use template, entity or pair")
 
+
 def causal_consistency(
-    teacher: nn.Module | None,                # not needed with `teacher_effects`
-    student: nn.Module, pairs,                # a ContrastiveDataset
-    sites: list,                              # (layer, role) in the teacher
-    layer_map: list[int] | dict[int, int],    # teacher layer -> student layer, from `map_layers`
-    mode: str = "noising", batch_size: int | None = None,
-    clusters: str = "entity",                 # what the bootstrap resamples: entity | template (from about ten templates on) | pair
-    teacher_effects: tuple | None = None,     # (effects "pair site", (LD clean, LD corrupt)) from an earlier call
-    **options,                                # of `consistency`: n_boot, n_shuffles, seed, floor
+    teacher: nn.Module | None,  # not needed with `teacher_effects`
+    student: nn.Module,
+    pairs,  # a ContrastiveDataset
+    sites: list,  # (layer, role) in the teacher
+    layer_map: list[int] | dict[int, int],  # teacher layer -> student layer, from `map_layers`
+    mode: str = "noising",
+    batch_size: int | None = None,
+    clusters: str = "entity",  # what the bootstrap resamples: entity | template (from about ten templates on) | pair
+    teacher_effects: tuple | None = None,  # (effects "pair site", (LD clean, LD corrupt)) from an earlier call
+    **options,  # of `consistency`: n_boot, n_shuffles, seed, floor
 ) -> ConsistencyReport:
     "Causal consistency of a student with its teacher over test pairs, at the teacher's sites."
     from rcid.causal.effects import answer_logit_diff, causal_effects
@@ -163,14 +208,32 @@ def causal_consistency(
     sites, depth = [Site(*s) for s in sites], get_adapter(student).n_layers
     known = range(len(layer_map)) if isinstance(layer_map, list) else layer_map
     for s in sites:
-        if s.layer not in known: raise ValueError(f"causal_consistency: the layer map has no student layer for teacher layer {s.layer}")
+        if s.layer not in known:
+            raise ValueError(f"causal_consistency: the layer map has no student layer for teacher layer {s.layer}")
         if not isinstance(layer_map[s.layer], int) or not 0 <= layer_map[s.layer] < depth:
-            raise ValueError(f"causal_consistency: the layer map gives {layer_map[s.layer]!r} for teacher layer {s.layer}, expected one student layer, 0..{depth-1}")
+            raise ValueError(
+                f"causal_consistency: the layer map gives {layer_map[s.layer]!r} for teacher layer {s.layer}, expected"
+                f" one student layer, 0..{depth-1}"
+            )
     mapped = [Site(layer_map[s.layer], s.role) for s in sites]
-    measure = lambda model, at: (causal_effects(model, pairs, sites=at, mode=mode, batch_size=batch_size), answer_logit_diff(model, pairs))
+    measure = lambda model, at: (
+        causal_effects(model, pairs, sites=at, mode=mode, batch_size=batch_size),
+        answer_logit_diff(model, pairs),
+    )
     effects_t, ld_t = teacher_effects or measure(teacher, sites)
     effects_s, ld_s = measure(student, mapped)
-    return consistency(effects_t, effects_s, ld_t, ld_s, clusters_of(pairs, clusters), clusters_of(pairs, "template"), sites, mapped, mode, **options)
+    return consistency(
+        effects_t,
+        effects_s,
+        ld_t,
+        ld_s,
+        clusters_of(pairs, clusters),
+        clusters_of(pairs, "template"),
+        sites,
+        mapped,
+        mode,
+        **options,
+    )
 
 # %% ../../nbs/07_eval/01_consistency.ipynb #35bc5cce
 def consistency_profile(

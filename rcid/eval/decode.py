@@ -27,11 +27,14 @@ def greedy_decode(
     "The most likely next token, again and again, with the KV cache."
     if max_new < 1: raise ValueError(f"greedy_decode: max_new={max_new} must be at least 1")
     if not input_ids.numel():
-        raise ValueError(f"greedy_decode: prompts of shape {tuple(input_ids.shape)} hold no tokens: pass at least one prompt")
+        raise ValueError(
+            f"greedy_decode: prompts of shape {tuple(input_ids.shape)} hold no tokens: pass at least one prompt"
+        )
     if eos_id is None: eos_id = []
     ends = input_ids.new_tensor([eos_id] if isinstance(eos_id, int) else list(eos_id))
     mask = attention_mask.long()
-    if not mask[:, 0].all() or (mask.diff(dim=1) > 0).any(): raise ValueError("greedy_decode: prompts must be padded on the right, and none may be empty")
+    if not mask[:, 0].all() or (mask.diff(dim=1) > 0).any():
+        raise ValueError("greedy_decode: prompts must be padded on the right, and none may be empty")
     length, row = mask.sum(1), torch.arange(len(mask), device=mask.device)
     a = get_adapter(model)
     if len(length.unique()) > 1 and any(a.window(l) for l in range(a.n_layers)):
@@ -45,7 +48,11 @@ def greedy_decode(
     positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     with evaluating(model):
         out = model.model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True)
-        if out.past_key_values is None: raise ValueError(f"greedy_decode: this {model.config.model_type} model returned no key-value cache: use a model with use_cache")
+        if out.past_key_values is None:
+            raise ValueError(
+                f"greedy_decode: this {model.config.model_type} model returned no key-value cache: use a model with"
+                " use_cache"
+            )
         hidden, new = out.last_hidden_state[row, length - 1], []
         going = torch.ones_like(length, dtype=torch.bool)
         for step in range(max_new):
@@ -54,17 +61,26 @@ def greedy_decode(
             new.append(torch.where(going, token, -1))
             if step == max_new - 1 or not going.any(): break
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            out = model.model(input_ids=token[:, None], attention_mask=mask, position_ids=(length + step)[:, None], past_key_values=out.past_key_values, use_cache=True)
+            out = model.model(
+                input_ids=token[:, None],
+                attention_mask=mask,
+                position_ids=(length + step)[:, None],
+                past_key_values=out.past_key_values,
+                use_cache=True,
+            )
             hidden = out.last_hidden_state[:, -1]
     return [[t for t in text if t >= 0] for text in torch.stack(new, 1).tolist()]
 
 # %% ../../nbs/07_eval/07_decode.ipynb #89113497
-def problem_prompts(data: ReasoningDataset, upto: str = "prompt") -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
+def problem_prompts(
+    data: ReasoningDataset, upto: str = "prompt"
+) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
     "Ids and mask of the questions (`prompt`), or of everything up to the cue's last token (`cue`)."
     if upto not in ("prompt", "cue"): raise ValueError(f"problem_prompts: unknown upto={upto!r}, use prompt or cue")
     length = data.segments[:, 1] if upto == "prompt" else data.cue_pos + 1
     mask = torch.arange(int(length.max()), device=length.device) < length[:, None]
     return torch.where(mask, data.input_ids[:, :mask.shape[1]], 0), mask.long()
+
 
 def solve(
     model: nn.Module, data: ReasoningDataset, tokenizer,

@@ -23,9 +23,18 @@ def both_right(
     with evaluating(model):
         for start in range(0, len(pairs), batch_size):
             p = pairs[start:start + batch_size].trimmed()
-            logits = answer_logits(model, torch.cat([p.clean_ids, p.corrupt_ids]), p.attention_mask.repeat(2, 1), p.answer_pos.repeat(2)).cpu()
-            ld = (logits.gather(1, p.correct_token_id.repeat(2)[:, None].cpu()) - logits.gather(1, p.wrong_token_id.repeat(2)[:, None].cpu())).view(2, -1)
-            if not ld.isfinite().all(): raise FloatingPointError(f"both_right: NaN or infinite logits in pairs {start} to {start + len(p) - 1}: the weights or the dtype are broken")
+            logits = answer_logits(
+                model, torch.cat([p.clean_ids, p.corrupt_ids]), p.attention_mask.repeat(2, 1), p.answer_pos.repeat(2)
+            ).cpu()
+            ld = (
+                logits.gather(1, p.correct_token_id.repeat(2)[:, None].cpu())
+                - logits.gather(1, p.wrong_token_id.repeat(2)[:, None].cpu())
+            ).view(2, -1)
+            if not ld.isfinite().all():
+                raise FloatingPointError(
+                    f"both_right: NaN or infinite logits in pairs {start} to {start + len(p) - 1}: the weights or the"
+                    " dtype are broken"
+                )
             out.append((ld[0] > 0) & (ld[1] < 0))
     return torch.cat(out) if out else torch.zeros(0, dtype=torch.bool)
 
@@ -34,10 +43,15 @@ def keep_correct(
     batch_size: int = 32,
     n: int | None = None       # no more than the first n that are right; an error if there are fewer
 ) -> tuple[object, dict[str, int]]: # the pairs kept, and `kept` (of them all, before n), `dropped`
-    "The pairs that the model gets right in both directions; the number of others is also counted in `.dropped` of the result."
+    """The pairs that the model gets right in both directions; the number of others is also counted in `.dropped` of the
+    result."""
     if not len(pairs): raise ValueError("keep_correct: no pairs")
     right = both_right(model, pairs, batch_size)
     counts = dict(kept=int(right.sum()), dropped=int((~right).sum()))
-    if counts["kept"] < (n or 1): raise ValueError(f"task {pairs.task or '?'}: the model is right in both directions on {counts['kept']} of {len(pairs)} pairs, {n or 1} are needed: draw more pairs, or leave this task to a larger model")
+    if counts["kept"] < (n or 1):
+        raise ValueError(
+            f"task {pairs.task or '?'}: the model is right in both directions on {counts['kept']} of {len(pairs)}"
+            f" pairs, {n or 1} are needed: draw more pairs, or leave this task to a larger model"
+        )
     kept = pairs[right.nonzero()[:n, 0]]
     return replace(kept, dropped={**pairs.dropped, "model is not right in both directions": counts["dropped"]}), counts

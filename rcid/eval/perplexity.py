@@ -18,7 +18,10 @@ from ..causal.engine import evaluating
 # %% ../../nbs/07_eval/03_perplexity.ipynb #4eb5f6d4
 def windows(n: int, window: int, stride: int) -> list[tuple[int, int, int]]:
     "Sliding windows over n tokens: (start, first scored token, end)."
-    if not 1 <= stride < window: raise ValueError(f"perplexity: stride={stride} is outside 1..{window-1}: it must leave some context in a window of {window}")
+    if not 1 <= stride < window:
+        raise ValueError(
+            f"perplexity: stride={stride} is outside 1..{window-1}: it must leave some context in a window of {window}"
+        )
     out, done = [], 1
     for start in range(0, n, stride):
         end = min(start + window, n)
@@ -29,29 +32,39 @@ def windows(n: int, window: int, stride: int) -> list[tuple[int, int, int]]:
 @torch.no_grad()
 def perplexity(
     model: nn.Module,
-    text: Int[Tensor, "n"] | str | list, # token ids, or text with `tokenizer`; a list of either: texts of their own, each read from its start
+    text: (
+        Int[Tensor, "n"] | str | list
+    ),  # token ids, or text with `tokenizer`; a list of either: texts of their own, each read from its start
     tokenizer=None,
-    window: int = 256, stride: int = 128,    # tokens
-    batch_size: int = 8,              # windows per forward
-    head_rows: int = 256,             # positions per LM-head call: bounds the memory for logits
+    window: int = 256,
+    stride: int = 128,  # tokens
+    batch_size: int = 8,  # windows per forward
+    head_rows: int = 256,  # positions per LM-head call: bounds the memory for logits
 ) -> float:
     "Token-weighted perplexity of a text under a sliding window."
     texts, a, device = text if isinstance(text, list) else [text], get_adapter(model), model_device(model)
-    if tokenizer is None and any(isinstance(t, str) for t in texts): raise ValueError("perplexity: text needs its tokenizer (tokenizer=)")
+    if tokenizer is None and any(isinstance(t, str) for t in texts):
+        raise ValueError("perplexity: text needs its tokenizer (tokenizer=)")
     texts = [torch.as_tensor(prompt_ids(tokenizer, [t])[0] if isinstance(t, str) else t) for t in texts]
     if not texts: raise ValueError("perplexity: no texts given: pass at least one of two tokens or more")
     for i, t in enumerate(texts):
         if t.ndim != 1 or len(t) < 2:
-            raise ValueError(f"perplexity: text {i} has ids of shape {tuple(t.shape)}, expected one row of at least 2 tokens: leave it out")
+            raise ValueError(
+                f"perplexity: text {i} has ids of shape {tuple(t.shape)}, expected one row of at least 2 tokens: leave"
+                " it out"
+            )
     plan, total = [(ids, *w) for ids in texts for w in windows(len(ids), window, stride)], 0.
     with evaluating(model):
         for group in (plan[i:i + batch_size] for i in range(0, len(plan), batch_size)):
             rows = torch.nn.utils.rnn.pad_sequence([ids[s:e] for ids, s, _, e in group], batch_first=True).to(device)
-            mask = torch.nn.utils.rnn.pad_sequence([torch.ones(e - s, dtype=torch.long) for _, s, _, e in group], batch_first=True).to(device)
+            mask = torch.nn.utils.rnn.pad_sequence(
+                [torch.ones(e - s, dtype=torch.long) for _, s, _, e in group], batch_first=True
+            ).to(device)
             hidden = a.trunk(rows, mask)
             hidden = torch.cat([h[first - s - 1:e - s - 1] for h, (_, s, first, e) in zip(hidden, group)])
             target = torch.cat([ids[first:e] for ids, _, first, e in group]).to(device)
             for h, t in zip(hidden.split(head_rows), target.split(head_rows)):
                 total += float(F.cross_entropy(a.lm_head(h).float(), t, reduction="sum"))
-    if not math.isfinite(total): raise FloatingPointError("perplexity: the loss is NaN or infinite: the weights or the dtype are broken")
+    if not math.isfinite(total):
+        raise FloatingPointError("perplexity: the loss is NaN or infinite: the weights or the dtype are broken")
     return math.exp(min(total / sum(len(t) - 1 for t in texts), 700))       # exp(700) is as bad as a float can say

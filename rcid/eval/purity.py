@@ -18,15 +18,27 @@ from ..causal.hooks import Site, read
 from ..models.adapters import get_adapter
 
 # %% ../../nbs/07_eval/05_purity.ipynb #24844417
-def task_label(pairs,                            # a ContrastiveDataset
-    label: str | None = None                     # order | answer; None = order where most prompts name both answers, else answer
-) -> tuple[str, Int[np.ndarray, "pair"]]:        # its name; class of each pair, -1 = undefined
+def task_label(
+    pairs,  # a ContrastiveDataset
+    label: str | None = None,  # order | answer; None = order where most prompts name both answers, else answer
+) -> tuple[str, Int[np.ndarray, "pair"]]:  # its name; class of each pair, -1 = undefined
     "The variable that a probe should find."
-    seen = [(pairs.clean_ids == token[:, None]) & pairs.attention_mask.bool() for token in (pairs.correct_token_id, pairs.wrong_token_id)]
+    seen = [
+        (pairs.clean_ids == token[:, None]) & pairs.attention_mask.bool()
+        for token in (pairs.correct_token_id, pairs.wrong_token_id)
+    ]
     right, wrong = (s.int().argmax(1) for s in seen)
-    order = (wrong < right).long().where(seen[0].any(1) & seen[1].any(1), torch.tensor(-1, device=right.device)).cpu().numpy()   # 0: the first one answers
+    # 0: the first one answers
+    order = (
+        (wrong < right)
+        .long()
+        .where(seen[0].any(1) & seen[1].any(1), torch.tensor(-1, device=right.device))
+        .cpu()
+        .numpy()
+    )
     label = label or ("order" if (order >= 0).mean() > .5 else "answer")
-    if label not in ("order", "answer"): raise ValueError(f"task_label: unknown label {label!r}, use order, answer, or an array of class numbers")
+    if label not in ("order", "answer"):
+        raise ValueError(f"task_label: unknown label {label!r}, use order, answer, or an array of class numbers")
     return label, order if label == "order" else pairs.correct_token_id.cpu().numpy()
 
 # %% ../../nbs/07_eval/05_purity.ipynb #b0f81a96
@@ -37,10 +49,15 @@ def entity_split(entities: Int[np.ndarray, "pair entity"], rng: np.random.Genera
     return ~inside.any(1), inside.all(1)
 
 def control_labels(types: np.ndarray, y: Int[np.ndarray, "pair"], rng: np.random.Generator) -> Int[np.ndarray, "pair"]:
-    "A random class per type, dealt so that each is as often as in `y` (Hewitt & Liang, 1909.03368, draw each type's class)."
+    """A random class per type, dealt so that each is as often as in `y` (Hewitt & Liang, 1909.03368, draw each type's
+    class)."""
     names, of = np.unique(types, return_inverse=True)
     counts, order, classes = np.bincount(of), rng.permutation(len(names)), len(np.unique(y))
-    if len(names) < max(2, classes): raise ValueError(f"control_labels: {len(names)} types for {classes} classes: a random label per type needs at least as many types as classes")
+    if len(names) < max(2, classes):
+        raise ValueError(
+            f"control_labels: {len(names)} types for {classes} classes: a random label per type needs at least as many"
+            " types as classes"
+        )
     middle = np.empty(len(names))
     middle[order] = np.cumsum(counts[order]) - counts[order] / 2
     return np.searchsorted(np.cumsum(np.unique(y, return_counts=True)[1]), middle[of])
@@ -60,8 +77,9 @@ class PurityReport:
     chance: float                   # share of the most frequent class; no selectivity can exceed 1 - chance in the mean
     template_chance: float          # NaN with a single template: no nuisance to find
     sites: list                     # (layer, role)
-    h: dict                         # accuracy (unseen entities), accuracy_seen, control (known types), control_unseen, template,
-                                    # selectivity = accuracy - control, selectivity_seen = accuracy_seen - control; each with `_ci`
+    # accuracy (unseen entities), accuracy_seen, control (known types), control_unseen, template,
+    h: dict
+    # selectivity = accuracy - control, selectivity_seen = accuracy_seen - control; each with `_ci`
     d: dict
     difference: list                # selectivity of d minus that of h
     difference_ci: list
@@ -75,7 +93,10 @@ def _predict(x: np.ndarray, y: np.ndarray, fit: np.ndarray, c: float) -> np.ndar
     if len(set(y[fit])) == 1: return np.full(len(y), y[fit][0])
     return LogisticRegression(C=c, max_iter=2000).fit(x[fit], y[fit]).predict(x)
 
-def _standard(x: np.ndarray, fit: np.ndarray) -> np.ndarray: # zero mean and unit variance on `fit`; rotated into its row space, which the probe cannot notice
+
+def _standard(
+    x: np.ndarray, fit: np.ndarray
+) -> np.ndarray:  # zero mean and unit variance on `fit`; rotated into its row space, which the probe cannot notice
     from sklearn.preprocessing import StandardScaler
     x = StandardScaler().fit(x[fit]).transform(x)
     return x if fit.sum() >= x.shape[1] else x @ np.linalg.qr(x[fit].T)[0]
@@ -91,28 +112,73 @@ def probe_purity(
     splits: int = 10, c: float = 1., n_boot: int = 2000, seed: int = 0,      # c: inverse strength of the L2 penalty
     least: int = 5,                              # a class that fewer types show is left out
 ) -> PurityReport:
-    "Logistic probes on `h` and `d`: the task on unseen entities minus a control on known types; both on known ones as `_seen`."
-    (h, d), label, entities, template = (np.asarray(v, np.float32) for v in (h, d)), *map(np.asarray, (label, entities, template))
-    sites, n, types = list(range(len(h))) if sites is None else sites, h.shape[1], entities[:, 0] if types is None else np.asarray(types)
+    """Logistic probes on `h` and `d`: the task on unseen entities minus a control on known types; both on known ones as
+    `_seen`."""
+    (h, d), label, entities, template = (np.asarray(v, np.float32) for v in (h, d)), *map(
+        np.asarray, (label, entities, template)
+    )
+    sites, n, types = (
+        list(range(len(h))) if sites is None else sites,
+        h.shape[1],
+        entities[:, 0] if types is None else np.asarray(types),
+    )
     if not h.shape == d.shape or {n} != {len(label), len(entities), len(template), len(types)}:
-        raise ValueError(f"information_purity: h {h.shape}, d {d.shape}, {len(label)} labels, {len(entities)} entity rows, {len(types)} types: all need the same pairs")
-    if not (np.isfinite(h).all() and np.isfinite(d).all()): raise FloatingPointError("information_purity: features hold NaN or infinite values: the weights or the dtype are broken")
+        raise ValueError(
+            f"information_purity: h {h.shape}, d {d.shape}, {len(label)} labels, {len(entities)} entity rows,"
+            f" {len(types)} types: all need the same pairs"
+        )
+    if not (np.isfinite(h).all() and np.isfinite(d).all()):
+        raise FloatingPointError(
+            "information_purity: features hold NaN or infinite values: the weights or the dtype are broken"
+        )
     for site, x in zip(sites, d):
-        if not x.any(): raise ValueError(f"information_purity: d is zero at {site} in all {n} pairs: clean and corrupt prompts are the same up to there, take a later role or other pairs")
+        if not x.any():
+            raise ValueError(
+                f"information_purity: d is zero at {site} in all {n} pairs: clean and corrupt prompts are the same up"
+                " to there, take a later role or other pairs"
+            )
     keep = np.isin(label, [k for k in np.unique(label[label >= 0]) if len(np.unique(types[label == k])) >= least])
-    if not keep.any(): raise ValueError(f"information_purity: no class of {name!r} occurs with {least} different types in {n} pairs: use more pairs or another label")
-    h, d, label, entities, template, types = h[:, keep], d[:, keep], label[keep], entities[keep], template[keep], types[keep]
-    y, groups, (names, of) = np.unique(label, return_inverse=True)[1], np.unique(template, return_inverse=True)[1], np.unique(entities, return_inverse=True)
-    if y.max() == 0: raise ValueError(f"information_purity: {name!r} has one class in {len(y)} usable pairs, a probe needs two: take pairs with both, or another label")
-    if len(names) < 10: raise ValueError(f"information_purity: {len(names)} entities, an 80/20 split by entity needs at least 10: use more pairs or a larger pool")
+    if not keep.any():
+        raise ValueError(
+            f"information_purity: no class of {name!r} occurs with {least} different types in {n} pairs: use more pairs"
+            " or another label"
+        )
+    h, d, label, entities, template, types = (
+        h[:, keep],
+        d[:, keep],
+        label[keep],
+        entities[keep],
+        template[keep],
+        types[keep],
+    )
+    y, groups, (names, of) = (
+        np.unique(label, return_inverse=True)[1],
+        np.unique(template, return_inverse=True)[1],
+        np.unique(entities, return_inverse=True),
+    )
+    if y.max() == 0:
+        raise ValueError(
+            f"information_purity: {name!r} has one class in {len(y)} usable pairs, a probe needs two: take pairs with"
+            " both, or another label"
+        )
+    if len(names) < 10:
+        raise ValueError(
+            f"information_purity: {len(names)} entities, an 80/20 split by entity needs at least 10: use more pairs or"
+            " a larger pool"
+        )
     rng = np.random.default_rng(seed)
-    right, seen = np.zeros((2, len(sites), 5, len(y))), np.zeros((5, len(y)))            # (feature, site, score, pair); how often each row was scored
+    # (feature, site, score, pair); how often each row was scored
+    right, seen = np.zeros((2, len(sites), 5, len(y))), np.zeros((5, len(y)))
     for _ in range(splits):
         for attempt in range(100):
             train, test = entity_split(entities, rng)
             fit = train & (rng.random(len(y)) < .8)
             if test.any() and (train & ~fit).any() and len(set(y[fit])) > 1: break
-        else: raise ValueError(f"information_purity: {len(y)} pairs of {len(names)} entities leave no row on one side of an 80/20 split by entity: use more pairs")
+        else:
+            raise ValueError(
+                f"information_purity: {len(y)} pairs of {len(names)} entities leave no row on one side of an 80/20"
+                " split by entity: use more pairs"
+            )
         control, known = control_labels(types, y, rng), train & ~fit & np.isin(types, types[fit])
         where = np.stack([test, known, known, test, test])
         seen += where
@@ -122,15 +188,30 @@ def probe_purity(
                 task, other = _predict(z, y, fit, c) == y, _predict(z, control, fit, c) == control
                 right[f, i] += where * np.stack([task, task, other, other, _predict(z, groups, fit, c) == groups])
     draws = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=n_boot)
-    weights = np.concatenate([np.ones((1, len(y))), draws[:, of.reshape(entities.shape)].prod(-1)])                   # the data as they are, then the resamples
-    with np.errstate(invalid="ignore", divide="ignore"): scores = np.einsum("bp,fikp->fikb", weights, right, optimize=True) / (seen @ weights.T)
+    # the data as they are, then the resamples
+    weights = np.concatenate([np.ones((1, len(y))), draws[:, of.reshape(entities.shape)].prod(-1)])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        scores = np.einsum("bp,fikp->fikb", weights, right, optimize=True) / (seen @ weights.T)
     if groups.max() == 0: scores[:, :, 4] = np.nan
-    scores = np.concatenate([scores, scores[:, :, :2] - scores[:, :, 2:3]], 2)            # selectivity on unseen, on seen entities
+    # selectivity on unseen, on seen entities
+    scores = np.concatenate([scores, scores[:, :, :2] - scores[:, :, 2:3]], 2)
     keys = ("accuracy", "accuracy_seen", "control", "control_unseen", "template", "selectivity", "selectivity_seen")
-    return PurityReport(name, len(y), int((~keep).sum()), len(names), int(y.max()) + 1, int((seen[0] > 0).sum()), splits, int(np.isnan(scores[0, 0, 5, 1:]).sum()),
-        float(np.bincount(y).max() / len(y)), float(np.bincount(groups).max() / len(y)) if groups.max() else float("nan"), sites,
+    return PurityReport(
+        name,
+        len(y),
+        int((~keep).sum()),
+        len(names),
+        int(y.max()) + 1,
+        int((seen[0] > 0).sum()),
+        splits,
+        int(np.isnan(scores[0, 0, 5, 1:]).sum()),
+        float(np.bincount(y).max() / len(y)),
+        float(np.bincount(groups).max() / len(y)) if groups.max() else float("nan"),
+        sites,
         *({k: v for j, key in enumerate(keys) for k, v in _with_ci(key, s[:, j]).items()} for s in scores),
-        *_with_ci("", scores[1, :, 5] - scores[0, :, 5]).values(), *_with_ci("", scores[1, :, 4] - scores[0, :, 4]).values())
+        *_with_ci("", scores[1, :, 5] - scores[0, :, 5]).values(),
+        *_with_ci("", scores[1, :, 4] - scores[0, :, 4]).values(),
+    )
 
 def _with_ci(key: str, values: np.ndarray) -> dict: # (site, 1 + resample)
     band = lambda v: np.quantile(v, [.025, .975]).tolist() if len(v) else [float("nan")] * 2
@@ -147,25 +228,52 @@ def contrastive_features(
     with evaluating(model):
         for b in (p[i:i+batch_size] for i in range(0, len(p), batch_size)):
             for side, ids in zip(sides, (b.clean_ids, b.corrupt_ids)):
-                side.append(torch.stack(list(read(model, ids, sites, b.attention_mask, b.key_positions).values())).float().cpu())
+                side.append(
+                    torch.stack(list(read(model, ids, sites, b.attention_mask, b.key_positions).values())).float().cpu()
+                )
     clean, corrupt = (torch.cat(side, 1) for side in sides)
     return clean.numpy(), (clean - corrupt).numpy()
 
+
 def information_purity(
-    model: nn.Module, pairs,                     # teacher or student; a ContrastiveDataset, some hundred pairs
-    label=None,                                  # order | answer | class number per pair (-1 = none); None: see `task_label`
-    types=None,                                  # type of each pair, for the control; None = its first entity
-    roles: list[str] | None = None,              # unmodified ones; None = all with a difference
-    layers: list[int] | None = None,             # None = all
-    batch_size: int = 32, **options,             # of `probe_purity`: splits, c, n_boot, seed, least
+    model: nn.Module,
+    pairs,  # teacher or student; a ContrastiveDataset, some hundred pairs
+    label=None,  # order | answer | class number per pair (-1 = none); None: see `task_label`
+    types=None,  # type of each pair, for the control; None = its first entity
+    roles: list[str] | None = None,  # unmodified ones; None = all with a difference
+    layers: list[int] | None = None,  # None = all
+    batch_size: int = 32,
+    **options,  # of `probe_purity`: splits, c, n_boot, seed, least
 ) -> PurityReport:
     "How well the task can be read off `h` and `d`, layer by layer, and how much else."
     if not len(pairs): raise ValueError("information_purity: no pairs")
     name, y = task_label(pairs, label) if label is None or isinstance(label, str) else ("own", np.asarray(label))
-    if changed := [r for r in roles or () if pairs.is_modified.get(r)]: raise ValueError(f"information_purity: role {changed[0]!r} is modified: the difference there is the changed word itself, probe unmodified roles")
-    if roles is None: roles = [r for r, at in pairs.key_positions.items() if not pairs.is_modified[r] and bool((at >= first_difference(pairs)).all())]
-    if not roles: raise ValueError(f"information_purity: no unmodified role of {', '.join(pairs.roles)} lies behind the modified word in every pair")
+    if changed := [r for r in roles or () if pairs.is_modified.get(r)]:
+        raise ValueError(
+            f"information_purity: role {changed[0]!r} is modified: the difference there is the changed word itself,"
+            " probe unmodified roles"
+        )
+    if roles is None:
+        roles = [
+            r
+            for r, at in pairs.key_positions.items()
+            if not pairs.is_modified[r] and bool((at >= first_difference(pairs)).all())
+        ]
+    if not roles:
+        raise ValueError(
+            f"information_purity: no unmodified role of {', '.join(pairs.roles)} lies behind the modified word in every"
+            " pair"
+        )
     sites = [Site(l, r) for r in roles for l in (range(get_adapter(model).n_layers) if layers is None else layers)]
     h, d = contrastive_features(model, pairs, sites, batch_size)
-    return probe_purity(h, d, y, pairs.entity_ids.cpu().numpy().reshape(len(pairs), -1), pairs.template_id.cpu().numpy(),
-                        None if types is None else np.asarray(types), [tuple(s) for s in sites], name, **options)
+    return probe_purity(
+        h,
+        d,
+        y,
+        pairs.entity_ids.cpu().numpy().reshape(len(pairs), -1),
+        pairs.template_id.cpu().numpy(),
+        None if types is None else np.asarray(types),
+        [tuple(s) for s in sites],
+        name,
+        **options,
+    )

@@ -32,28 +32,46 @@ def _hits(model, pairs, what: str, batch_size: int) -> tuple[Bool[np.ndarray, "p
     clean, corrupt = (v.cpu().numpy() for v in answer_logit_diff(model, pairs, batch_size))
     return clean > 0, (clean > 0) & (corrupt < 0)
 
+
 def ood_robustness(
     model: nn.Module,
-    id_pairs,                                    # a ContrastiveDataset, in distribution
-    ood: dict,                                   # variant -> ContrastiveDataset
-    batch_size: int = 32, n_boot: int = 10_000, seed: int = 0,
-) -> dict:                                       # n, accuracy, accuracy_ci, both; variants: the same and degradation, degradation_ci (Newcombe), degradation_boot_ci (entities); mean_degradation
-    "accuracy(ID) - accuracy(OOD) per variant; positive = worse out of distribution. Accuracy: the right answer of the clean prompt is preferred (LD > 0)."
+    id_pairs,  # a ContrastiveDataset, in distribution
+    ood: dict,  # variant -> ContrastiveDataset
+    batch_size: int = 32,
+    n_boot: int = 10_000,
+    seed: int = 0,
+) -> (
+    dict
+):  # n, accuracy, accuracy_ci, both; variants: the same and degradation, degradation_ci (Newcombe), degradation_boot_ci (entities); mean_degradation
+    """accuracy(ID) - accuracy(OOD) per variant; positive = worse out of distribution. Accuracy: the right answer of the
+    clean prompt is preferred (LD > 0)."""
     if not ood: raise ValueError("ood_robustness: no variants given, pass {name: pairs}")
     share = lambda hit: dict(n=len(hit), accuracy=float(hit.mean()), accuracy_ci=list(wilson(int(hit.sum()), len(hit))))
     inside, inside_both = _hits(model, id_pairs, "the ID set", batch_size)
     out = dict(share(inside), both=float(inside_both.mean()), variants={})
     for name, pairs in ood.items():
-        if pairs.task != id_pairs.task: raise ValueError(f"ood_robustness: variant {name!r} is task {pairs.task!r}, the ID set is {id_pairs.task!r}: a loss of accuracy compares one task")
+        if pairs.task != id_pairs.task:
+            raise ValueError(
+                f"ood_robustness: variant {name!r} is task {pairs.task!r}, the ID set is {id_pairs.task!r}: a loss of"
+                " accuracy compares one task"
+            )
         hit, both = _hits(model, pairs, f"variant {name!r}", batch_size)
         y, is_id = np.concatenate([inside, hit]).astype(float), np.repeat([1., 0.], [len(inside), len(hit)])
         def loss(w): # per resample; NaN where one of the two sets is not drawn at all
-            with np.errstate(invalid="ignore", divide="ignore"): return w @ (y * is_id) / (w @ is_id) - w @ (y * (1 - is_id)) / (w @ (1 - is_id))
+            with np.errstate(invalid="ignore", divide="ignore"):
+                return w @ (y * is_id) / (w @ is_id) - w @ (y * (1 - is_id)) / (w @ (1 - is_id))
         clusters = np.unique(_entities(id_pairs) + _entities(pairs), return_inverse=True)[1]
         boot = cluster_bootstrap(loss, clusters if clusters.max() else np.arange(len(y)), n_boot, seed)
-        out["variants"][name] = dict(share(hit), both=float(both.mean()), degradation=boot.estimate, degradation_both=float(inside_both.mean() - both.mean()),
-            degradation_ci=list(newcombe(int(inside.sum()), len(inside), int(hit.sum()), len(hit))), degradation_boot_ci=[boot.low, boot.high],
-            n_clusters=boot.n_clusters, n_resamples_undefined=boot.n_undefined)
+        out["variants"][name] = dict(
+            share(hit),
+            both=float(both.mean()),
+            degradation=boot.estimate,
+            degradation_both=float(inside_both.mean() - both.mean()),
+            degradation_ci=list(newcombe(int(inside.sum()), len(inside), int(hit.sum()), len(hit))),
+            degradation_boot_ci=[boot.low, boot.high],
+            n_clusters=boot.n_clusters,
+            n_resamples_undefined=boot.n_undefined,
+        )
     out["mean_degradation"] = float(np.mean([v["degradation"] for v in out["variants"].values()]))
     return out
 
@@ -82,11 +100,16 @@ class RobustnessReport:
     by_group: dict = field(default_factory=dict)     # r of each group with three runs or more, NaN where undefined
     note: str = ""                      # why something is NaN, and what was left out
 
-    def to_dict(self) -> dict: return {**asdict(self), **{k: getattr(self, k)._asdict() for k in ("pooled", "within", "between")}}
+    def to_dict(self) -> dict:
+        return {**asdict(self), **{k: getattr(self, k)._asdict() for k in ("pooled", "within", "between")}}
+
 
 UNDEFINED = Correlation(*[float("nan")] * 4, 0)
 
-def _constant(v: np.ndarray, scale: np.ndarray) -> bool: return not len(v) or v.std() <= 1e-9 * max(abs(scale).max(initial=0), 1e-300)
+
+def _constant(v: np.ndarray, scale: np.ndarray) -> bool:
+    return not len(v) or v.std() <= 1e-9 * max(abs(scale).max(initial=0), 1e-300)
+
 
 def _correlation(x: np.ndarray, y: np.ndarray, df: int) -> Correlation: # of centred values with `df` degrees of freedom
     r = float(np.clip((x * y).sum() / math.sqrt((x * x).sum() * (y * y).sum()), -1, 1))
@@ -105,15 +128,26 @@ def robustness_correlation(
     groups,                              # group of each run: a method name, or a tuple such as (family, task, method)
     n_shuffles: int = 10_000, seed: int = 0,
 ) -> RobustnessReport:
-    "Pooled, within-group and between-group correlation over runs (repeated measures correlation; Bakdash & Marusich 2017)."
-    x, y, names = np.asarray(consistency, float), np.asarray(degradation, float), [" ".join(map(str, g)) if isinstance(g, (tuple, list)) else str(g) for g in groups]
-    if not len(x) == len(y) == len(names): raise ValueError(f"robustness_correlation: {len(x)} consistencies, {len(y)} degradations and {len(names)} groups: one of each per run")
+    """Pooled, within-group and between-group correlation over runs (repeated measures correlation; Bakdash & Marusich
+    2017)."""
+    x, y, names = (
+        np.asarray(consistency, float),
+        np.asarray(degradation, float),
+        [" ".join(map(str, g)) if isinstance(g, (tuple, list)) else str(g) for g in groups],
+    )
+    if not len(x) == len(y) == len(names):
+        raise ValueError(
+            f"robustness_correlation: {len(x)} consistencies, {len(y)} degradations and {len(names)} groups: one of"
+            " each per run"
+        )
     ok, notes, nan = np.isfinite(x) & np.isfinite(y), [], float("nan")
     if (~ok).any(): notes.append(f"{(~ok).sum()} of {len(x)} runs with an undefined value left out")
     x, y, names = x[ok], y[ok], np.array(names, dtype=object)[ok]
     def plain(a, b, what): # Pearson of points as they are
         if len(a) < 3: notes.append(f"{what}: {len(a)} points, a correlation test needs at least 3"); return UNDEFINED
-        if _constant(a, a) or _constant(b, b): notes.append(f"{what}: {'consistency' if _constant(a, a) else 'degradation'} does not vary"); return UNDEFINED
+        if _constant(a, a) or _constant(b, b):
+            notes.append(f"{what}: {'consistency' if _constant(a, a) else 'degradation'} does not vary")
+            return UNDEFINED
         return _correlation(a - a.mean(), b - b.mean(), len(a) - 2)
     pooled = plain(x, y, "pooled")
     counts = Counter(names)
@@ -122,14 +156,24 @@ def robustness_correlation(
     keep = np.array([counts[g] > 1 for g in names], bool)
     labels, of = np.unique(names[keep].astype(str), return_inverse=True)
     within, p, p_smallest = UNDEFINED, nan, nan
-    cx, cy, df = *((_centred(v[keep], of) for v in (x, y)) if keep.any() else (x[keep], y[keep])), int(keep.sum()) - len(labels) - 1
-    if df < 1: notes.append(f"within: {keep.sum()} runs in {len(labels)} groups of two or more, needs at least 2 more runs than groups (run more seeds)")
-    elif _constant(cx, x) or _constant(cy, y): notes.append(f"within: {'consistency' if _constant(cx, x) else 'degradation'} does not vary inside any group")
+    cx, cy, df = (
+        *((_centred(v[keep], of) for v in (x, y)) if keep.any() else (x[keep], y[keep])),
+        int(keep.sum()) - len(labels) - 1,
+    )
+    if df < 1:
+        notes.append(
+            f"within: {keep.sum()} runs in {len(labels)} groups of two or more, needs at least 2 more runs than groups"
+            " (run more seeds)"
+        )
+    elif _constant(cx, x) or _constant(cy, y):
+        notes.append(f"within: {'consistency' if _constant(cx, x) else 'degradation'} does not vary inside any group")
     else:
         within = _correlation(cx, cy, df)
         null = shuffled_pearson(cx[:, None], cy[:, None], of, n_shuffles, seed, within=True)[:, 0]
         orders = math.exp(min(sum(math.lgamma(k + 1) for k in np.bincount(of)), 50))
-        p, p_smallest = float((1 + (abs(null) >= abs(within.r) - 1e-9).sum()) / (1 + n_shuffles)), max(1 / orders, 1 / (1 + n_shuffles))
+        p, p_smallest = float((1 + (abs(null) >= abs(within.r) - 1e-9).sum()) / (1 + n_shuffles)), max(
+            1 / orders, 1 / (1 + n_shuffles)
+        )
     by_group = {}
     for g in sorted(counts):
         a, b = x[names == g], y[names == g]
@@ -137,4 +181,17 @@ def robustness_correlation(
     between = plain(*(np.array([v[names == g].mean() for g in sorted(counts)]) for v in (x, y)), "between")
     from scipy.stats import spearmanr
     spearman = float(spearmanr(x, y).statistic) if not math.isnan(pooled.r) else nan
-    return RobustnessReport(len(x), int((~ok).sum()), pooled, spearman, within, int(keep.sum()), len(labels), between, p, p_smallest, by_group, "; ".join(notes))
+    return RobustnessReport(
+        len(x),
+        int((~ok).sum()),
+        pooled,
+        spearman,
+        within,
+        int(keep.sum()),
+        len(labels),
+        between,
+        p,
+        p_smallest,
+        by_group,
+        "; ".join(notes),
+    )

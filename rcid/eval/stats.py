@@ -19,15 +19,19 @@ class Interval(NamedTuple):
 
 def wilson(k: int, n: int, level: float = .95) -> Interval:
     "Wilson score interval of the share `k/n` (Wilson 1927)."
-    if not (n > 0 and 0 <= k <= n): raise ValueError(f"wilson: {k} successes of {n} trials: needs 0 <= k <= n and n > 0")
-    from scipy.stats import binomtest                                      # imported where used: half a second that most notebooks save
+    if not (n > 0 and 0 <= k <= n):
+        raise ValueError(f"wilson: {k} successes of {n} trials: needs 0 <= k <= n and n > 0")
+    # imported where used: half a second that most notebooks save
+    from scipy.stats import binomtest
     ci = binomtest(int(k), int(n)).proportion_ci(level, method="wilson")
     return Interval(float(ci.low), float(ci.high))
 
 # %% ../../nbs/07_eval/00_stats.ipynb #fe8b0941
 def weighted_pearson(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    "Pearson per resample and column: x, y (pair, site), weights (resample, pair) -> (resample, site); a constant gives NaN."
-    x, y = x - x.mean(0), y - y.mean(0)                                    # near zero mean: the sums below do not cancel
+    """Pearson per resample and column: x, y (pair, site), weights (resample, pair) -> (resample, site); a constant
+    gives NaN."""
+    # near zero mean: the sums below do not cancel
+    x, y = x - x.mean(0), y - y.mean(0)
     n = weights.sum(1, keepdims=True)
     mx, my, xx, yy, xy = (weights @ m / n for m in (x, y, x * x, y * y, x * y))
     vx, vy = xx - mx * mx, yy - my * my
@@ -35,9 +39,11 @@ def weighted_pearson(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.nd
     return np.where(defined, (xy - mx * my) / np.sqrt(np.where(defined, vx * vy, 1.)), np.nan).clip(-1, 1)
 
 def pearson_by_site(x: np.ndarray, y: np.ndarray, floor: float = 0.) -> np.ndarray:
-    "Pearson over pairs per site: (pair, site) x 2 -> (site,); NaN where either side's standard deviation is not above `floor`."
+    """Pearson over pairs per site: (pair, site) x 2 -> (site,); NaN where either side's standard deviation is not above
+    `floor`."""
     x, y = (np.asarray(v, float) for v in (x, y))
-    if x.shape != y.shape or x.ndim != 2: raise ValueError(f"pearson_by_site: shapes {x.shape} and {y.shape}, both must be (pair, site)")
+    if x.shape != y.shape or x.ndim != 2:
+        raise ValueError(f"pearson_by_site: shapes {x.shape} and {y.shape}, both must be (pair, site)")
     if len(x) < 2: raise ValueError(f"pearson_by_site: {len(x)} pair(s), a correlation needs at least 2")
     r = weighted_pearson(x, y, np.ones((1, len(x))))[0]
     return np.where((x.std(0) > floor) & (y.std(0) > floor), r, np.nan)
@@ -51,16 +57,24 @@ class Bootstrap(NamedTuple):
     n_clusters: int
     n_undefined: int       # resamples in which the statistic was NaN; left out of the interval
 
+
 def cluster_bootstrap(
-    stat: Callable[[np.ndarray], np.ndarray],    # weights (resample, row) -> value per resample; weights of ones = the data as they are
-    clusters,                                    # cluster of each row
-    n: int = 10_000, seed: int = 0, level: float = .95,
+    stat: Callable[
+        [np.ndarray], np.ndarray
+    ],  # weights (resample, row) -> value per resample; weights of ones = the data as they are
+    clusters,  # cluster of each row
+    n: int = 10_000,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> Bootstrap:
     "Percentile interval of a statistic of weighted rows, resampling whole clusters (Davison & Hinkley 1997)."
     names, of = np.unique(np.asarray(clusters), return_inverse=True)
     if n < 1: raise ValueError(f"cluster_bootstrap: n={n} resamples: ask for at least one")
     if not len(of): raise ValueError("cluster_bootstrap: no rows: there is nothing to resample")
-    if len(names) < 2: raise ValueError(f"cluster_bootstrap: {len(names)} cluster, resampling needs at least 2: cluster by something finer")
+    if len(names) < 2:
+        raise ValueError(
+            f"cluster_bootstrap: {len(names)} cluster, resampling needs at least 2: cluster by something finer"
+        )
     rng, values, step = np.random.default_rng(seed), [], max(1, 2**22 // len(of))    # 32 MB of weights at a time
     for start in range(0, n, step):
         counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=min(step, n - start))
@@ -85,14 +99,16 @@ def fisher_mean(r) -> tuple[float, int]:
 def lin_concordance(x, y) -> np.ndarray:
     "Lin's concordance correlation over the first axis (Lin 1989); NaN where both are the same constant."
     x, y = (np.asarray(v, float) for v in (x, y))
-    if x.shape != y.shape or len(x) < 2: raise ValueError(f"lin_concordance: shapes {x.shape} and {y.shape}: at least 2 values a side")
+    if x.shape != y.shape or len(x) < 2:
+        raise ValueError(f"lin_concordance: shapes {x.shape} and {y.shape}: at least 2 values a side")
     mx, my = x.mean(0), y.mean(0)
     bottom = x.var(0) + y.var(0) + (mx - my)**2
     return np.where(bottom > 0, 2 * ((x - mx) * (y - my)).mean(0) / np.where(bottom > 0, bottom, 1.), np.nan)
 
 # %% ../../nbs/07_eval/00_stats.ipynb #476a21c2
 def benjamini_hochberg(p) -> np.ndarray:
-    "p values adjusted to control the false discovery rate (Benjamini & Hochberg 1995); NaN stays NaN and is no comparison."
+    """p values adjusted to control the false discovery rate (Benjamini & Hochberg 1995); NaN stays NaN and is no
+    comparison."""
     p = np.asarray(p, float); out, ok = np.full(p.shape, np.nan), ~np.isnan(p)
     from scipy.stats import false_discovery_control
     if ok.any(): out[ok] = false_discovery_control(p[ok])
@@ -139,11 +155,22 @@ def paired_test(a, b, n_boot: int = 10_000, seed: int = 0, level: float = .95) -
     note = f"{len(a) - len(d)} pair(s) with NaN left out" if len(d) < len(a) else ""
     join = lambda s: "; ".join(filter(None, (note, s)))
     nan, n = float("nan"), len(d)
-    if n < 2: return PairedTest(n, float(d.mean()) if n else nan, *[nan] * 7, join(f"{n} pair(s): a paired test needs at least 2, run more seeds"))
-    low, high = np.quantile(d[np.random.default_rng(seed).integers(n, size=(n_boot, n))].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    if n < 2:
+        return PairedTest(
+            n,
+            float(d.mean()) if n else nan,
+            *[nan] * 7,
+            join(f"{n} pair(s): a paired test needs at least 2, run more seeds"),
+        )
+    low, high = np.quantile(
+        d[np.random.default_rng(seed).integers(n, size=(n_boot, n))].mean(1), [(1 - level) / 2, (1 + level) / 2]
+    )
     same = d.std() <= 1e-12 * abs(d).max()
     from scipy.stats import ttest_rel
     t, p_t = (nan, nan) if same else ttest_rel(a, b, nan_policy="omit")[:2]
     dz = nan if same else d.mean() / d.std(ddof=1)
-    return PairedTest(n, *map(float, (d.mean(), low, high, t, p_t, _sign_flip(d, seed), 2.**(1 - n) if n <= 16 else 1 / 100_001, dz)),
-        join("all differences are equal: t and dz are undefined" if same else ""))
+    return PairedTest(
+        n,
+        *map(float, (d.mean(), low, high, t, p_t, _sign_flip(d, seed), 2.0 ** (1 - n) if n <= 16 else 1 / 100_001, dz)),
+        join("all differences are equal: t and dz are undefined" if same else ""),
+    )

@@ -11,8 +11,10 @@ from .cache import KVCache, extract_kv, forward_kv, cache_of, check_finite, posi
 from .compress import CompressedKV, compress_kv, answer_importance, gather_kept
 from .project import HeadwiseMapProjector, FlatProjector, load_projector, match_heads, uniform_head_weights
 from .warp import TimeWarper, find_segments
-from .aligner import MapProjectionAligner, AlignedKV, KVShape, layer_matrix, pretrain_aligner, target_health, kv_attention, profile_alignment
-from .losses import StructuralKVLoss, MercatorKVLoss, AttentionWeighting, attention_weights, gather_weights, uniform_weights
+from .aligner import MapProjectionAligner, AlignedKV, KVShape, layer_matrix, pretrain_aligner, target_health
+from .aligner import kv_attention, profile_alignment
+from .losses import StructuralKVLoss, MercatorKVLoss, AttentionWeighting, attention_weights, gather_weights
+from .losses import uniform_weights
 from .losses import kv_regression, kv_cosine, cka_loss, codi_loss, diagnose_losses, LossDiagnosis
 from .fusion import fuse, Fused, Router, router_regulariser, routing_report, teacher_prototype
 from .latent import LatentModel, with_latents

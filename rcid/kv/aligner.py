@@ -31,51 +31,80 @@ class AlignedKV(NamedTuple):
     mask: Bool[Tensor, "batch seq"]
     q: Float[Tensor, "batch layer head seq head_dim"] | None = None
 
+
 def layer_matrix(
-    layer_map: Sequence,              # per student layer a teacher layer or a list of (teacher layer, weight): `map_layers(n_student, n_teacher, ...)`
-    n_teacher: int
+    layer_map: Sequence,  # per student layer a teacher layer or a list of (teacher layer, weight): `map_layers(n_student, n_teacher, ...)`
+    n_teacher: int,
 ) -> Float[Tensor, "layer_s layer_t"]:
     "A layer map as weights, rows summing to 1."
     m = torch.zeros(len(layer_map), n_teacher)
     for s, entry in enumerate(layer_map):
         for t, w in ([(entry, 1.)] if isinstance(entry, int) else entry):
-            if not 0 <= t < n_teacher or w < 0: raise ValueError(f"layer_matrix: student layer {s} takes teacher layer {t} with weight {w}: needs layers in 0..{n_teacher-1} and weights of at least 0")
+            if not 0 <= t < n_teacher or w < 0:
+                raise ValueError(
+                    f"layer_matrix: student layer {s} takes teacher layer {t} with weight {w}: needs layers in"
+                    f" 0..{n_teacher-1} and weights of at least 0"
+                )
             m[s, t] += w
-    if not len(m) or ((m.sum(1) - 1).abs() > 1e-4).any(): raise ValueError(f"layer_matrix: the weights of each student layer must sum to 1, they sum to {m.sum(1).tolist()}")
+    if not len(m) or ((m.sum(1) - 1).abs() > 1e-4).any():
+        raise ValueError(
+            f"layer_matrix: the weights of each student layer must sum to 1, they sum to {m.sum(1).tolist()}"
+        )
     return m
 
 # %% ../../nbs/06_kv/05_aligner.ipynb #48a6669a
 class MapProjectionAligner(nn.Module):
     "Layer map, time, projection; `structured` (per layer, heads and dimensions apart) or `flat` (one matrix for all)."
-    def __init__(self,
-        teacher: KVShape, student: KVShape,
-        mode: str = "structured",                # structured | flat
-        layer_map: Sequence | None = None,       # see `layer_matrix`; none: proportional (flat: every teacher layer goes into the one matrix)
-        warper: TimeWarper | None = None,        # none: the two sequences have the same tokens
-        parts: str = "kv",                       # what is projected: kv | kvq
-        share_dim_proj: bool = True, init_uniform: bool = True,   # structured
-        init: str = "xavier",                    # flat: xavier | orthogonal | identity
-        frozen: bool = True,                     # a target that can be trained away is no target: see `target_health`
-        seed: int = 0
+    def __init__(
+        self,
+        teacher: KVShape,
+        student: KVShape,
+        mode: str = "structured",  # structured | flat
+        layer_map: (
+            Sequence | None
+        ) = None,  # see `layer_matrix`; none: proportional (flat: every teacher layer goes into the one matrix)
+        warper: TimeWarper | None = None,  # none: the two sequences have the same tokens
+        parts: str = "kv",  # what is projected: kv | kvq
+        share_dim_proj: bool = True,
+        init_uniform: bool = True,  # structured
+        init: str = "xavier",  # flat: xavier | orthogonal | identity
+        frozen: bool = True,  # a target that can be trained away is no target: see `target_health`
+        seed: int = 0,
     ):
         super().__init__()
-        if mode not in ("structured", "flat"): raise ValueError(f"MapProjectionAligner: unknown mode={mode!r}, use structured or flat")
+        if mode not in ("structured", "flat"):
+            raise ValueError(f"MapProjectionAligner: unknown mode={mode!r}, use structured or flat")
         if parts not in ("kv", "kvq"): raise ValueError(f"MapProjectionAligner: unknown parts={parts!r}, use kv or kvq")
         self.teacher, self.student, self.mode, self.warper = teacher, student, mode, warper
         if layer_map is None and mode == "structured": layer_map = map_layers(student.n_layers, teacher.n_layers)
-        if layer_map is not None and len(layer_map) != student.n_layers: raise ValueError(f"MapProjectionAligner: the layer map has {len(layer_map)} entries, the student {student.n_layers} layers")
+        if layer_map is not None and len(layer_map) != student.n_layers:
+            raise ValueError(
+                f"MapProjectionAligner: the layer map has {len(layer_map)} entries, the student {student.n_layers}"
+                " layers"
+            )
         self.register_buffer("layers", None if layer_map is None else layer_matrix(layer_map, teacher.n_layers))
         def projector(heads_t, heads_s, seed):
-            if not heads_t or not heads_s: raise ValueError("MapProjectionAligner: queries need n_heads of both models (KVShape)")
+            if not heads_t or not heads_s:
+                raise ValueError("MapProjectionAligner: queries need n_heads of both models (KVShape)")
             d_t, d_s, l_s = teacher.head_dim, student.head_dim, student.n_layers
-            if mode == "flat": return FlatProjector(teacher.n_layers if layer_map is None else l_s, heads_t, d_t, l_s, heads_s, d_s, init, frozen, seed)
-            return HeadwiseMapProjector(heads_t, heads_s, d_t, d_s, l_s, share_dim_proj, init_uniform, None, frozen, seed)
+            if mode == "flat":
+                return FlatProjector(
+                    teacher.n_layers if layer_map is None else l_s, heads_t, d_t, l_s, heads_s, d_s, init, frozen, seed
+                )
+            return HeadwiseMapProjector(
+                heads_t, heads_s, d_t, d_s, l_s, share_dim_proj, init_uniform, None, frozen, seed
+            )
         # keys and queries start with the same seed: where their maps are orthogonal their products survive
-        heads = dict(k=(teacher.n_kv_heads, student.n_kv_heads, seed), v=(teacher.n_kv_heads, student.n_kv_heads, seed + 1), q=(teacher.n_heads, student.n_heads, seed))
+        heads = dict(
+            k=(teacher.n_kv_heads, student.n_kv_heads, seed),
+            v=(teacher.n_kv_heads, student.n_kv_heads, seed + 1),
+            q=(teacher.n_heads, student.n_heads, seed),
+        )
         self.projectors = nn.ModuleDict({p: projector(*heads[p]) for p in parts})
 
     @property
-    def n_params(self) -> int: return sum(p.n_params for p in self.projectors.values())
+    def n_params(self) -> int:
+        return sum(p.n_params for p in self.projectors.values())
 
     def freeze(self, frozen: bool = True): return self.requires_grad_(not frozen)
 
@@ -89,18 +118,27 @@ class MapProjectionAligner(nn.Module):
         seq: int | None = None                            # padded length of the targets
     ) -> AlignedKV:
         given = {p: x for p, x in dict(k=k, v=v, q=q).items() if x is not None}
-        if missing := set(self.projectors) ^ set(given): raise ValueError(f"MapProjectionAligner: {sorted(missing)} must be both given and in parts={''.join(self.projectors)!r}")
-        if self.warper is None and (source is not None or target is not None or lengths is not None): raise ValueError("MapProjectionAligner: segments were given, but no warper: pass warper=TimeWarper()")
-        if self.warper is not None and source is None: raise ValueError("MapProjectionAligner: the warper needs the teacher's segments (source)")
+        if missing := set(self.projectors) ^ set(given):
+            raise ValueError(
+                f"MapProjectionAligner: {sorted(missing)} must be both given and in parts={''.join(self.projectors)!r}"
+            )
+        if self.warper is None and (source is not None or target is not None or lengths is not None):
+            raise ValueError("MapProjectionAligner: segments were given, but no warper: pass warper=TimeWarper()")
+        if self.warper is not None and source is None:
+            raise ValueError("MapProjectionAligner: the warper needs the teacher's segments (source)")
         mask, out = mask.bool(), {}
         for p, x in given.items():
             heads = self.teacher.n_heads if p == "q" else self.teacher.n_kv_heads
             want = (len(mask), self.teacher.n_layers, heads, mask.shape[1], self.teacher.head_dim)
-            if tuple(x.shape) != want: raise ValueError(f"MapProjectionAligner: {p} is {tuple(x.shape)}, the teacher and the mask say {want}")
+            if tuple(x.shape) != want:
+                raise ValueError(f"MapProjectionAligner: {p} is {tuple(x.shape)}, the teacher and the mask say {want}")
             x = torch.where(mask[:, None, None, :, None], x.detach(), 0)
             if not x.isfinite().all():
                 i, l = (~x.isfinite()).nonzero()[0, :2].tolist()
-                raise ValueError(f"MapProjectionAligner: NaN or infinite {p} of the teacher in sample {i}, layer {l}: run the teacher in float32 or bfloat16")
+                raise ValueError(
+                    f"MapProjectionAligner: NaN or infinite {p} of the teacher in sample {i}, layer {l}: run the"
+                    " teacher in float32 or bfloat16"
+                )
             if self.layers is not None: x = self._map_layers(x)
             new = mask
             if self.warper is not None: x, new = self.warper(x, source, target, lengths, seq)
@@ -114,9 +152,12 @@ class MapProjectionAligner(nn.Module):
 # %% ../../nbs/06_kv/05_aligner.ipynb #39e41fdc
 def pretrain_aligner(
     aligner: MapProjectionAligner,
-    batches: Sequence[tuple[dict, tuple]],   # (arguments of the aligner, the student's (k, v) or (k, v, q) there), used in turn
-    steps: int = 100, lr: float = 1e-2
-) -> list[float]:                            # the loss at each step: squared error relative to the student's mean square
+    batches: Sequence[
+        tuple[dict, tuple]
+    ],  # (arguments of the aligner, the student's (k, v) or (k, v, q) there), used in turn
+    steps: int = 100,
+    lr: float = 1e-2,
+) -> list[float]:  # the loss at each step: squared error relative to the student's mean square
     "Fit the projectors to the initial student's keys and values, then freeze them."
     aligner.freeze(False)
     optimizer, history = torch.optim.Adam(aligner.parameters(), lr), []
@@ -126,7 +167,11 @@ def pretrain_aligner(
         for x, s in zip((out.k, out.v, out.q), student):
             place, s = out.mask[:, None, None, :, None], s.detach().float()
             loss = loss + ((x - s) * place).square().sum() / (s * place).square().sum().clamp_min(1e-12) / len(student)
-        if not loss.isfinite(): raise ValueError(f"pretrain_aligner: the loss is not finite at step {step}: check the student's keys and values, or lower lr={lr}")
+        if not loss.isfinite():
+            raise ValueError(
+                f"pretrain_aligner: the loss is not finite at step {step}: check the student's keys and values, or"
+                f" lower lr={lr}"
+            )
         optimizer.zero_grad(); loss.backward(); optimizer.step()
         history.append(loss.item())
     aligner.freeze().zero_grad()
@@ -135,7 +180,8 @@ def pretrain_aligner(
 # %% ../../nbs/06_kv/05_aligner.ipynb #921b7bf4
 @dataclass(frozen=True)
 class TargetHealth:
-    "Size, spread over tokens and effective rank of targets; `collapsed` names what was lost against the reference, or is empty."
+    """Size, spread over tokens and effective rank of targets; `collapsed` names what was lost against the reference, or
+    is empty."""
     size: float
     spread: float
     rank: float
@@ -151,36 +197,54 @@ def target_health(
     "Measures of trivial targets, with a verdict if there is a reference."
     rows = target.permute(0, 3, 1, 2, 4)[mask.bool()].flatten(1).double()
     if len(rows) < 2: raise ValueError(f"target_health: {len(rows)} valid tokens, at least 2 are needed")
-    if not rows.isfinite().all(): return TargetHealth(float("nan"), float("nan"), float("nan"), "the targets are not finite")
+    if not rows.isfinite().all():
+        return TargetHealth(float("nan"), float("nan"), float("nan"), "the targets are not finite")
     centred = rows - rows.mean(0)
     energy, spectrum = rows.square().sum(), torch.linalg.svdvals(centred).square()
     p = spectrum / spectrum.sum().clamp_min(1e-300)
-    now = dict(size=float(rows.square().mean().sqrt()), spread=float(centred.square().sum() / energy.clamp_min(1e-300)), rank=float(torch.special.entr(p).sum().exp()))
-    lost = [f"{m} {now[m]:.3g} of {getattr(reference, m):.3g}" for m in now if reference is not None and now[m] < tolerance * getattr(reference, m)]
+    now = dict(
+        size=float(rows.square().mean().sqrt()),
+        spread=float(centred.square().sum() / energy.clamp_min(1e-300)),
+        rank=float(torch.special.entr(p).sum().exp()),
+    )
+    lost = [
+        f"{m} {now[m]:.3g} of {getattr(reference, m):.3g}"
+        for m in now
+        if reference is not None and now[m] < tolerance * getattr(reference, m)
+    ]
     return TargetHealth(**now, collapsed=f"trivial target: {', '.join(lost)}; freeze the projector" if lost else "")
 
 # %% ../../nbs/06_kv/05_aligner.ipynb #a67b2697
 def kv_attention(
     q: Float[Tensor, "batch layer head seq_q head_dim"],
     k: Float[Tensor, "batch layer kv_head seq_k head_dim"],
-    mask: Bool[Tensor, "batch seq_k"],                                # valid keys
-    temperature: float = 1.,                                          # > 0
-    visible: Bool[Tensor, "batch seq_q seq_k"] | None = None,         # what a query may see; none: causal, queries are the last seq_q places
-    log: bool = False
+    mask: Bool[Tensor, "batch seq_k"],  # valid keys
+    temperature: float = 1.0,  # > 0
+    visible: (
+        Bool[Tensor, "batch seq_q seq_k"] | None
+    ) = None,  # what a query may see; none: causal, queries are the last seq_q places
+    log: bool = False,
 ) -> Float[Tensor, "batch layer head seq_q seq_k"]:
     "softmax(q k' / (sqrt(d) temperature)) in float32; a query that sees nothing gets zeros (log: -inf)."
     if temperature <= 0: raise ValueError(f"kv_attention: temperature={temperature} must be above 0")
     (b, l, h, n, d), (h_k, m) = q.shape, k.shape[2:4]
     if k.shape[:2] != q.shape[:2] or k.shape[4] != d or h % h_k or tuple(mask.shape) != (b, m):
-        raise ValueError(f"kv_attention: queries {tuple(q.shape)}, keys {tuple(k.shape)} and mask {tuple(mask.shape)} do not fit: same batch, layers and head_dim, query heads a multiple of key heads")
+        raise ValueError(
+            f"kv_attention: queries {tuple(q.shape)}, keys {tuple(k.shape)} and mask {tuple(mask.shape)} do not fit:"
+            " same batch, layers and head_dim, query heads a multiple of key heads"
+        )
     if visible is None: visible = causal_visible(mask, n)
     logits = (q.float().unflatten(2, (h_k, h // h_k)) @ k.float().unsqueeze(3).mT).flatten(2, 3) / (d**.5 * temperature)
     see = (visible & mask[:, None].bool())[:, None, None]
     some = see.any(-1, keepdim=True)
-    logits = logits.masked_fill(~see & some, -torch.inf)              # rows that see nothing stay finite, so that no gradient is NaN
+    # rows that see nothing stay finite, so that no gradient is NaN
+    logits = logits.masked_fill(~see & some, -torch.inf)
     return torch.where(see, logits.log_softmax(-1), -torch.inf) if log else torch.where(see, logits.softmax(-1), 0)
 
-def causal_visible(mask: Bool[Tensor, "batch seq_k"], n_queries: int | None = None) -> Bool[Tensor, "batch seq_q seq_k"]:
+
+def causal_visible(
+    mask: Bool[Tensor, "batch seq_k"], n_queries: int | None = None
+) -> Bool[Tensor, "batch seq_q seq_k"]:
     "Which keys each of the last `n_queries` places may see: valid ones not after it, by valid queries only."
     m = mask.shape[1]
     n = m if n_queries is None else n_queries
@@ -190,25 +254,40 @@ def causal_visible(mask: Bool[Tensor, "batch seq_k"], n_queries: int | None = No
 # %% ../../nbs/06_kv/05_aligner.ipynb #f32ed9e5
 @torch.no_grad()
 def profile_alignment(
-    aligners: dict[str, MapProjectionAligner],                # by name, e.g. structured and flat
-    inputs: dict,                                             # arguments of the aligners: k, v, mask, ...
-    student_k: Float[Tensor, "batch layer kv_head seq head_dim"], student_v: Float[Tensor, "batch layer kv_head seq head_dim"],   # at the targets' places
-    student_q: Float[Tensor, "batch layer head seq head_dim"] | None = None
-) -> list[dict]:                                              # one row per aligner and part (k, v)
-    "Shapes, parameters, NaN, size, cosine to the student and attention (entropy in nats, KL from the student's own) of aligned keys and values."
+    aligners: dict[str, MapProjectionAligner],  # by name, e.g. structured and flat
+    inputs: dict,  # arguments of the aligners: k, v, mask, ...
+    student_k: Float[Tensor, "batch layer kv_head seq head_dim"],
+    student_v: Float[Tensor, "batch layer kv_head seq head_dim"],  # at the targets' places
+    student_q: Float[Tensor, "batch layer head seq head_dim"] | None = None,
+) -> list[dict]:  # one row per aligner and part (k, v)
+    """Shapes, parameters, NaN, size, cosine to the student and attention (entropy in nats, KL from the student's own)
+    of aligned keys and values."""
     rows = []
     for name, aligner in aligners.items():
         out = aligner(**inputs)
         place = out.mask[:, None, None, :].expand(out.k.shape[:4])
         for part, x, s in (("k", out.k, student_k), ("v", out.v, student_v)):
-            if x.shape != s.shape: raise ValueError(f"profile_alignment: {name} gives {part} {tuple(x.shape)}, the student has {tuple(s.shape)}")
-            row = dict(aligner=name, part=part, shape=tuple(x.shape), params=aligner.projectors[part].n_params, nan=int((~x.isfinite()).any(-1)[place].sum()),
-                       size=float(x[place].square().mean().sqrt() / s[place].square().mean().sqrt()), cosine=float(torch.cosine_similarity(x.float(), s.float(), dim=-1)[place].mean()))
+            if x.shape != s.shape:
+                raise ValueError(
+                    f"profile_alignment: {name} gives {part} {tuple(x.shape)}, the student has {tuple(s.shape)}"
+                )
+            row = dict(
+                aligner=name,
+                part=part,
+                shape=tuple(x.shape),
+                params=aligner.projectors[part].n_params,
+                nan=int((~x.isfinite()).any(-1)[place].sum()),
+                size=float(x[place].square().mean().sqrt() / s[place].square().mean().sqrt()),
+                cosine=float(torch.cosine_similarity(x.float(), s.float(), dim=-1)[place].mean()),
+            )
             if part == "k" and student_q is not None:
                 see = causal_visible(out.mask).any(-1)[:, None, None].expand(student_q.shape[:4])
                 p, log_q = kv_attention(student_q, s, out.mask), kv_attention(student_q, x, out.mask, log=True)
                 aligned = log_q.exp()
-                row |= dict(entropy=float(torch.special.entr(aligned).sum(-1)[see].mean()), entropy_student=float(torch.special.entr(p).sum(-1)[see].mean()),
-                            kl=float((torch.special.xlogy(p, p) - torch.where(p > 0, p * log_q, 0)).sum(-1)[see].mean()))
+                row |= dict(
+                    entropy=float(torch.special.entr(aligned).sum(-1)[see].mean()),
+                    entropy_student=float(torch.special.entr(p).sum(-1)[see].mean()),
+                    kl=float((torch.special.xlogy(p, p) - torch.where(p > 0, p * log_q, 0)).sum(-1)[see].mean()),
+                )
             rows.append(row)
     return rows

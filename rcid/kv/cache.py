@@ -25,33 +25,61 @@ class KVCache:
     mask: Bool[Tensor, "batch seq"]                                   # True = token, False = padding
     q: Float[Tensor, "batch layer head seq head_dim"] | None = None   # queries of all attention heads
     pre_rope: bool = False                                            # are keys and queries without their rotation?
-    positions: Int[Tensor, "batch seq"] | Int[Tensor, "batch layer kv_head seq"] | None = None  # None: counted from the first token
+    # None: counted from the first token
+    positions: Int[Tensor, "batch seq"] | Int[Tensor, "batch layer kv_head seq"] | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "mask", self.mask.bool())
         if self.positions is None: object.__setattr__(self, "positions", positions_of(self.mask))
         if self.k.ndim != 5 or self.k.shape[:4] != self.v.shape[:4]:
-            raise ValueError(f"keys {tuple(self.k.shape)} and values {tuple(self.v.shape)} must both be (batch, layer, kv_head, seq, head_dim)")
-        if self.mask.shape != (len(self.k), self.seq): raise ValueError(f"mask {tuple(self.mask.shape)} does not fit keys {tuple(self.k.shape)}: it must be (batch, seq)")
-        if self.q is not None and (self.q.ndim != 5 or self.q.shape[2] % self.n_kv_heads or self.q.shape[:2] != self.k.shape[:2] or self.q.shape[3] != self.seq):
-            raise ValueError(f"queries {tuple(self.q.shape)} do not fit keys {tuple(self.k.shape)}: (batch, layer, head, seq, head_dim), heads a multiple of {self.n_kv_heads}")
+            raise ValueError(
+                f"keys {tuple(self.k.shape)} and values {tuple(self.v.shape)} must both be (batch, layer, kv_head, seq,"
+                " head_dim)"
+            )
+        if self.mask.shape != (len(self.k), self.seq):
+            raise ValueError(
+                f"mask {tuple(self.mask.shape)} does not fit keys {tuple(self.k.shape)}: it must be (batch, seq)"
+            )
+        if self.q is not None and (
+            self.q.ndim != 5
+            or self.q.shape[2] % self.n_kv_heads
+            or self.q.shape[:2] != self.k.shape[:2]
+            or self.q.shape[3] != self.seq
+        ):
+            raise ValueError(
+                f"queries {tuple(self.q.shape)} do not fit keys {tuple(self.k.shape)}: (batch, layer, head, seq,"
+                f" head_dim), heads a multiple of {self.n_kv_heads}"
+            )
 
     def __len__(self) -> int: return len(self.k)
     @property
-    def n_layers(self) -> int: return self.k.shape[1]
+    def n_layers(self) -> int:
+        return self.k.shape[1]
+
     @property
-    def n_kv_heads(self) -> int: return self.k.shape[2]
+    def n_kv_heads(self) -> int:
+        return self.k.shape[2]
+
     @property
-    def seq(self) -> int: return self.k.shape[3]
+    def seq(self) -> int:
+        return self.k.shape[3]
+
     @property
-    def head_dim(self) -> int: return self.k.shape[4]
+    def head_dim(self) -> int:
+        return self.k.shape[4]
 
     def _map(self, f) -> "KVCache": # applies f to every tensor there is
         return replace(self, **{x.name: f(t) for x in fields(self) if isinstance(t := getattr(self, x.name), Tensor)})
 
     def to(self, *args, **kwargs) -> "KVCache":
         "Another device or floating-point type."
-        return self._map(lambda t: t.to(*args, **kwargs) if t.is_floating_point() else t.to(kwargs.get("device") or next((a for a in args if not isinstance(a, torch.dtype)), t.device)))
+        return self._map(
+            lambda t: (
+                t.to(*args, **kwargs)
+                if t.is_floating_point()
+                else t.to(kwargs.get("device") or next((a for a in args if not isinstance(a, torch.dtype)), t.device))
+            )
+        )
 
     def detach(self) -> "KVCache": return self._map(Tensor.detach)
 
@@ -64,15 +92,37 @@ class KVCache:
         "Some layers, in the order asked for."
         if isinstance(index, int): index = [index]
         pick = lambda t: t if t is None else t[:, index]
-        return replace(self, k=pick(self.k), v=pick(self.v), q=pick(self.q), positions=pick(self.positions) if self.positions.ndim == 4 else self.positions)
+        return replace(
+            self,
+            k=pick(self.k),
+            v=pick(self.v),
+            q=pick(self.q),
+            positions=pick(self.positions) if self.positions.ndim == 4 else self.positions,
+        )
 
     def tokens(self, index: slice | Int[Tensor, "batch kept"]) -> "KVCache":
         "Some tokens: the same slice of every row, or each row's own positions."
-        if isinstance(index, slice): return replace(self, k=self.k[..., index, :], v=self.v[..., index, :], mask=self.mask[:, index],
-            q=None if self.q is None else self.q[..., index, :], positions=self.positions[..., index])
+        if isinstance(index, slice):
+            return replace(
+                self,
+                k=self.k[..., index, :],
+                v=self.v[..., index, :],
+                mask=self.mask[:, index],
+                q=None if self.q is None else self.q[..., index, :],
+                positions=self.positions[..., index],
+            )
         if self.positions.ndim == 4: raise ValueError("tokens of a compressed cache differ between heads: use a slice")
-        deep = lambda t: None if t is None else t.gather(3, index[:, None, None, :, None].expand(*t.shape[:3], -1, t.shape[4]))
-        return replace(self, k=deep(self.k), v=deep(self.v), mask=self.mask.gather(1, index), q=deep(self.q), positions=self.positions.gather(1, index))
+        deep = lambda t: (
+            None if t is None else t.gather(3, index[:, None, None, :, None].expand(*t.shape[:3], -1, t.shape[4]))
+        )
+        return replace(
+            self,
+            k=deep(self.k),
+            v=deep(self.v),
+            mask=self.mask.gather(1, index),
+            q=deep(self.q),
+            positions=self.positions.gather(1, index),
+        )
 
     def unrotated(self, rope: Rope) -> "KVCache":
         "Keys and queries without their rotation."
@@ -82,7 +132,14 @@ class KVCache:
         "Keys and queries turned by `rope`, e.g. the teacher's content at the student's frequencies."
         return self._turned(rotate_keys, rope, False) if self.pre_rope else self
 
-    def _turned(self, f, rope, pre_rope): return replace(self, k=f(self.k, rope, self.positions), q=None if self.q is None else f(self.q, rope, self.positions), pre_rope=pre_rope)
+    def _turned(self, f, rope, pre_rope):
+        return replace(
+            self,
+            k=f(self.k, rope, self.positions),
+            q=None if self.q is None else f(self.q, rope, self.positions),
+            pre_rope=pre_rope,
+        )
+
 
 def positions_of(mask: Bool[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
     "Each token's distance from the first token of its row; padding on either side."
@@ -104,12 +161,25 @@ def forward_kv(
     if queries:
         for l in range(adapter.n_layers):
             attention = adapter.attention(l)
-            hooks.append((getattr(attention, "q_norm", None) or attention.q_proj).register_forward_hook(lambda _, __, out, l=l: caught.__setitem__(l, out)))
-    try: out = model.model(input_ids=input_ids, attention_mask=mask, position_ids=positions_of(mask.bool()), use_cache=True)
+            hooks.append(
+                (getattr(attention, "q_norm", None) or attention.q_proj).register_forward_hook(
+                    lambda _, __, out, l=l: caught.__setitem__(l, out)
+                )
+            )
+    try:
+        out = model.model(
+            input_ids=input_ids, attention_mask=mask, position_ids=positions_of(mask.bool()), use_cache=True
+        )
     finally:
         for h in hooks: h.remove()
     heads = lambda t: t.reshape(*input_ids.shape, adapter.n_heads, adapter.head_dim).transpose(1, 2)
-    cache = cache_of(model, getattr(out, "past_key_values", None), mask, torch.stack([heads(caught[l]) for l in range(adapter.n_layers)], 1) if queries else None, pre_rope)
+    cache = cache_of(
+        model,
+        getattr(out, "past_key_values", None),
+        mask,
+        torch.stack([heads(caught[l]) for l in range(adapter.n_layers)], 1) if queries else None,
+        pre_rope,
+    )
     if check: check_finite(cache)
     return out.last_hidden_state, cache
 
@@ -123,15 +193,23 @@ def cache_of(
     "A Hugging Face cache as tensors."
     n, layers = get_adapter(model).n_layers, list(getattr(past_key_values, "layers", None) or [])
     if len(layers) < n or any(getattr(l, "keys", None) is None or l.keys.numel() == 0 for l in layers[:n]):
-        raise ValueError(f"this {model.config.model_type} model returned no key-value cache for its {n} layers: use_cache is not supported, or gradient checkpointing "
-                         "switched it off; call model.gradient_checkpointing_disable(), or use another model")
+        raise ValueError(
+            f"this {model.config.model_type} model returned no key-value cache for its {n} layers: use_cache is not"
+            " supported, or gradient checkpointing switched it off; call model.gradient_checkpointing_disable(), or"
+            " use another model"
+        )
     for i, l in enumerate(layers[:n]):
-        if l.keys.shape[2] != mask.shape[1]: raise ValueError(f"the cache of layer {i} holds {l.keys.shape[2]} of {mask.shape[1]} tokens (sliding window?): use a shorter text or switch the window off")
+        if l.keys.shape[2] != mask.shape[1]:
+            raise ValueError(
+                f"the cache of layer {i} holds {l.keys.shape[2]} of {mask.shape[1]} tokens (sliding window?): use a"
+                " shorter text or switch the window off"
+            )
     keep, rope = mask.bool()[:, None, None, :, None], rope_of(model)
     k, v = (torch.stack([getattr(l, part) for l in layers[:n]], 1) for part in ("keys", "values"))
     cache = KVCache(k, v, mask, pre_rope=False)
     if pre_rope: cache = cache.unrotated(rope)
-    if raw_queries is not None: cache = replace(cache, q=raw_queries if pre_rope else rotate_keys(raw_queries, rope, cache.positions))
+    if raw_queries is not None:
+        cache = replace(cache, q=raw_queries if pre_rope else rotate_keys(raw_queries, rope, cache.positions))
     zero = lambda t: None if t is None else t.masked_fill(~keep, 0)
     return replace(cache, k=zero(cache.k), v=zero(cache.v), q=zero(cache.q))
 
@@ -150,21 +228,33 @@ def check_finite(cache: KVCache):
     bad = torch.stack([~t.isfinite().all(-1).all(-1).all(-1).all(0) for t in (cache.k, cache.v)]).tolist()
     for layer in range(cache.n_layers):
         for name, rows in zip(("keys", "values"), bad):
-            if rows[layer]: raise ValueError(f"{name} of layer {layer} hold NaN or inf: the model has diverged or overflowed; use float32 or bfloat16, or an earlier checkpoint")
+            if rows[layer]:
+                raise ValueError(
+                    f"{name} of layer {layer} hold NaN or inf: the model has diverged or overflowed; use float32 or"
+                    " bfloat16, or an earlier checkpoint"
+                )
 
 # %% ../../nbs/06_kv/00_cache.ipynb #5ff1ebca
-def _parts(cache: KVCache) -> dict[str, Tensor]: return {x.name: t.detach().cpu().contiguous() for x in fields(cache) if isinstance(t := getattr(cache, x.name), Tensor)}
+def _parts(cache: KVCache) -> dict[str, Tensor]:
+    return {
+        x.name: t.detach().cpu().contiguous() for x in fields(cache) if isinstance(t := getattr(cache, x.name), Tensor)
+    }
+
 
 def cache_hash(cache: KVCache) -> str:
     "SHA-256 of all tensors and of `pre_rope`."
     h = hashlib.sha256(str(cache.pre_rope).encode())
-    for name, t in sorted(_parts(cache).items()): h.update(f"{name}{t.dtype}{tuple(t.shape)}".encode()); h.update(t.flatten().view(torch.uint8).numpy().tobytes())
+    for name, t in sorted(_parts(cache).items()):
+        h.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
+        h.update(t.flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
 def save_kv(cache: KVCache, path: str | Path) -> Path:
     "Writes a cache, whole or not at all."
     from safetensors.torch import save
-    with whole_file(path, "wb") as f: f.write(save(_parts(cache), {"cache": json.dumps(dict(pre_rope=cache.pre_rope, sha256=cache_hash(cache)))}))  # one entry: safetensors shuffles several, and the file is hashed
+    # one entry: safetensors shuffles several, and the file is hashed
+    with whole_file(path, "wb") as f:
+        f.write(save(_parts(cache), {"cache": json.dumps(dict(pre_rope=cache.pre_rope, sha256=cache_hash(cache)))}))
     return Path(path)
 
 def load_kv(path: str | Path) -> KVCache:
@@ -172,8 +262,11 @@ def load_kv(path: str | Path) -> KVCache:
     from safetensors import safe_open
     if not Path(path).exists(): raise FileNotFoundError(f"no KV cache {path}: make it with save_kv")
     try:
-        with safe_open(str(path), "pt") as f: meta, t = json.loads(f.metadata()["cache"]), {n: f.get_tensor(n) for n in f.keys()}
+        with safe_open(str(path), "pt") as f:
+            meta, t = json.loads(f.metadata()["cache"]), {n: f.get_tensor(n) for n in f.keys()}
         cache = KVCache(**t, pre_rope=meta["pre_rope"])
-    except Exception as e: raise ValueError(f"{path} is not a whole KV cache ({e}): delete it and make it again") from None
-    if cache_hash(cache) != meta["sha256"]: raise ValueError(f"{path} does not match its SHA-256: delete it and make it again")
+    except Exception as e:
+        raise ValueError(f"{path} is not a whole KV cache ({e}): delete it and make it again") from None
+    if cache_hash(cache) != meta["sha256"]:
+        raise ValueError(f"{path} does not match its SHA-256: delete it and make it again")
     return cache

@@ -22,17 +22,26 @@ def answer_importance(
 ) -> Float[Tensor, "batch layer kv_head seq"]:
     "Attention each candidate gets, averaged over the queries; sums to 1 over the candidates, 0 elsewhere."
     if cache.q is None: raise ValueError("importance needs queries: extract_kv(..., queries=True), or pass importance=")
-    if cache.pre_rope: raise ValueError("importance needs keys and queries as the model multiplies them: extract_kv(..., pre_rope=False)")
+    if cache.pre_rope:
+        raise ValueError(
+            "importance needs keys and queries as the model multiplies them: extract_kv(..., pre_rope=False)"
+        )
     query_at, key_at = query_at.bool() & cache.mask, key_at.bool() & cache.mask
     order = torch.arange(cache.seq, device=cache.k.device)
     sees = query_at[:, :, None] & key_at[:, None] & (order[None] <= order[:, None])          # batch query key
-    if not (seen := sees.any(2)).any(1).all(): raise ValueError(f"in row {int((~seen.any(1)).nonzero()[0])} no query comes after a candidate: check the answer and reasoning segments")
+    if not (seen := sees.any(2)).any(1).all():
+        raise ValueError(
+            f"in row {int((~seen.any(1)).nonzero()[0])} no query comes after a candidate: check the answer and"
+            " reasoning segments"
+        )
     group = cache.q.shape[2]//cache.n_kv_heads
     out = []
-    for l in range(cache.n_layers):                                                          # a layer at a time: seq x seq per head
+    # a layer at a time: seq x seq per head
+    for l in range(cache.n_layers):
         q = cache.q[:, l].float().unflatten(1, (cache.n_kv_heads, group))
         logits = (q @ cache.k[:, l, :, None].float().mT).amax(2)/cache.head_dim**0.5         # batch kv_head query key
-        weight = logits.masked_fill(~sees[:, None], -torch.inf).softmax(-1).nan_to_num(0.0)  # a row that sees nothing is NaN
+        # a row that sees nothing is NaN
+        weight = logits.masked_fill(~sees[:, None], -torch.inf).softmax(-1).nan_to_num(0.0)
         out.append(weight.sum(2)/seen.sum(1)[:, None, None])
     return torch.stack(out, 1)
 
@@ -49,9 +58,17 @@ def mean_cosine(
     n = at.sum(-1, keepdim=True)
     return ((unit*unit.sum(-2, keepdim=True)).sum(-1) - (unit*unit).sum(-1))/(n - 1).clamp(min=1)
 
-def _masked_softmax(x: Tensor, at: Tensor) -> Tensor: return x.masked_fill(~at, -torch.inf).softmax(-1).masked_fill(~at, 0)
 
-def kava_score(cache: KVCache, importance: Float[Tensor, "batch layer kv_head seq"], key_at: Bool[Tensor, "batch seq"], lam: float = 0.1) -> Float[Tensor, "batch layer kv_head seq"]:
+def _masked_softmax(x: Tensor, at: Tensor) -> Tensor:
+    return x.masked_fill(~at, -torch.inf).softmax(-1).masked_fill(~at, 0)
+
+
+def kava_score(
+    cache: KVCache,
+    importance: Float[Tensor, "batch layer kv_head seq"],
+    key_at: Bool[Tensor, "batch seq"],
+    lam: float = 0.1,
+) -> Float[Tensor, "batch layer kv_head seq"]:
     "KaVa's score `lam*I + (1-lam)*softmax(-c)`."
     return lam*importance + (1 - lam)*_masked_softmax(-mean_cosine(cache.k, key_at), key_at.bool()[:, None, None])
 
@@ -64,37 +81,61 @@ def decode_score(
     threshold: float = 0.5, # cosine above which two keys are alike
     recent: int = 1         # look-alikes per token that are spared
 ) -> Float[Tensor, "batch layer kv_head seq"]:
-    "R-KV's score `lam*I - (1-lam)*softmax(c)` by the paper's rule; infinite for the window, which always stays. (The official code also spares token 0, by an index default, for tokens without look-alikes; this does not.)"
+    """R-KV's score `lam*I - (1-lam)*softmax(c)` by the paper's rule; infinite for the window, which always stays. (The
+    official code also spares token 0, by an index default, for tokens without look-alikes; this does not.)"""
     if pool % 2 == 0: raise ValueError(f"pool {pool} must be odd, so that a token is in the middle of its neighbours")
     last = (cache.mask.flip(1).cumsum(1).flip(1) <= window) & cache.mask
     past = cache.mask & ~last
-    if not past.any(1).all(): raise ValueError(f"row {int((~past.any(1)).nonzero()[0])} has no tokens before its window of {window}: use a smaller window")
+    if not past.any(1).all():
+        raise ValueError(
+            f"row {int((~past.any(1)).nonzero()[0])} has no tokens before its window of {window}: use a smaller window"
+        )
     at = past[:, None, None]
-    importance = F.max_pool1d(answer_importance(cache, last, past).flatten(0, 2)[:, None], pool, 1, pool//2)[:, 0].view(*cache.k.shape[:4])
+    importance = F.max_pool1d(answer_importance(cache, last, past).flatten(0, 2)[:, None], pool, 1, pool // 2)[
+        :, 0
+    ].view(*cache.k.shape[:4])
     valid = cache.mask[:, None, :, None] & cache.mask[:, None, None]
-    diagonal, order, scores = torch.eye(cache.seq, dtype=torch.bool, device=cache.k.device), torch.arange(cache.seq, device=cache.k.device), []
+    diagonal, order, scores = (
+        torch.eye(cache.seq, dtype=torch.bool, device=cache.k.device),
+        torch.arange(cache.seq, device=cache.k.device),
+        [],
+    )
     for l in range(cache.n_layers):
         cosine = (_unit(cache.k[:, l]) @ _unit(cache.k[:, l]).mT).masked_fill(diagonal | ~valid, 0)
         late = torch.where(cosine > threshold, order, -1).topk(min(recent, cache.seq), -1).values
-        spared = F.pad(torch.zeros_like(cosine, dtype=torch.bool), (1, 0)).scatter(-1, late + 1, True)[..., 1:]  # -1: there is none
+        # -1: there is none
+        spared = F.pad(torch.zeros_like(cosine, dtype=torch.bool), (1, 0)).scatter(-1, late + 1, True)[..., 1:]
         mean = cosine.masked_fill(spared, 0).sum(-2)/cache.mask.sum(1)[:, None, None]
         scores.append(mean.masked_fill(~cache.mask[:, None], -torch.inf).softmax(-1))
-    return (lam*importance - (1 - lam)*torch.stack(scores, 1)).masked_fill(~at, -torch.inf).masked_fill(last[:, None, None], torch.inf)
+    return (
+        (lam * importance - (1 - lam) * torch.stack(scores, 1))
+        .masked_fill(~at, -torch.inf)
+        .masked_fill(last[:, None, None], torch.inf)
+    )
 
 # %% ../../nbs/06_kv/02_compress.ipynb #fa6dd34f
 METHODS = ("rkv", "rkv_decode", "crop", "random", "uniform")
 
 class CompressedKV(NamedTuple):
     "A cache of `budget` tokens per row, and where they come from."
-    cache: KVCache                                     # mask: which of the budget's places are filled; positions: of the kept tokens
-    index: Int[Tensor, "batch layer kv_head budget"]   # token indices in the original, ascending; 0 where the mask is False
+    # mask: which of the budget's places are filled; positions: of the kept tokens
+    cache: KVCache
+    # token indices in the original, ascending; 0 where the mask is False
+    index: Int[Tensor, "batch layer kv_head budget"]
 
-def keep_best(score: Float[Tensor, "... seq"], key_at: Bool[Tensor, "... seq"], budget: int) -> Int[Tensor, "... budget"]:
-    "Indices of the best candidates, ascending; `seq` (one past the end) where there are too few. Of equal ones the earlier is kept."
+
+def keep_best(
+    score: Float[Tensor, "... seq"], key_at: Bool[Tensor, "... seq"], budget: int
+) -> Int[Tensor, "... budget"]:
+    """Indices of the best candidates, ascending; `seq` (one past the end) where there are too few. Of equal ones the
+    earlier is kept."""
     seq = score.shape[-1]
-    score, key_at = F.pad(score, (0, max(0, budget - seq)), value=-torch.inf), F.pad(key_at.expand(score.shape), (0, max(0, budget - seq)))
+    score, key_at = F.pad(score, (0, max(0, budget - seq)), value=-torch.inf), F.pad(
+        key_at.expand(score.shape), (0, max(0, budget - seq))
+    )
     best = score.masked_fill(~key_at, -torch.inf).sort(dim=-1, descending=True, stable=True).indices[..., :budget]
     return best.masked_fill(~key_at.gather(-1, best), seq).sort(-1).values
+
 
 def compress_kv(
     cache: KVCache,
@@ -113,34 +154,57 @@ def compress_kv(
     "Keeps `budget` tokens per row, layer and head (KaVa, arXiv 2510.02312; R-KV, arXiv 2505.24133)."
     if budget < 1: raise ValueError(f"budget {budget}: keep at least one token")
     if method not in METHODS: raise ValueError(f"unknown compression {method!r}: there are {METHODS}")
-    if per not in ("head", "layer", "sample"): raise ValueError(f"unknown per={per!r}: there are 'head', 'layer', 'sample'")
+    if per not in ("head", "layer", "sample"):
+        raise ValueError(f"unknown per={per!r}: there are 'head', 'layer', 'sample'")
     if crop not in ("first", "last"): raise ValueError(f"unknown crop={crop!r}: there are 'first', 'last'")
-    if decode and method != "rkv_decode": raise TypeError(f"{sorted(decode)} belong to method 'rkv_decode', not to {method!r}")
+    if decode and method != "rkv_decode":
+        raise TypeError(f"{sorted(decode)} belong to method 'rkv_decode', not to {method!r}")
     at = cache.mask if key_at is None else key_at.bool().to(cache.mask.device) & cache.mask
-    if not at.any(1).all(): raise ValueError(f"row {int((~at.any(1)).nonzero()[0])} has no candidate token: its reasoning segment is empty; drop the row")
+    if not at.any(1).all():
+        raise ValueError(
+            f"row {int((~at.any(1)).nonzero()[0])} has no candidate token: its reasoning segment is empty; drop the row"
+        )
     with torch.no_grad():
         if method == "rkv":
-            if importance is None and query_at is None: raise ValueError("method 'rkv' needs query_at (the answer's tokens) or importance")
-            score = kava_score(cache, answer_importance(cache, query_at, at) if importance is None else importance, at, lam)
+            if importance is None and query_at is None:
+                raise ValueError("method 'rkv' needs query_at (the answer's tokens) or importance")
+            score = kava_score(
+                cache, answer_importance(cache, query_at, at) if importance is None else importance, at, lam
+            )
         elif method == "rkv_decode":
-            if key_at is not None: raise ValueError("method 'rkv_decode' judges the whole text so far: select tokens first, then leave key_at out")
-            if budget <= decode.get("window", 8): raise ValueError(f"budget {budget} does not exceed the window of {decode.get('window', 8)} that R-KV always keeps: raise it or pass window=")
+            if key_at is not None:
+                raise ValueError(
+                    "method 'rkv_decode' judges the whole text so far: select tokens first, then leave key_at out"
+                )
+            if budget <= decode.get("window", 8):
+                raise ValueError(
+                    f"budget {budget} does not exceed the window of {decode.get('window', 8)} that R-KV always keeps:"
+                    " raise it or pass window="
+                )
             score = decode_score(cache, lam, **decode)
-        else: score = _blind_score(cache, at, budget, method, crop, seed, per)
+        else:
+            score = _blind_score(cache, at, budget, method, crop, seed, per)
         if per != "head": score = score.mean((1, 2) if per == "sample" else 2, keepdim=True).expand(*cache.k.shape[:4])
         kept = keep_best(score, at[:, None, None], budget)
-    full = kept[:, 0, 0] < cache.seq                                                         # the same number for every head
+    # the same number for every head
+    full = kept[:, 0, 0] < cache.seq
     index = kept.masked_fill(kept >= cache.seq, 0)
-    take = lambda t: t.gather(3, index[..., None].expand(-1, -1, -1, -1, t.shape[4])).masked_fill(~full[:, None, None, :, None], 0)
+    take = lambda t: t.gather(3, index[..., None].expand(-1, -1, -1, -1, t.shape[4])).masked_fill(
+        ~full[:, None, None, :, None], 0
+    )
     places = cache.positions[:, None, None].expand(*cache.k.shape[:4]) if cache.positions.ndim == 2 else cache.positions
-    return CompressedKV(KVCache(take(cache.k), take(cache.v), full, pre_rope=cache.pre_rope, positions=places.gather(3, index)), index)
+    return CompressedKV(
+        KVCache(take(cache.k), take(cache.v), full, pre_rope=cache.pre_rope, positions=places.gather(3, index)), index
+    )
 
 def _blind_score(cache, at, budget, method, crop, seed, per): # the controls look at positions only
-    rank = at.long().cumsum(1) - 1                                                           # 0, 1, 2 ... over the candidates
+    # 0, 1, 2 ... over the candidates
+    rank = at.long().cumsum(1) - 1
     if method == "crop": return (-rank if crop == "first" else rank).double()[:, None, None].expand(*cache.k.shape[:4])
     if method == "uniform":
         n = at.sum(1, keepdim=True)
-        grid = ((torch.arange(budget, device=at.device)[None] + 0.5)*n/budget).floor().long()  # the middle of each of `budget` equal parts
+        # the middle of each of `budget` equal parts
+        grid = ((torch.arange(budget, device=at.device)[None] + 0.5)*n/budget).floor().long()
         chosen = (rank[:, :, None] == grid[:, None]).any(2) | (n <= budget)
         return chosen.double()[:, None, None].expand(*cache.k.shape[:4])
     generator = torch.Generator().manual_seed(seed)
@@ -155,7 +219,11 @@ def gather_kept(
 ) -> Float[Tensor, "batch layer kv_head budget"]:
     "Weights of the kept tokens, 0 in empty places."
     if weights.ndim == 2: weights = weights[:, None, None].expand(*kept.index.shape[:3], -1)
-    if weights.shape[:3] != kept.index.shape[:3]: raise ValueError(f"weights {tuple(weights.shape)} do not fit kept tokens {tuple(kept.index.shape)}: (batch, layer, kv_head, seq) or (batch, seq)")
+    if weights.shape[:3] != kept.index.shape[:3]:
+        raise ValueError(
+            f"weights {tuple(weights.shape)} do not fit kept tokens {tuple(kept.index.shape)}: (batch, layer, kv_head,"
+            " seq) or (batch, seq)"
+        )
     mask = kept.cache.mask[:, None, None].to(weights.dtype)
     w = weights.gather(3, kept.index)*mask
     if not normalize: return w

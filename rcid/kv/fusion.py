@@ -13,47 +13,64 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 # %% ../../nbs/06_kv/07_fusion.ipynb #5a5831c8
-def masked_share(scores: Float[Tensor, "batch teacher"], available: Bool[Tensor, "batch teacher"]) -> Float[Tensor, "batch teacher"]:
+def masked_share(
+    scores: Float[Tensor, "batch teacher"], available: Bool[Tensor, "batch teacher"]
+) -> Float[Tensor, "batch teacher"]:
     "Softmax over the teachers a sample has."
     return torch.where(available, scores.float().masked_fill(~available, -torch.inf).softmax(1), 0)
+
 
 def teacher_prototype(features: Float[Tensor, "n d"]) -> Float[Tensor, "d"]:
     "What a teacher's samples have in common: the mean of their directions."
     return F.normalize(features.float(), dim=1).mean(0)
 
 class Router(nn.Module):
-    "Scores every teacher by the same small MLP of (sample, prototype, their product): the order of the teachers does not matter."
+    """Scores every teacher by the same small MLP of (sample, prototype, their product): the order of the teachers does
+    not matter."""
     def __init__(self, d: int, hidden: int = 64, seed: int = 0):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.net = nn.Sequential(nn.Linear(3 * d, hidden), nn.GELU(), nn.Linear(hidden, 1))
-    def forward(self, features: Float[Tensor, "batch d"], prototypes: Float[Tensor, "teacher d"]) -> Float[Tensor, "batch teacher"]:
+
+    def forward(
+        self, features: Float[Tensor, "batch d"], prototypes: Float[Tensor, "teacher d"]
+    ) -> Float[Tensor, "batch teacher"]:
         x = F.normalize(features.float(), dim=1)[:, None].expand(-1, len(prototypes), -1)
         p = F.normalize(prototypes.float(), dim=1).expand_as(x)
         return self.net(torch.cat([x, p, x * p], -1)).squeeze(-1)
 
+
 def router_regulariser(
-    weights: Float[Tensor, "batch teacher"], available: Bool[Tensor, "batch teacher"],
-    entropy: float = 0.,      # weight of the mean entropy in nats: above 0 decisive routing, below 0 even routing
-    load: float = .01         # weight of the load imbalance: sum over teachers of (share / fair share - 1)^2 times fair share
+    weights: Float[Tensor, "batch teacher"],
+    available: Bool[Tensor, "batch teacher"],
+    entropy: float = 0.0,  # weight of the mean entropy in nats: above 0 decisive routing, below 0 even routing
+    load: float = 0.01,  # weight of the load imbalance: sum over teachers of (share / fair share - 1)^2 times fair share
 ) -> Float[Tensor, ""]:
     "Keeps a router from going to one teacher for everything, or to all for each."
     fair = (available / available.sum(1, keepdim=True)).mean(0)
     imbalance = torch.where(fair > 0, (weights.mean(0) - fair).square() / torch.where(fair > 0, fair, 1), 0).sum()
-    return entropy * torch.special.entr(torch.where(weights > 0, weights, 1)).sum(1).mean() + load * imbalance      # at 0 its slope is infinite, and a missing teacher is there
+    # at 0 its slope is infinite, and a missing teacher is there
+    return entropy * torch.special.entr(torch.where(weights > 0, weights, 1)).sum(1).mean() + load * imbalance
+
 
 @torch.no_grad()
 def routing_report(weights: Float[Tensor, "batch teacher"], available: Bool[Tensor, "batch teacher"]) -> dict:
     "Mean weight, share of samples led and share of samples available, per teacher; mean entropy in nats."
     lead = F.one_hot(weights.argmax(1), weights.shape[1]).float().mean(0)
-    return dict(weight=weights.mean(0).tolist(), leads=lead.tolist(), available=available.float().mean(0).tolist(), entropy=float(torch.special.entr(weights).sum(1).mean()))
+    return dict(
+        weight=weights.mean(0).tolist(),
+        leads=lead.tolist(),
+        available=available.float().mean(0).tolist(),
+        entropy=float(torch.special.entr(weights).sum(1).mean()),
+    )
 
 # %% ../../nbs/06_kv/07_fusion.ipynb #9e61801f
 def _vote(targets, present, student, vote: str):
     "(fused, weight of each teacher averaged over coordinates), with `present` (teacher, batch, seq)."
     student, place = student.detach().float(), [p[:, None, None, :, None] for p in present]
-    sign = [torch.where(p, (student - t).sign(), 0) for t, p in zip(targets, place)]      # closed-form gradient of the squared distance
+    # closed-form gradient of the squared distance
+    sign = [torch.where(p, (student - t).sign(), 0) for t, p in zip(targets, place)]
     majority = sum(sign).sign()
     agrees = [((s == majority) | (majority == 0)) & p for s, p in zip(sign, place)]
     if vote == "teacher":
@@ -63,7 +80,8 @@ def _vote(targets, present, student, vote: str):
         counts = counts | ~counts.any(0)
         agrees = [c[:, None, None, None, None] & p.expand_as(student) for c, p in zip(counts, place)]
         some = sum(a.int() for a in agrees) > 0
-        agrees = [torch.where(some, a, p) for a, p in zip(agrees, place)]                 # a token that only outvoted teachers have keeps them
+        # a token that only outvoted teachers have keeps them
+        agrees = [torch.where(some, a, p) for a, p in zip(agrees, place)]
     n = sum(a.float() for a in agrees).clamp_min(1)
     fused = sum(torch.where(a, t, 0) for a, t in zip(agrees, targets)) / n
     weights = torch.stack([(a / n).mean((1, 2, 4)) for a in agrees])                      # teacher batch seq
@@ -76,57 +94,99 @@ class Fused(NamedTuple):
     mask: Bool[Tensor, "batch seq"]
     weights: Float[Tensor, "batch teacher"]
 
+
 def fuse(
-    targets: Sequence[Float[Tensor, "batch layer kv_head seq head_dim"]],    # each teacher's aligned keys (or values); detached
-    masks: Sequence[Bool[Tensor, "batch seq"]],                              # their valid tokens; all False: the teacher has no such sample
-    how: str = "fixed",                                                      # fixed | similarity | learnable | govern
+    targets: Sequence[
+        Float[Tensor, "batch layer kv_head seq head_dim"]
+    ],  # each teacher's aligned keys (or values); detached
+    masks: Sequence[Bool[Tensor, "batch seq"]],  # their valid tokens; all False: the teacher has no such sample
+    how: str = "fixed",  # fixed | similarity | learnable | govern
     *,
-    weights: Sequence[float] | None = None,                                  # fixed: one per teacher, none: equal
-    features: Float[Tensor, "batch d"] | None = None,                        # similarity, learnable: what a sample is
-    prototypes: Float[Tensor, "teacher d"] | None = None,                    # similarity, learnable: what a teacher is; see `teacher_prototype`
-    temperature: float = .1,                                                 # similarity: > 0
-    router: Router | None = None,                                            # learnable
-    student: Float[Tensor, "batch layer kv_head seq head_dim"] | None = None,  # govern: the student's own keys (or values)
-    vote: str = "coordinate"                                                 # govern: coordinate | teacher
+    weights: Sequence[float] | None = None,  # fixed: one per teacher, none: equal
+    features: Float[Tensor, "batch d"] | None = None,  # similarity, learnable: what a sample is
+    prototypes: (
+        Float[Tensor, "teacher d"] | None
+    ) = None,  # similarity, learnable: what a teacher is; see `teacher_prototype`
+    temperature: float = 0.1,  # similarity: > 0
+    router: Router | None = None,  # learnable
+    student: (
+        Float[Tensor, "batch layer kv_head seq head_dim"] | None
+    ) = None,  # govern: the student's own keys (or values)
+    vote: str = "coordinate",  # govern: coordinate | teacher
 ) -> Fused:
     "One target from several teachers; only a router receives gradients."
     n = len(targets)
-    if not n or len(masks) != n: raise ValueError(f"fuse: {n} teachers and {len(masks)} masks: needs one mask each, and at least one teacher")
+    if not n or len(masks) != n:
+        raise ValueError(f"fuse: {n} teachers and {len(masks)} masks: needs one mask each, and at least one teacher")
     for i, (t, m) in enumerate(zip(targets, masks)):
         if t.ndim != 5 or t.shape != targets[0].shape or tuple(m.shape) != (t.shape[0], t.shape[3]):
-            raise ValueError(f"fuse: teacher {i} has targets {tuple(t.shape)} and mask {tuple(m.shape)}, the first teacher {tuple(targets[0].shape)}: align all to the student first")
+            raise ValueError(
+                f"fuse: teacher {i} has targets {tuple(t.shape)} and mask {tuple(m.shape)}, the first teacher"
+                f" {tuple(targets[0].shape)}: align all to the student first"
+            )
     present = torch.stack([m.bool() for m in masks])
     available = present.any(2).T
-    if not available.any(1).all(): raise ValueError(f"fuse: no teacher is left for sample {int((~available.any(1)).nonzero()[0, 0])}: drop the sample, or add a teacher that has it")
+    if not available.any(1).all():
+        raise ValueError(
+            f"fuse: no teacher is left for sample {int((~available.any(1)).nonzero()[0, 0])}: drop the sample, or add a"
+            " teacher that has it"
+        )
     targets = [torch.where(p[:, None, None, :, None], t.detach().float(), 0) for t, p in zip(targets, present)]
     for i, t in enumerate(targets):
-        if not t.isfinite().all(): raise ValueError(f"fuse: teacher {i} has NaN or infinite targets: mask them or run it in another precision")
+        if not t.isfinite().all():
+            raise ValueError(f"fuse: teacher {i} has NaN or infinite targets: mask them or run it in another precision")
     if how == "govern":
-        if vote not in ("coordinate", "teacher"): raise ValueError(f"fuse: unknown vote={vote!r}, use coordinate or teacher")
-        if student is None or student.shape != targets[0].shape: raise ValueError(f"fuse: govern needs the student's tensor of shape {tuple(targets[0].shape)} (student=)")
+        if vote not in ("coordinate", "teacher"):
+            raise ValueError(f"fuse: unknown vote={vote!r}, use coordinate or teacher")
+        if student is None or student.shape != targets[0].shape:
+            raise ValueError(f"fuse: govern needs the student's tensor of shape {tuple(targets[0].shape)} (student=)")
         seen = present.any(0)
-        fused, each = _vote(targets, present, torch.where(seen[:, None, None, :, None], student.detach().float(), 0), vote)
+        fused, each = _vote(
+            targets, present, torch.where(seen[:, None, None, :, None], student.detach().float(), 0), vote
+        )
     else:
         w = _sample_weights(how, n, available, weights, features, prototypes, temperature, router)
         each = w.T[:, :, None] * present
         total = each.sum(0)
-        seen = total > 0                                                                  # a token that only teachers of weight 0 have is no target
+        # a token that only teachers of weight 0 have is no target
+        seen = total > 0
         each = each / torch.where(seen, total, 1.)
         fused = sum(t * e[:, None, None, :, None] for t, e in zip(targets, each))
     return Fused(fused, seen, (each.sum(2) / seen.sum(1).clamp_min(1)).T)
 
-def _sample_weights(how, n, available, weights, features, prototypes, temperature, router) -> Float[Tensor, "batch teacher"]:
+
+def _sample_weights(
+    how, n, available, weights, features, prototypes, temperature, router
+) -> Float[Tensor, "batch teacher"]:
     if how == "fixed":
         weights = [1.] * n if weights is None else list(weights)
-        if len(weights) != n or min(weights) < 0 or not 0 < sum(weights) < float("inf"): raise ValueError(f"fuse: fixed weights {weights} for {n} teachers: needs {n} that are not negative, one above 0")
+        if len(weights) != n or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
+            raise ValueError(
+                f"fuse: fixed weights {weights} for {n} teachers: needs {n} that are not negative, one above 0"
+            )
         w = torch.tensor(weights, dtype=torch.float32, device=available.device) * available
-        if (w.sum(1) == 0).any(): raise ValueError(f"fuse: the teachers of sample {int((w.sum(1) == 0).nonzero()[0, 0])} all have weight 0: drop the sample, or give one of them a weight")
+        if (w.sum(1) == 0).any():
+            raise ValueError(
+                f"fuse: the teachers of sample {int((w.sum(1) == 0).nonzero()[0, 0])} all have weight 0: drop the"
+                " sample, or give one of them a weight"
+            )
         return w / w.sum(1, keepdim=True)
-    if how not in ("similarity", "learnable"): raise ValueError(f"fuse: unknown how={how!r}, use fixed, similarity, learnable or govern")
-    if features is None or prototypes is None or len(features) != len(available) or len(prototypes) != n or features.shape[1] != prototypes.shape[1]:
+    if how not in ("similarity", "learnable"):
+        raise ValueError(f"fuse: unknown how={how!r}, use fixed, similarity, learnable or govern")
+    if (
+        features is None
+        or prototypes is None
+        or len(features) != len(available)
+        or len(prototypes) != n
+        or features.shape[1] != prototypes.shape[1]
+    ):
         raise ValueError(f"fuse: {how} needs features (batch {len(available)}, d) and prototypes ({n} teachers, d)")
     if how == "learnable":
         if router is None: raise ValueError("fuse: learnable needs router=Router(d)")
         return masked_share(router(features.detach(), prototypes.detach()), available)
     if temperature <= 0: raise ValueError(f"fuse: temperature={temperature} must be above 0")
-    return masked_share(F.cosine_similarity(features.detach().float()[:, None], prototypes.detach().float()[None], dim=-1) / temperature, available)
+    return masked_share(
+        F.cosine_similarity(features.detach().float()[:, None], prototypes.detach().float()[None], dim=-1)
+        / temperature,
+        available,
+    )

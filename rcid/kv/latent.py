@@ -23,56 +23,96 @@ def with_latents(
     if n < 0: raise ValueError(f"with_latents: {n} latent places: the number must not be negative")
     rows, segments = [], []
     for ids, (p, r, a, end) in zip(data.input_ids, data.segments.tolist()):
-        if (ids[p:end] == latent_id).any(): raise ValueError(f"with_latents: token {latent_id} occurs in a problem: choose one that no text uses, e.g. a reserved special token")
+        if (ids[p:end] == latent_id).any():
+            raise ValueError(
+                f"with_latents: token {latent_id} occurs in a problem: choose one that no text uses, e.g. a reserved"
+                " special token"
+            )
         rows.append(torch.cat([ids[p:r], ids.new_full((n,), latent_id), ids[a:end]]))
         segments.append([0, r - p, r - p + n, r - p + n + end - a])
     segments = torch.tensor(segments, device=data.segments.device)
     mask = torch.arange(int(segments[:, 3].max()), device=segments.device) < segments[:, 3, None]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return ReasoningDataset(ids, mask.long(), segments, data.cue_pos - data.segments[:, 2] + segments[:, 2], data.problems)
+    return ReasoningDataset(
+        ids, mask.long(), segments, data.cue_pos - data.segments[:, 2] + segments[:, 2], data.problems
+    )
 
 # %% ../../nbs/06_kv/08_latent.ipynb #e209f5ef
 class _Trunk(nn.Module):
     "The trunk of a model, whose latent places are filled before the last pass."
     def __init__(self, trunk: nn.Module, latent_id: int, iterations: int):
         super().__init__()
-        self.embed_tokens, self.layers, self.norm, self.rotary_emb = trunk.embed_tokens, trunk.layers, trunk.norm, trunk.rotary_emb
-        self.trunk, self.latent_id, self.iterations = (trunk,), latent_id, iterations      # in a tuple: its parameters are already there, under the names they have in the model
+        self.embed_tokens, self.layers, self.norm, self.rotary_emb = (
+            trunk.embed_tokens,
+            trunk.layers,
+            trunk.norm,
+            trunk.rotary_emb,
+        )
+        # in a tuple: its parameters are already there, under the names they have in the model
+        self.trunk, self.latent_id, self.iterations = (trunk,), latent_id, iterations
 
     def thoughts(self, at, input_ids, attention_mask, position_ids) -> Float[Tensor, "batch seq d_model"]:
         "The input of every place: embeddings of words, hidden states where `at`."
-        if at[:, 0].any(): raise ValueError(f"row {int(at[:, 0].nonzero()[0])} begins with a latent place: a thought needs a token before it")
+        if at[:, 0].any():
+            raise ValueError(
+                f"row {int(at[:, 0].nonzero()[0])} begins with a latent place: a thought needs a token before it"
+            )
         words = self.embed_tokens(input_ids)
         with in_memory(self.embed_tokens) as embed:
             size = torch.linalg.vector_norm(embed.weight.detach(), dtype=torch.float32) / embed.weight.numel()**.5
         x = words
-        for _ in range(self.iterations):                                                   # whole rows, so that a hook finds its position in every pass
-            h = self.trunk[0](inputs_embeds=x, attention_mask=attention_mask, position_ids=position_ids, use_cache=False).last_hidden_state[:, :-1]
+        # whole rows, so that a hook finds its position in every pass
+        for _ in range(self.iterations):
+            h = self.trunk[0](
+                inputs_embeds=x, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            ).last_hidden_state[:, :-1]
             h = (size * nn.functional.rms_norm(h.float(), h.shape[-1:])).to(words.dtype)
             x = torch.where(at[..., None], nn.functional.pad(h, (0, 0, 1, 0)), words)
         return x
 
-    def forward(self, input_ids: Int[Tensor, "batch seq"], attention_mask=None, position_ids=None, past_key_values=None, use_cache=False):
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        use_cache=False,
+    ):
         at = input_ids == self.latent_id
-        if not at.any() or not self.iterations: kw = dict(input_ids=input_ids)
-        elif past_key_values is not None: raise ValueError("latent places after a cache: give question and places in one pass")
-        else: kw = dict(inputs_embeds=self.thoughts(at, input_ids, attention_mask, position_ids))
-        return self.trunk[0](**kw, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache)
+        if not at.any() or not self.iterations:kw = dict(input_ids=input_ids)
+        elif past_key_values is not None:raise ValueError("latent places after a cache: give question and places in one pass")
+        else:
+            kw = dict(inputs_embeds=self.thoughts(at, input_ids, attention_mask, position_ids))
+        return self.trunk[0](
+            **kw,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        )
+
 
 class LatentModel(nn.Module):
-    "A causal language model that fills latent places by Jacobi iterations; it shares the weights of `plain`, and saves as it."
+    """A causal language model that fills latent places by Jacobi iterations; it shares the weights of `plain`, and
+    saves as it."""
     def __init__(self,
         plain: nn.Module,      # of any family that has an adapter; not modified
         latent_id: int,        # the token that marks a place
         iterations: int        # T >= 0; 0: a place is the embedding of its token (a pause token)
     ):
         super().__init__()
-        if iterations < 0 or not 0 <= latent_id < get_adapter(plain).vocab: raise ValueError(f"LatentModel: {iterations} iterations with token {latent_id}: needs at least 0, and a token below {get_adapter(plain).vocab}")
+        if iterations < 0 or not 0 <= latent_id < get_adapter(plain).vocab:
+            raise ValueError(
+                f"LatentModel: {iterations} iterations with token {latent_id}: needs at least 0, and a token below"
+                f" {get_adapter(plain).vocab}"
+            )
         self.model, self.lm_head, self.plain = _Trunk(plain.model, latent_id, iterations), plain.lm_head, (plain,)
 
     def __getattr__(self, name):
-        try: return super().__getattr__(name)
-        except AttributeError: return getattr(self.plain[0], name)                         # config, dtype, device, save_pretrained ...
+        try:return super().__getattr__(name)
+        # config, dtype, device, save_pretrained ...
+        except AttributeError:
+            return getattr(self.plain[0], name)
 
     def several_passes(self, input_ids: Int[Tensor, "batch seq"]) -> bool:
         "Does this input take more than one pass? Then a run cannot be restarted at a layer (`causal_effects`)."

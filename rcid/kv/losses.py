@@ -20,39 +20,57 @@ from .aligner import causal_visible, kv_attention
 # %% ../../nbs/06_kv/06_losses.ipynb #fa03e791
 def uniform_weights(mask: Bool[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
     "The same weight for every valid token of a sample."
-    if not (n := mask.sum(1, keepdim=True)).all(): raise ValueError(f"kv losses: sample {int((n == 0).nonzero()[0, 0])} has no valid tokens: leave it out of the batch")
+    if not (n := mask.sum(1, keepdim=True)).all():
+        raise ValueError(
+            f"kv losses: sample {int((n == 0).nonzero()[0, 0])} has no valid tokens: leave it out of the batch"
+        )
     return mask.float() / n
 
-def normalised_weights(weights: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
+
+def normalised_weights(
+    weights: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
+) -> Float[Tensor, "batch seq"]:
     "Non-negative weights made to sum to 1 over each sample's valid tokens, detached."
     uniform_weights(mask)
     w = torch.where(mask.bool(), weights.detach().float(), 0)
-    if not w.isfinite().all() or (w < 0).any(): raise ValueError("kv losses: attention weights must be finite and not negative")
+    if not w.isfinite().all() or (w < 0).any():
+        raise ValueError("kv losses: attention weights must be finite and not negative")
     total = w.sum(1, keepdim=True)
-    if (total == 0).any(): raise ValueError(f"kv losses: sample {int((total == 0).nonzero()[0, 0])} has no attention on any valid token: use plain weights for it")
+    if (total == 0).any():
+        raise ValueError(
+            f"kv losses: sample {int((total == 0).nonzero()[0, 0])} has no attention on any valid token: use plain"
+            " weights for it"
+        )
     return w / total
 
+
 def attention_weights(
-    attention: Float[Tensor, "batch *rest"],                            # (b,h,q,k), (b,q,k) or (b,k); several layers: take their mean first
-    mask: Bool[Tensor, "batch seq_k"],                                  # valid keys
-    visible: Bool[Tensor, "batch seq_q seq_k"] | None = None            # which query sees which key; none: causal
+    attention: Float[Tensor, "batch *rest"],  # (b,h,q,k), (b,q,k) or (b,k); several layers: take their mean first
+    mask: Bool[Tensor, "batch seq_k"],  # valid keys
+    visible: Bool[Tensor, "batch seq_q seq_k"] | None = None,  # which query sees which key; none: causal
 ) -> Float[Tensor, "batch seq_k"]:
     "Mean attention each key gets from the queries that can see it, summing to 1 per sample; detached."
     a = attention.detach().float()
     if a.ndim not in (2, 3, 4) or (a.shape[0], a.shape[-1]) != tuple(mask.shape):
-        raise ValueError(f"attention_weights: attention {tuple(attention.shape)} and mask {tuple(mask.shape)}: needs (b,h,q,k), (b,q,k) or (b,k)")
+        raise ValueError(
+            f"attention_weights: attention {tuple(attention.shape)} and mask {tuple(mask.shape)}: needs (b,h,q,k),"
+            " (b,q,k) or (b,k)"
+        )
     if a.ndim == 4: a = a.mean(1)
     if a.ndim == 3:
         see = causal_visible(mask, a.shape[1]) if visible is None else visible
         a = torch.where(see, a, 0).sum(1) / see.sum(1).clamp_min(1)
     return normalised_weights(a, mask)
 
+
 def gather_weights(
     weights: Float[Tensor, "batch seq"],
-    kept: Int[Tensor, "batch kept"], kept_mask: Bool[Tensor, "batch kept"]   # the indices with which keys and values were compressed
+    kept: Int[Tensor, "batch kept"],
+    kept_mask: Bool[Tensor, "batch kept"],  # the indices with which keys and values were compressed
 ) -> Float[Tensor, "batch kept"]:
     "Weights of the kept tokens, summing to 1 again."
     return normalised_weights(weights.gather(1, kept), kept_mask)
+
 
 @dataclass(frozen=True)
 class AttentionWeighting:
@@ -60,8 +78,20 @@ class AttentionWeighting:
     source: str = "teacher"      # teacher | student | none
     warmup: int = 0              # steps
     def __post_init__(self):
-        if self.source not in ("teacher", "student", "none") or self.warmup < 0: raise ValueError(f"AttentionWeighting: source={self.source!r}, warmup={self.warmup}: use teacher, student or none, and at least 0 steps")
-    def __call__(self, step: int, mask: Tensor, teacher: Tensor | None = None, student: Tensor | None = None, visible: Tensor | None = None) -> Float[Tensor, "batch seq"]:
+        if self.source not in ("teacher", "student", "none") or self.warmup < 0:
+            raise ValueError(
+                f"AttentionWeighting: source={self.source!r}, warmup={self.warmup}: use teacher, student or none, and"
+                " at least 0 steps"
+            )
+
+    def __call__(
+        self,
+        step: int,
+        mask: Tensor,
+        teacher: Tensor | None = None,
+        student: Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> Float[Tensor, "batch seq"]:
         attention = dict(teacher=teacher, student=student, none=None)[self.source]
         if self.source == "none" or step < self.warmup: return uniform_weights(mask)
         if attention is None: raise ValueError(f"AttentionWeighting: the {self.source}'s attention was not given")
@@ -70,25 +100,42 @@ class AttentionWeighting:
 # %% ../../nbs/06_kv/06_losses.ipynb #458c4167
 def _pair(student: Tensor, target: Tensor, mask: Tensor):
     if student.ndim != 5 or student.shape != target.shape or (student.shape[0], student.shape[3]) != tuple(mask.shape):
-        raise ValueError(f"kv losses: student {tuple(student.shape)}, target {tuple(target.shape)} and mask {tuple(mask.shape)}: needs (batch, layer, kv_head, seq, head_dim) twice and (batch, seq); align first")
-    place = mask.bool()[:, None, None, :, None]                # padding may hold NaN: cut it out before any arithmetic, so that gradients stay finite
+        raise ValueError(
+            f"kv losses: student {tuple(student.shape)}, target {tuple(target.shape)} and mask {tuple(mask.shape)}:"
+            " needs (batch, layer, kv_head, seq, head_dim) twice and (batch, seq); align first"
+        )
+    # padding may hold NaN: cut it out before any arithmetic, so that gradients stay finite
+    place = mask.bool()[:, None, None, :, None]
     return torch.where(place, student.float(), 0), torch.where(place, target.detach().float(), 0)
 
-def token_mean(error: Float[Tensor, "batch layer head seq"], mask: Bool[Tensor, "batch seq"], weights: Float[Tensor, "batch seq"] | None = None) -> Float[Tensor, ""]:
+
+def token_mean(
+    error: Float[Tensor, "batch layer head seq"],
+    mask: Bool[Tensor, "batch seq"],
+    weights: Float[Tensor, "batch seq"] | None = None,
+) -> Float[Tensor, ""]:
     "Mean over layers and heads, weighted mean over each sample's tokens, mean over samples."
     w = uniform_weights(mask) if weights is None else normalised_weights(weights, mask)
     return (torch.where(mask.bool(), error.mean((1, 2)), 0) * w).sum(1).mean()
 
-def layer_deviation(target: Float[Tensor, "batch layer kv_head seq head_dim"], mask: Bool[Tensor, "batch seq"]) -> Float[Tensor, "layer"]:
+
+def layer_deviation(
+    target: Float[Tensor, "batch layer kv_head seq head_dim"], mask: Bool[Tensor, "batch seq"]
+) -> Float[Tensor, "layer"]:
     "Standard deviation of each layer's targets over all valid tokens of a batch."
     return target.float().permute(1, 0, 3, 2, 4)[:, mask.bool()].flatten(1).std(1).clamp_min(1e-6)
 
+
 def kv_regression(
-    student: Float[Tensor, "batch layer kv_head seq head_dim"], target: Float[Tensor, "batch layer kv_head seq head_dim"],
-    mask: Bool[Tensor, "batch seq"], weights: Float[Tensor, "batch seq"] | None = None,
-    kind: str = "mse",                # mse | smooth_l1
-    layer_std: bool = False,          # differences in units of the target's standard deviation in that layer
-    std: Float[Tensor, "layer"] | None = None  # that deviation, where these rows are a part of a batch; None: of these rows
+    student: Float[Tensor, "batch layer kv_head seq head_dim"],
+    target: Float[Tensor, "batch layer kv_head seq head_dim"],
+    mask: Bool[Tensor, "batch seq"],
+    weights: Float[Tensor, "batch seq"] | None = None,
+    kind: str = "mse",  # mse | smooth_l1
+    layer_std: bool = False,  # differences in units of the target's standard deviation in that layer
+    std: (
+        Float[Tensor, "layer"] | None
+    ) = None,  # that deviation, where these rows are a part of a batch; None: of these rows
 ) -> Float[Tensor, ""]:
     "Squared or smooth L1 distance of keys (or values)."
     if kind not in ("mse", "smooth_l1"): raise ValueError(f"kv_regression: unknown kind={kind!r}, use mse or smooth_l1")
@@ -98,6 +145,7 @@ def kv_regression(
         s, t = (x / std[:, None, None, None] for x in (s, t))
     error = (s - t).square() if kind == "mse" else F.smooth_l1_loss(s, t, reduction="none")
     return token_mean(error.mean(-1), mask, weights)
+
 
 def kv_cosine(student, target, mask, weights=None) -> Float[Tensor, ""]:
     "1 - cosine, by token and head; arguments as in `kv_regression`."
@@ -113,7 +161,8 @@ class MercatorKVLoss:
 
 # %% ../../nbs/06_kv/06_losses.ipynb #73962107
 def attention_kl(q_s, k_s, q_t, k_t, mask, temperature: float = 1., visible=None) -> Float[Tensor, ""]:
-    "KL of the teacher's attention over keys from the student's: mean over layers, heads and queries of a sample, then over samples."
+    """KL of the teacher's attention over keys from the student's: mean over layers, heads and queries of a sample, then
+    over samples."""
     uniform_weights(mask)
     n = q_s.shape[3]
     last = mask.bool()[:, -n:, None]
@@ -122,20 +171,28 @@ def attention_kl(q_s, k_s, q_t, k_t, mask, temperature: float = 1., visible=None
     log_p = kv_attention(clean(q_t.detach(), last), clean(k_t.detach(), place), mask, temperature, visible, log=True)
     log_q = kv_attention(clean(q_s, last), clean(k_s, place), mask, temperature, visible, log=True)
     seen = log_p != -torch.inf                                        # not ">": NaN of a broken teacher must be seen
-    kl = torch.where(seen, log_p.exp() * (torch.where(seen, log_p, 0) - torch.where(seen, log_q, 0)), 0).sum(-1).mean((1, 2))
+    kl = (
+        torch.where(seen, log_p.exp() * (torch.where(seen, log_p, 0) - torch.where(seen, log_q, 0)), 0)
+        .sum(-1)
+        .mean((1, 2))
+    )
     rows = (causal_visible(mask, n) if visible is None else visible & mask.bool()[:, None]).any(-1)
     return ((kl * rows).sum(1) / rows.sum(1).clamp_min(1)).mean()
 
 @dataclass(frozen=True)
 class StructuralKVLoss:
-    "Keys, values, and the attention they give rise to; every part on its own, and their weighted sum `total`. A part with weight 0 is not computed."
+    """Keys, values, and the attention they give rise to; every part on its own, and their weighted sum `total`. A part
+    with weight 0 is not computed."""
     a_k: float = 1.
     a_v: float = 1.
     a_attn: float = 1.
     a_norm: float = 0.
     temperature: float = 1.
     def __call__(self, k_s, v_s, k_t, v_t, mask, weights=None, q_s=None, q_t=None, visible=None) -> dict[str, Tensor]:
-        if self.a_attn and (q_s is None or q_t is None): raise ValueError("StructuralKVLoss: the attention part needs the queries of both sides (q_s, q_t), or a_attn=0")
+        if self.a_attn and (q_s is None or q_t is None):
+            raise ValueError(
+                "StructuralKVLoss: the attention part needs the queries of both sides (q_s, q_t), or a_attn=0"
+            )
         parts = {}
         if self.a_k: parts["k"] = kv_cosine(k_s, k_t, mask, weights)
         if self.a_v: parts["v"] = kv_cosine(v_s, v_t, mask, weights)
@@ -148,28 +205,42 @@ class StructuralKVLoss:
 
 # %% ../../nbs/06_kv/06_losses.ipynb #d7ae4379
 def cka_loss(
-    student: Float[Tensor, "batch layer kv_head_s seq d_s"], target: Float[Tensor, "batch layer kv_head_t seq d_t"],   # same layers (mapped), same places
+    student: Float[Tensor, "batch layer kv_head_s seq d_s"],
+    target: Float[Tensor, "batch layer kv_head_t seq d_t"],  # same layers (mapped), same places
     mask: Bool[Tensor, "batch seq"],
-    layers: str | Sequence[int] = "middle"         # middle | last | indices
+    layers: str | Sequence[int] = "middle",  # middle | last | indices
 ) -> Float[Tensor, ""]:
-    "1 - debiased CKA of all heads' keys (or values) over the batch's tokens, mean over layers (Kornblith et al., 1905.00414); at least 4 tokens."
+    """1 - debiased CKA of all heads' keys (or values) over the batch's tokens, mean over layers (Kornblith et al.,
+    1905.00414); at least 4 tokens."""
     n = student.shape[1]
     if target.shape[1] != n: raise ValueError(f"cka_loss: {n} and {target.shape[1]} layers: map the layers first")
-    if isinstance(layers, str) and layers not in ("middle", "last"): raise ValueError(f"cka_loss: unknown layers={layers!r}, use middle, last or a list of indices")
+    if isinstance(layers, str) and layers not in ("middle", "last"):
+        raise ValueError(f"cka_loss: unknown layers={layers!r}, use middle, last or a list of indices")
     at = [n // 2] if layers == "middle" else [n - 1] if layers == "last" else list(layers)
     if not at or not all(0 <= l < n for l in at): raise ValueError(f"cka_loss: layers {at} must lie in 0..{n-1}")
     rows = lambda x, l: x[:, l].transpose(1, 2)[mask.bool()].flatten(1).float()
     return torch.stack([1 - linear_cka(rows(student, l), rows(target.detach(), l)) for l in at]).mean()
 
+
 def codi_loss(
-    student: Float[Tensor, "batch layer d_model"], teacher: Float[Tensor, "batch layer d_model"],
-    std: Float[Tensor, "layer"] | None = None      # the teacher's standard deviation, where these rows are a part of a batch; None: of these rows
+    student: Float[Tensor, "batch layer d_model"],
+    teacher: Float[Tensor, "batch layer d_model"],
+    std: (
+        Float[Tensor, "layer"] | None
+    ) = None,  # the teacher's standard deviation, where these rows are a part of a batch; None: of these rows
 ) -> Float[Tensor, ""]:
-    "Smooth L1 of hidden states in units of the teacher's standard deviation, mean over layers (CODI, Shen et al., 2502.21074); `KVCourse` gives residuals after each layer, the last one before the final norm (CODI's code: after it)."
-    if student.shape != teacher.shape or student.ndim != 3: raise ValueError(f"codi_loss: hidden states {tuple(student.shape)} and {tuple(teacher.shape)}: needs (batch, layer, d_model) twice")
+    """Smooth L1 of hidden states in units of the teacher's standard deviation, mean over layers (CODI, Shen et al.,
+    2502.21074); `KVCourse` gives residuals after each layer, the last one before the final norm (CODI's code: after
+    it)."""
+    if student.shape != teacher.shape or student.ndim != 3:
+        raise ValueError(
+            f"codi_loss: hidden states {tuple(student.shape)} and {tuple(teacher.shape)}: needs (batch, layer, d_model)"
+            " twice"
+        )
     teacher = teacher.detach().float()
     each = F.smooth_l1_loss(student.float(), teacher, reduction="none").mean((0, 2))
     return (each / (codi_deviation(teacher) if std is None else std)).mean()
+
 
 def codi_deviation(teacher: Float[Tensor, "batch layer d_model"]) -> Float[Tensor, "layer"]:
     "Standard deviation of each layer's hidden states over a batch."
@@ -184,13 +255,21 @@ class LossDiagnosis:
     def table(self) -> str:
         "The rows as text."
         lines = [f"{'part':<12}{'mean':>11}{'std':>11}{'weight':>9}{'share':>8}"]
-        return "\n".join(lines + [f"{r['part']:<12}{r['mean']:>11.4g}{r['std']:>11.3g}{r['weight']:>9.3g}{r['share']:>8.1%}" for r in self.rows])
+        return "\n".join(
+            lines
+            + [
+                f"{r['part']:<12}{r['mean']:>11.4g}{r['std']:>11.3g}{r['weight']:>9.3g}{r['share']:>8.1%}"
+                for r in self.rows
+            ]
+        )
     def figure(self):
         "Mean and standard deviation of each part, and its share of the weighted loss."
         from matplotlib.figure import Figure
         fig, names = Figure(figsize=(7, 1 + .35 * len(self.rows)), layout="constrained"), [r["part"] for r in self.rows]
         left, right = fig.subplots(1, 2, sharey=True)
-        left.errorbar([r["mean"] for r in self.rows], names, xerr=[r["std"] for r in self.rows], fmt="o", color="black", capsize=2)
+        left.errorbar(
+            [r["mean"] for r in self.rows], names, xerr=[r["std"] for r in self.rows], fmt="o", color="black", capsize=2
+        )
         left.set(xlabel="mean and standard deviation, unweighted"); left.invert_yaxis()
         right.barh(names, [100 * r["share"] for r in self.rows], color="0.5")
         right.axvline(50, color="black", linestyle=":", linewidth=1)
@@ -201,16 +280,32 @@ def _advice(rows: list[dict], kv: Sequence[str], cka: str) -> list[str]:
     by, advice = {r["part"]: r for r in rows}, []
     total = sum(r["weight"] * r["mean"] for r in rows if r["weight"])
     for r in rows:
-        if r["not_finite"]: advice.append(f"{r['part']} is not finite on {r['not_finite']} of {r['samples']} samples: find out why before training")
+        if r["not_finite"]:
+            advice.append(
+                f"{r['part']} is not finite on {r['not_finite']} of {r['samples']} samples: find out why before"
+                " training"
+            )
     if not total > 0: return advice + ["the weighted loss is zero: nothing to learn from"]
     if cka in by and by[cka]["weight"] and not .01 <= by[cka]["share"] <= .1 and by[cka]["mean"] > 0:
         rest = total - by[cka]["weight"] * by[cka]["mean"]
-        advice.append(f"{cka} has {by[cka]['share']:.1%} of the loss, 1-10 % is meant" + (f": a weight of {.05 / .95 * rest / by[cka]['mean']:.3g} gives it 5 %" if rest > 0 else ""))
+        advice.append(
+            f"{cka} has {by[cka]['share']:.1%} of the loss, 1-10 % is meant"
+            + (f": a weight of {.05 / .95 * rest / by[cka]['mean']:.3g} gives it 5 %" if rest > 0 else "")
+        )
     share = sum(by[p]["share"] for p in kv if p in by)
-    if share > .5: advice.append(f"the KV loss has {share:.1%} of the loss, above 50 %: " + (f"multiply its weights by {(1 - share) / share:.3g} to give it half" if share < 1 else "it is all there is"))
+    if share > 0.5:
+        advice.append(
+            f"the KV loss has {share:.1%} of the loss, above 50 %: "
+            + (
+                f"multiply its weights by {(1 - share) / share:.3g} to give it half"
+                if share < 1
+                else "it is all there is"
+            )
+        )
     for r in rows:
         plain = by.get(f"{r['part']}_plain")
-        if plain and plain["mean"] > 0: advice.append(f"attention weighting changes {r['part']} by {r['mean'] / plain['mean'] - 1:+.1%}")
+        if plain and plain["mean"] > 0:
+            advice.append(f"attention weighting changes {r['part']} by {r['mean'] / plain['mean'] - 1:+.1%}")
     return advice or ["the scales are in order"]
 
 def _mean_std(x: Tensor, n: Tensor) -> tuple[float, float]: # of means over n rows each: a short last batch weighs less
@@ -218,12 +313,14 @@ def _mean_std(x: Tensor, n: Tensor) -> tuple[float, float]: # of means over n ro
     mean = (x * n).sum() / n.sum()
     return float(mean), float(((x - mean).square() * n).sum().div(n.sum()).mul(len(x) / (len(x) - 1)).sqrt())
 
+
 @torch.no_grad()
 def diagnose_losses(
-    compute: Callable[[object], dict],          # one sample (or batch) -> its unweighted parts by name
-    samples: Iterable,                          # at least 2; a list of rows weighs as many as it has, anything else the same
-    weights: dict[str, float],                  # of the parts that are trained on; others are only reported
-    kv: Sequence[str] = ("kv", "k", "v", "attn", "norm"), cka: str = "cka"     # which parts are the KV loss, and which is the CKA loss
+    compute: Callable[[object], dict],  # one sample (or batch) -> its unweighted parts by name
+    samples: Iterable,  # at least 2; a list of rows weighs as many as it has, anything else the same
+    weights: dict[str, float],  # of the parts that are trained on; others are only reported
+    kv: Sequence[str] = ("kv", "k", "v", "attn", "norm"),
+    cka: str = "cka",  # which parts are the KV loss, and which is the CKA loss
 ) -> LossDiagnosis:
     "Mean, standard deviation and weighted share of every part of a loss, with advice."
     samples = list(samples)
@@ -231,13 +328,25 @@ def diagnose_losses(
     counts = torch.tensor([len(s) if isinstance(s, (list, tuple)) else 1 for s in samples], dtype=torch.float64)
     if len(parts) < 2: raise ValueError(f"diagnose_losses: {len(parts)} samples, at least 2 are needed")
     if any(set(p) != set(parts[0]) for p in parts) or (missing := set(weights) - set(parts[0])):
-        raise ValueError(f"diagnose_losses: the samples have parts {sorted(set().union(*parts))}, the weights name {sorted(weights)}: every sample needs the same parts, and each weight its part")
+        raise ValueError(
+            f"diagnose_losses: the samples have parts {sorted(set().union(*parts))}, the weights name"
+            f" {sorted(weights)}: every sample needs the same parts, and each weight its part"
+        )
     rows = []
     for name in parts[0]:
         x = torch.tensor([p[name] for p in parts], dtype=torch.float64)
         good, n = x[x.isfinite()], counts[x.isfinite()]
         mean, std = _mean_std(good, n) if len(good) else (0., 0.)
-        rows.append(dict(part=name, mean=mean, std=std, weight=float(weights.get(name, 0)), samples=len(x), not_finite=len(x) - len(good)))
+        rows.append(
+            dict(
+                part=name,
+                mean=mean,
+                std=std,
+                weight=float(weights.get(name, 0)),
+                samples=len(x),
+                not_finite=len(x) - len(good),
+            )
+        )
     total = sum(r["weight"] * r["mean"] for r in rows)
     for r in rows: r["share"] = r["weight"] * r["mean"] / total if total > 0 else 0.
     return LossDiagnosis(rows, _advice(rows, kv, cka))

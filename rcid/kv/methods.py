@@ -25,7 +25,8 @@ from .cache import KVCache, forward_kv
 from .compress import compress_kv
 from .latent import LatentModel, with_latents
 from .project import HeadwiseMapProjector
-from .losses import AttentionWeighting, MercatorKVLoss, StructuralKVLoss, cka_loss, codi_deviation, codi_loss, kv_regression, layer_deviation
+from .losses import AttentionWeighting, MercatorKVLoss, StructuralKVLoss, cka_loss, codi_deviation, codi_loss
+from .losses import kv_regression, layer_deviation
 from .rope import rope_of
 from .warp import TimeWarper
 from ..models.adapters import common_vocab, get_adapter
@@ -33,12 +34,14 @@ from ..models.adapters import common_vocab, get_adapter
 # %% ../../nbs/06_kv/09_methods.ipynb #b4f06409
 @dataclass(frozen=True)
 class KVMethod:
-    "Cross-entropy on the answer after latent places and on the teacher's reasoning, plus the terms with a weight above 0."
+    """Cross-entropy on the answer after latent places and on the teacher's reasoning, plus the terms with a weight
+    above 0."""
     latents: int = 6               # M places; 0: the question, then the answer
     a_answer: float = 1.0          # cross-entropy on the answer after the places
     a_cot: float = 1.0             # cross-entropy on reasoning and answer in words
     a_kl: float = 0.0              # KL to the teacher (which read the reasoning) at the tokens of the answer
-    a_codi: float = 0.0            # residuals after each layer (the last one before the final norm) at the last token of the cue
+    # residuals after each layer (the last one before the final norm) at the last token of the cue
+    a_codi: float = 0.0
     a_kv: float = 0.0              # keys and values
     a_cka: float = 0.0             # CKA of keys and values, middle layer
     loss: str = "structural"       # mse | smooth_l1 | mercator | structural
@@ -54,43 +57,90 @@ class KVMethod:
     weights: str = "none"          # none | teacher | student: whose attention weighs the places
     weights_after: int = 0         # plain weights for so many steps
 
-    pairs, swaps, random_sites, fits_late, fits_w, corrupt_kl, reads = False, False, False, False, False, False, "nothing"   # what the trainer asks of any method
+    # what the trainer asks of any method
+    pairs, swaps, random_sites, fits_late, fits_w, corrupt_kl, reads = (
+        False,
+        False,
+        False,
+        False,
+        False,
+        False,
+        "nothing",
+    )
 
     def __post_init__(self):
-        for name, known in (("loss", ("mse", "smooth_l1", "mercator", "structural")), ("projection", ("structured", "flat")), ("time", ("warp", "rkv", "crop", "random", "uniform")), ("places", ("all", "latents")), ("weights", ("none", "teacher", "student"))):
-            if getattr(self, name) not in known: raise ValueError(f"KVMethod: unknown {name}={getattr(self, name)!r}, use {', '.join(known)}")
+        for name, known in (
+            ("loss", ("mse", "smooth_l1", "mercator", "structural")),
+            ("projection", ("structured", "flat")),
+            ("time", ("warp", "rkv", "crop", "random", "uniform")),
+            ("places", ("all", "latents")),
+            ("weights", ("none", "teacher", "student")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"KVMethod: unknown {name}={getattr(self, name)!r}, use {', '.join(known)}")
         if not (self.thinks or self.a_cot): raise ValueError("KVMethod: every weight is 0: nothing to learn from")
         if self.latents < 0: raise ValueError(f"KVMethod: latents={self.latents} must not be negative")
-        if not self.latents and (self.places == "latents" or self.time != "warp"): raise ValueError("KVMethod: latents=0 leaves no places to match: use places='all' and time='warp', or latents above 0")
-        if self.time != "warp" and self.attends: raise ValueError("KVMethod: kept tokens differ between heads, so that they have no attention of their own: use a_attn=0, weights='none', or time='warp'")
+        if not self.latents and (self.places == "latents" or self.time != "warp"):
+            raise ValueError(
+                "KVMethod: latents=0 leaves no places to match: use places='all' and time='warp', or latents above 0"
+            )
+        if self.time != "warp" and self.attends:
+            raise ValueError(
+                "KVMethod: kept tokens differ between heads, so that they have no attention of their own: use a_attn=0,"
+                " weights='none', or time='warp'"
+            )
 
     @property
-    def attends(self) -> bool: return bool(self.a_kv) and (self.weights != "none" or self.loss == "structural" and self.a_attn > 0)
+    def attends(self) -> bool:
+        return bool(self.a_kv) and (self.weights != "none" or self.loss == "structural" and self.a_attn > 0)
 
     @property
-    def matches(self) -> bool: return bool(self.a_kv or self.a_cka)
+    def matches(self) -> bool:
+        return bool(self.a_kv or self.a_cka)
 
     @property
-    def thinks(self) -> bool: return bool(self.a_answer or self.a_kl or self.a_codi or self.matches) # False: only words are trained on
+    # False: only words are trained on
+    def thinks(self) -> bool:
+        return bool(self.a_answer or self.a_kl or self.a_codi or self.matches)
 
     def course(self, student, teacher, data, c: DistillConfig): return KVCourse(self, student, teacher, data, c)
 
     def aligner(self, teacher: nn.Module, student: nn.Module, seed: int) -> MapProjectionAligner:
         "The projector of this variant, before it is fitted."
         shape = lambda m: KVShape(*(getattr(get_adapter(m), f) for f in KVShape._fields))
-        return MapProjectionAligner(shape(teacher), shape(student), self.projection, parts="kvq" if self.attends else "kv", warper=TimeWarper() if self.time == "warp" else None,
-                                    share_dim_proj=self.share_dims, init_uniform=self.init_uniform, seed=seed)
+        return MapProjectionAligner(
+            shape(teacher),
+            shape(student),
+            self.projection,
+            parts="kvq" if self.attends else "kv",
+            warper=TimeWarper() if self.time == "warp" else None,
+            share_dim_proj=self.share_dims,
+            init_uniform=self.init_uniform,
+            seed=seed,
+        )
 
     @property
-    def whole_batch(self) -> bool: return bool(self.a_cka) # a CKA compares the tokens of a batch with one another
+    def whole_batch(self) -> bool:
+        return bool(self.a_cka)  # a CKA compares the tokens of a batch with one another
 
-    def kv_parts(self, own: KVCache, target: AlignedKV, weights: Float[Tensor, "batch seq"] | None = None, std: tuple = (None, None)) -> dict[str, Tensor]:
+    def kv_parts(
+        self,
+        own: KVCache,
+        target: AlignedKV,
+        weights: Float[Tensor, "batch seq"] | None = None,
+        std: tuple = (None, None),
+    ) -> dict[str, Tensor]:
         "Unweighted parts of the KV loss and their `total`, at the places of the target."
         student, teacher, mask = (own.k, own.v), (target.k, target.v), target.mask
         if self.loss == "mercator": return MercatorKVLoss()(*student, *teacher, mask, weights)
-        if self.loss == "structural": return StructuralKVLoss(a_attn=self.a_attn)(*student, *teacher, mask, weights, own.q, target.q)
-        parts = {n: kv_regression(s, t, mask, weights, self.loss, self.layer_std, d) for n, s, t, d in zip("kv", student, teacher, std)}
+        if self.loss == "structural":
+            return StructuralKVLoss(a_attn=self.a_attn)(*student, *teacher, mask, weights, own.q, target.q)
+        parts = {
+            n: kv_regression(s, t, mask, weights, self.loss, self.layer_std, d)
+            for n, s, t, d in zip("kv", student, teacher, std)
+        }
         return parts | dict(total=(parts["k"] + parts["v"]) / 2)
+
 
 _KV = dict(a_kv=1.0)
 _KAVA = dict(a_kv=1.0, a_codi=10.0, loss="smooth_l1", layer_std=True, places="latents")
@@ -124,7 +174,9 @@ def teacher_at_places(
     "Question and answer as they are, in the places the kept tokens of the reasoning."
     rope, n = rope_of(teacher), int(thought.segments[0, 2] - thought.segments[0, 1])
     plain = cache.unrotated(rope)
-    kept = compress_kv(cache, n, how, key_at=data.at("reasoning"), query_at=data.at("answer"), seed=seed).cache.unrotated(rope)
+    kept = compress_kv(
+        cache, n, how, key_at=data.at("reasoning"), query_at=data.at("answer"), seed=seed
+    ).cache.unrotated(rope)
     seq, device = thought.input_ids.shape[1], data.input_ids.device
     at = torch.arange(seq, device=device).expand(len(data), -1)
     shift = (data.segments[:, 2] - thought.segments[:, 2])[:, None]
@@ -147,33 +199,50 @@ class KVCourse:
     "A course on reasoning problems, see `rcid.distill.trainer.PairCourse`."
     base = "ce"
 
-    def __init__(self, method: KVMethod, student: nn.Module, teacher: nn.Module, data: ReasoningDataset, c: DistillConfig):
-        if method.latents and not isinstance(student, LatentModel): raise ValueError(f"this method thinks in {method.latents} latent places: pass LatentModel(student, latent_id, iterations), or latents=0")
+    def __init__(
+        self, method: KVMethod, student: nn.Module, teacher: nn.Module, data: ReasoningDataset, c: DistillConfig
+    ):
+        if method.latents and not isinstance(student, LatentModel):
+            raise ValueError(
+                f"this method thinks in {method.latents} latent places: pass LatentModel(student, latent_id,"
+                " iterations), or latents=0"
+            )
         self.vocab = common_vocab(teacher, student, ids=data.input_ids[data.attention_mask.bool()])
         self.method, self.student, self.teacher, self.data, self.c = method, student, teacher, data, c
         self.thought = with_latents(data, method.latents, student.model.latent_id if method.latents else -1)
         self.lengths, self.device = data.attention_mask.sum(1).cpu(), next(student.parameters()).device
-        self.layers = map_layers(get_adapter(student).n_layers, get_adapter(teacher).n_layers)     # per student layer a teacher layer
+        # per student layer a teacher layer
+        self.layers = map_layers(get_adapter(student).n_layers, get_adapter(teacher).n_layers)
         self.weighting, self.targets = AttentionWeighting(method.weights, method.weights_after), {}
 
     # what the models say
 
     def of_teacher(self, rows) -> tuple[KVCache, dict[str, Tensor]]:
-        "Keys and values at the student's places (or, for `warp`, at the teacher's own tokens), and what CODI and KL need."
+        """Keys and values at the student's places (or, for `warp`, at the teacher's own tokens), and what CODI and KL
+        need."""
         data, thought, m = self.data[rows].to(self.device), self.thought[rows].to(self.device), self.method
         with torch.no_grad(), capture(self.teacher, self.layers if m.a_codi else []) as hidden:
-            final, cache = forward_kv(self.teacher, data.input_ids, data.attention_mask, queries=m.attends or m.time == "rkv")
+            final, cache = forward_kv(
+                self.teacher, data.input_ids, data.attention_mask, queries=m.attends or m.time == "rkv"
+            )
         at = torch.arange(len(data), device=self.device)
         extra = {"hidden": torch.stack([hidden[l][at, data.cue_pos] for l in self.layers], 1)} if m.a_codi else {}
         if m.a_kl: extra["final"] = self._answer_rows(final, data)
         if not m.matches: return cache, extra
-        return cache.unrotated(rope_of(self.teacher)) if m.time == "warp" else teacher_at_places(cache, self.teacher, data, thought, m.time, self.c.seed), extra
+        return (
+            cache.unrotated(rope_of(self.teacher))
+            if m.time == "warp"
+            else teacher_at_places(cache, self.teacher, data, thought, m.time, self.c.seed)
+        ), extra
 
     def of_student(self, thought: ReasoningDataset) -> tuple[Tensor, KVCache, Tensor | None]:
-        "Final hidden states, keys and values before RoPE, and residuals after each layer (before the final norm) at the cue."
+        """Final hidden states, keys and values before RoPE, and residuals after each layer (before the final norm) at
+        the cue."""
         m, n = self.method, get_adapter(self.student).n_layers
         with capture(self.student, range(n) if m.a_codi else []) as hidden:
-            final, cache = forward_kv(self.student, thought.input_ids, thought.attention_mask, queries=m.attends, pre_rope=True, check=False)
+            final, cache = forward_kv(
+                self.student, thought.input_ids, thought.attention_mask, queries=m.attends, pre_rope=True, check=False
+            )
         at = torch.arange(len(thought), device=self.device)
         return final, cache, torch.stack([hidden[l][at, thought.cue_pos] for l in range(n)], 1) if m.a_codi else None
 
@@ -182,10 +251,16 @@ class KVCourse:
         return aligner(**self._inputs(cache, rows), seq=thought.input_ids.shape[1])
 
     def _inputs(self, cache, rows) -> dict:
-        clock = dict(source=self.data[rows].segments, target=self.thought[rows].segments) if self.method.time == "warp" else {}
+        clock = (
+            dict(source=self.data[rows].segments, target=self.thought[rows].segments)
+            if self.method.time == "warp"
+            else {}
+        )
         return dict(k=cache.k, v=cache.v, mask=cache.mask, q=cache.q if self.method.attends else None, **clock)
 
-    def _answer_rows(self, final, data): # final hidden states before each token of the answer, padded with zeros: (batch, answer, d_model)
+    def _answer_rows(
+        self, final, data
+    ):  # final hidden states before each token of the answer, padded with zeros: (batch, answer, d_model)
         n = int((data.segments[:, 3] - data.segments[:, 2]).max())
         at = data.segments[:, 2:3] - 1 + torch.arange(n, device=final.device)
         inside = at < data.segments[:, 3:4] - 1
@@ -195,27 +270,55 @@ class KVCourse:
     # before training
 
     def start(self) -> KVState | None:
-        "Fits the projector and CODI's maps to the initial student, freezes them, and lets the teacher speak once on every problem."
+        """Fits the projector and CODI's maps to the initial student, freezes them, and lets the teacher speak once on
+        every problem."""
         m = self.method
         if not (m.matches or m.a_codi or m.a_kl): return None
-        aligner, codi, fit = (m.aligner(self.teacher, self.student, self.c.seed).to(self.device) if m.matches else None), {}, range(min(m.fit_rows, len(self.data)))
+        aligner, codi, fit = (
+            (m.aligner(self.teacher, self.student, self.c.seed).to(self.device) if m.matches else None),
+            {},
+            range(min(m.fit_rows, len(self.data))),
+        )
         chunks = [list(fit)[i:i+32] for i in fit[::32]]
-        with torch.no_grad(): both = [(*self.of_teacher(rows), *self.of_student(self.thought[rows].to(self.device))[1:]) for rows in chunks]
+        with torch.no_grad():
+            both = [
+                (*self.of_teacher(rows), *self.of_student(self.thought[rows].to(self.device))[1:]) for rows in chunks
+            ]
         if m.matches and m.fit_steps:
-            pretrain_aligner(aligner, [(dict(self._inputs(t, rows), seq=s.seq), (s.k, s.v, *([s.q] if m.attends else []))) for rows, (t, _, s, _) in zip(chunks, both)], m.fit_steps)
-        if m.a_codi: codi = self._codi_maps(torch.cat([h for *_, h in both]), torch.cat([e["hidden"] for _, e, *_ in both]))
+            pretrain_aligner(
+                aligner,
+                [
+                    (dict(self._inputs(t, rows), seq=s.seq), (s.k, s.v, *([s.q] if m.attends else [])))
+                    for rows, (t, _, s, _) in zip(chunks, both)
+                ],
+                m.fit_steps,
+            )
+        if m.a_codi:
+            codi = self._codi_maps(torch.cat([h for *_, h in both]), torch.cat([e["hidden"] for _, e, *_ in both]))
         state = KVState(aligner, codi).to(self.device)
         self.targets = self._speak(state)
         return state
 
-    def _codi_maps(self, student: Float[Tensor, "row layer d_s"], teacher: Float[Tensor, "row layer d_t"]) -> dict[str, Tensor]:
+    def _codi_maps(
+        self, student: Float[Tensor, "row layer d_s"], teacher: Float[Tensor, "row layer d_t"]
+    ) -> dict[str, Tensor]:
         s, t = student.float(), teacher.float()
         mean_s, mean_t = s.mean(0), t.mean(0)
-        return dict(w=torch.stack([procrustes(s[:, l] - mean_s[l], t[:, l] - mean_t[l], center=False, normalize=False) for l in range(s.shape[1])]), mean_s=mean_s, mean_t=mean_t)
+        return dict(
+            w=torch.stack(
+                [
+                    procrustes(s[:, l] - mean_s[l], t[:, l] - mean_t[l], center=False, normalize=False)
+                    for l in range(s.shape[1])
+                ]
+            ),
+            mean_s=mean_s,
+            mean_t=mean_t,
+        )
 
     @torch.no_grad()
     def _speak(self, state: KVState) -> dict[str, Tensor]:
-        "Targets of all problems, from `targets_dir` if they are there: keys and values in the student's shape, not the teacher's."
+        """Targets of all problems, from `targets_dir` if they are there: keys and values in the student's shape, not
+        the teacher's."""
         wide = self.thought.input_ids.shape[1]
         def make():
             parts = []
@@ -225,14 +328,53 @@ class KVCourse:
                 if self.method.matches:
                     out = self.align(state.aligner, cache, rows)
                     pad = lambda x: F.pad(x, (0, 0, 0, wide - x.shape[3]))
-                    extra |= dict(k=pad(out.k), v=pad(out.v), mask=F.pad(out.mask, (0, wide - out.mask.shape[1]))) | (dict(q=pad(out.q)) if out.q is not None else {})
-                if "final" in extra: extra["final"] = F.pad(extra["final"], (0, 0, 0, int((self.data.segments[:, 3] - self.data.segments[:, 2]).max()) - extra["final"].shape[1]))
+                    extra |= dict(k=pad(out.k), v=pad(out.v), mask=F.pad(out.mask, (0, wide - out.mask.shape[1]))) | (
+                        dict(q=pad(out.q)) if out.q is not None else {}
+                    )
+                if "final" in extra:
+                    extra["final"] = F.pad(
+                        extra["final"],
+                        (
+                            0,
+                            0,
+                            0,
+                            int((self.data.segments[:, 3] - self.data.segments[:, 2]).max()) - extra["final"].shape[1],
+                        ),
+                    )
                 parts.append({k: v.cpu() for k, v in extra.items()})
             return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-        frozen = hashlib.sha256(b"".join(v.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for v in state.state_dict().values())).hexdigest()
+        frozen = hashlib.sha256(
+            b"".join(
+                v.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for v in state.state_dict().values()
+            )
+        ).hexdigest()
         shapes = [(k, tuple(v.shape), v.dtype) for k, v in state.state_dict().items()]
-        code = code_hash(kv_method, MapProjectionAligner, HeadwiseMapProjector, KVCache, compress_kv, rope_of, TimeWarper, with_latents, map_layers, ReasoningDataset, capture, get_adapter)
-        depends = (model_hash(self.teacher), computes_hash(self.teacher), self.data.content_hash(), self.thought.content_hash(), self.layers, repr(self.method), self.c.seed, frozen, shapes, code)
+        code = code_hash(
+            kv_method,
+            MapProjectionAligner,
+            HeadwiseMapProjector,
+            KVCache,
+            compress_kv,
+            rope_of,
+            TimeWarper,
+            with_latents,
+            map_layers,
+            ReasoningDataset,
+            capture,
+            get_adapter,
+        )
+        depends = (
+            model_hash(self.teacher),
+            computes_hash(self.teacher),
+            self.data.content_hash(),
+            self.thought.content_hash(),
+            self.layers,
+            repr(self.method),
+            self.c.seed,
+            frozen,
+            shapes,
+            code,
+        )
         return kept_tensors(None if changed_by_hand(self.teacher) else self.c.targets_dir, depends, make)
 
     # a step
@@ -243,37 +385,59 @@ class KVCourse:
         cut = lambda name: t[name][..., :seq, :] if name in t else None
         return AlignedKV(cut("k"), cut("v"), t["mask"][:, :seq], cut("q"))
 
-    def parts(self, rows: Int[Tensor, "batch"] | list[int], step: int, state: KVState | None, whole: list[int] | None = None) -> dict[str, Tensor]:
-        "Every part of the loss on some problems, unweighted; as shares of `whole`, the batch of all processes, the mean of the parts by problems is the part of the whole."
+    def parts(
+        self, rows: Int[Tensor, "batch"] | list[int], step: int, state: KVState | None, whole: list[int] | None = None
+    ) -> dict[str, Tensor]:
+        """Every part of the loss on some problems, unweighted; as shares of `whole`, the batch of all processes, the
+        mean of the parts by problems is the part of the whole."""
         m, a = self.method, get_adapter(self.student)
         rows = rows.tolist() if isinstance(rows, Tensor) else list(rows)
         whole = rows if whole is None else whole
-        share = lambda first, last: self._tokens(rows, first, last) / self._tokens(whole, first, last)  # tokens a problem here, by tokens a problem in the whole batch
+        # tokens a problem here, by tokens a problem in the whole batch
+        share = lambda first, last: self._tokens(rows, first, last) / self._tokens(whole, first, last)
         data, thought = self.data[rows].to(self.device), self.thought[rows].to(self.device)
         parts = {}
         if m.thinks:
             final, own, at_cue = self.of_student(thought)
             parts["answer"] = self._ce(a, final, thought, thought.at("answer")) * share(2, 3)
-        if m.a_cot: parts["cot"] = self._ce(a, a.trunk(data.input_ids, data.attention_mask), data, data.at("reasoning") | data.at("answer")) * share(1, 3)
+        if m.a_cot:
+            parts["cot"] = self._ce(
+                a, a.trunk(data.input_ids, data.attention_mask), data, data.at("reasoning") | data.at("answer")
+            ) * share(1, 3)
         if m.a_kl:
             s, vocab = self._answer_rows(final, thought), self.vocab
             t = self.targets["final"][rows][:, :s.shape[1]].to(self.device)
             real = (t != 0).any(-1)
             with torch.no_grad(): want = get_adapter(self.teacher).lm_head(t[real])[..., :vocab]
-            parts["kl"] = divergence(a.lm_head(s[real])[..., :vocab], want, temperature=self.c.temperature).mean() * share(2, 3)
-        if m.a_codi: parts["codi"] = codi_loss(at_cue, self._mapped(rows, state), codi_deviation(self._mapped(whole, state)))
+            parts["kl"] = divergence(
+                a.lm_head(s[real])[..., :vocab], want, temperature=self.c.temperature
+            ).mean() * share(2, 3)
+        if m.a_codi:
+            parts["codi"] = codi_loss(at_cue, self._mapped(rows, state), codi_deviation(self._mapped(whole, state)))
         if m.matches:
             target = self.target(rows, thought.input_ids.shape[1])
             if m.places == "latents": target = target._replace(mask=target.mask & thought.at("reasoning"))
-            if m.a_kv: parts |= {{"total": "kv"}.get(n, f"kv_{n}"): x for n, x in m.kv_parts(own, target, self._weights(step, own, target), self._deviation(whole)).items()}
-            if m.a_cka: parts["cka"] = (cka_loss(own.k, target.k, target.mask) + cka_loss(own.v, target.v, target.mask)) / 2
+            if m.a_kv:
+                parts |= {
+                    {"total": "kv"}.get(n, f"kv_{n}"): x
+                    for n, x in m.kv_parts(
+                        own, target, self._weights(step, own, target), self._deviation(whole)
+                    ).items()
+                }
+            if m.a_cka:
+                parts["cka"] = (cka_loss(own.k, target.k, target.mask) + cka_loss(own.v, target.v, target.mask)) / 2
         return parts
 
     def _tokens(self, rows, first, last) -> float: # a problem has on average from segment bound `first` to `last`
         return float((self.data.segments[rows, last] - self.data.segments[rows, first]).float().mean())
 
     def _mapped(self, rows, state) -> Float[Tensor, "batch layer d_model"]: # CODI's targets in the student's space
-        return torch.einsum("blt,lts->bls", self.targets["hidden"][rows].to(self.device).float() - state.codi_mean_t, state.codi_w) + state.codi_mean_s
+        return (
+            torch.einsum(
+                "blt,lts->bls", self.targets["hidden"][rows].to(self.device).float() - state.codi_mean_t, state.codi_w
+            )
+            + state.codi_mean_s
+        )
 
     def _deviation(self, whole) -> tuple: # of keys and of values, over the batch of all processes
         if not self.method.layer_std or self.method.loss not in ("mse", "smooth_l1"): return None, None
@@ -301,11 +465,16 @@ class KVCourse:
         return weighted(("answer", "cot", "kl")), own, {k: v.detach() for k, v in parts.items()}
 
     def budget(self) -> tuple[int, float]:
-        "Tokens that the student sees (a token once a pass), and FLOPs of both models; the teacher speaks once on every problem."
+        """Tokens that the student sees (a token once a pass), and FLOPs of both models; the teacher speaks once on
+        every problem."""
         m, c, mean = self.method, self.c, lambda x: float(x.float().mean())
         rounds = getattr(self.student.model, "iterations", 0) if m.latents else 0
         thought = (1 + rounds) * mean(self.thought.attention_mask.sum(1)) if m.thinks else 0
-        cot, answer = (mean(self.lengths) if m.a_cot else 0), (mean(self.data.segments[:, 3] - self.data.segments[:, 2]) if m.thinks else 0)
+        cot, answer = (mean(self.lengths) if m.a_cot else 0), (
+            mean(self.data.segments[:, 3] - self.data.segments[:, 2]) if m.thinks else 0
+        )
         head = answer + (mean(self.data.segments[:, 3] - self.data.segments[:, 1]) if m.a_cot else 0)
         asked = m.matches or m.a_codi or m.a_kl
-        return round((thought + cot) * c.batch * c.steps), c.steps * step_flops(self.student, (thought + cot) * c.batch, head * c.batch, True, trains_head=c.train_embeddings) + (step_flops(self.teacher, mean(self.lengths) * len(self.data), 0, False) if asked else 0)
+        return round((thought + cot) * c.batch * c.steps), c.steps * step_flops(
+            self.student, (thought + cot) * c.batch, head * c.batch, True, trains_head=c.train_embeddings
+        ) + (step_flops(self.teacher, mean(self.lengths) * len(self.data), 0, False) if asked else 0)

@@ -25,7 +25,8 @@ def overlap_rows(
     spans_s: list[tuple[int, int]], spans_t: list[tuple[int, int]],   # bytes of one text; tokens without text have start == end
     how: str = "soft"                                                 # last | soft | iou
 ) -> Float[Tensor, "seq_s seq_t"]:
-    "Weights of the teacher's tokens for each of the student's; a row sums to 1, or to 0 where the token shares no byte."
+    """Weights of the teacher's tokens for each of the student's; a row sums to 1, or to 0 where the token shares no
+    byte."""
     s, t = (torch.tensor(x).reshape(-1, 2) for x in (spans_s, spans_t))
     both = (torch.minimum(s[:, None, 1], t[None, :, 1]) - torch.maximum(s[:, None, 0], t[None, :, 0])).clamp_min(0).float()
     if how == "iou": both = both / ((s[:, 1] - s[:, 0])[:, None] + (t[:, 1] - t[:, 0])[None] - both).clamp_min(1)
@@ -45,9 +46,12 @@ class Places(NamedTuple):
     matrix: Float[Tensor, "batch seq_s seq_t"]
     mask: Bool[Tensor, "batch seq_s"]
 
-    def __call__(self, x: Float[Tensor, "batch layer head seq_t head_dim"]) -> Float[Tensor, "batch layer head seq_s head_dim"]:
+    def __call__(
+        self, x: Float[Tensor, "batch layer head seq_t head_dim"]
+    ) -> Float[Tensor, "batch layer head seq_s head_dim"]:
         "A teacher's keys (before RoPE) or values at the student's places."
         return torch.einsum("bst,blhtd->blhsd", self.matrix.to(x.dtype), x)
+
 
 def _segments(teacher, thought) -> Places:
     n, seq = len(teacher), teacher.input_ids.shape[1]
@@ -55,10 +59,21 @@ def _segments(teacher, thought) -> Places:
     matrix, mask = TimeWarper()(eye, teacher.segments.cpu(), thought.segments.cpu(), seq=thought.input_ids.shape[1])
     return Places(matrix[:, 0, 0], mask)
 
-def _spans(data, i: int, tokenizer, before: int = 0): # of the question and of the answer, from their own beginning, and which tokens these are
-    spans, (p, r, a, end), bounds = byte_spans(tokenizer, data.problems[i].text)[1], data.segments[i].tolist(), data.problems[i].bounds
+
+def _spans(
+    data, i: int, tokenizer, before: int = 0
+):  # of the question and of the answer, from their own beginning, and which tokens these are
+    spans, (p, r, a, end), bounds = (
+        byte_spans(tokenizer, data.problems[i].text)[1],
+        data.segments[i].tolist(),
+        data.problems[i].bounds,
+    )
     answer = len(data.problems[i].text[:bounds[2]].encode())
-    return [([(max(s - off, 0), max(e - off, 0)) for s, e in spans[lo:hi]], lo, min(hi, len(spans))) for lo, hi, off in ((p, r, before), (a, end, answer))]
+    return [
+        ([(max(s - off, 0), max(e - off, 0)) for s, e in spans[lo:hi]], lo, min(hi, len(spans)))
+        for lo, hi, off in ((p, r, before), (a, end, answer))
+    ]
+
 
 def place_matrices(
     how: str,                       # one of TIMES
@@ -72,7 +87,10 @@ def place_matrices(
 ) -> Places:
     "Where every place of `thought` reads in `teacher`."
     if how not in TIMES: raise ValueError(f"place_matrices: unknown time alignment {how!r}, use {', '.join(TIMES)}")
-    if not len(teacher) == len(words) == len(thought): raise ValueError(f"place_matrices: {len(teacher)}, {len(words)} and {len(thought)} problems: give the same ones")
+    if not len(teacher) == len(words) == len(thought):
+        raise ValueError(
+            f"place_matrices: {len(teacher)}, {len(words)} and {len(thought)} problems: give the same ones"
+        )
     if how == "index":
         seq_s, seq_t = thought.input_ids.shape[1], teacher.input_ids.shape[1]
         there = torch.arange(seq_s)[None] < teacher.segments[:, 3:].cpu()
@@ -80,10 +98,13 @@ def place_matrices(
         return Places(torch.eye(seq_s, seq_t)[None] * mask[..., None], mask)
     matrix, mask = _segments(teacher, thought)
     if how in ("last", "soft", "iou"):
-        if len(tokenizers) != 2: raise ValueError(f"place_matrices: {how} needs both tokenizers, the teacher's and the student's")
+        if len(tokenizers) != 2:
+            raise ValueError(f"place_matrices: {how} needs both tokenizers, the teacher's and the student's")
         for i in range(len(teacher)):
             shift = int(words.segments[i, 2] - thought.segments[i, 2])
-            for (s, lo_s, hi_s), (t, lo_t, hi_t) in zip(_spans(words, i, tokenizers[1]), _spans(teacher, i, tokenizers[0], len(before.encode()))):
+            for (s, lo_s, hi_s), (t, lo_t, hi_t) in zip(
+                _spans(words, i, tokenizers[1]), _spans(teacher, i, tokenizers[0], len(before.encode()))
+            ):
                 rows = overlap_rows(s, t, how)
                 at = torch.arange(lo_s, hi_s) - (shift if lo_s else 0)
                 some = rows.sum(1) > 0
@@ -93,10 +114,16 @@ def place_matrices(
     elif how != "segment":
         n = int(thought.segments[0, 2] - thought.segments[0, 1])
         if cache is None: raise ValueError(f"place_matrices: {how} chooses among the teacher's tokens: pass its cache")
-        whole = replace(cache, mask=teacher.attention_mask.bool())        # a teacher that is missing for a problem has read it all the same
-        kept = compress_kv(whole, n, how, key_at=teacher.at("reasoning"), query_at=teacher.at("answer"), per="sample", seed=seed)
+        # a teacher that is missing for a problem has read it all the same
+        whole = replace(cache, mask=teacher.attention_mask.bool())
+        kept = compress_kv(
+            whole, n, how, key_at=teacher.at("reasoning"), query_at=teacher.at("answer"), per="sample", seed=seed
+        )
         place = thought.segments[:, 1:2].cpu() + torch.arange(n)
-        one_hot = torch.nn.functional.one_hot(kept.index[:, 0, 0].cpu(), matrix.shape[2]).to(matrix.dtype) * kept.cache.mask.cpu()[..., None]
+        one_hot = (
+            torch.nn.functional.one_hot(kept.index[:, 0, 0].cpu(), matrix.shape[2]).to(matrix.dtype)
+            * kept.cache.mask.cpu()[..., None]
+        )
         matrix[torch.arange(len(teacher))[:, None], place] = one_hot
         mask[torch.arange(len(teacher))[:, None], place] = kept.cache.mask.cpu()
     return Places(matrix, mask)

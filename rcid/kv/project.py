@@ -22,7 +22,8 @@ def uniform_head_weights(
     heads_t: int, heads_s: int              # numbers of heads, at least 1
 ) -> Float[Tensor, "heads_s heads_t"]:      # rows sum to 1
     "Overlap of each student head's stretch of the teacher's heads with each of them."
-    if min(heads_t, heads_s) < 1: raise ValueError(f"uniform_head_weights: {heads_t} and {heads_s} heads, both must be at least 1")
+    if min(heads_t, heads_s) < 1:
+        raise ValueError(f"uniform_head_weights: {heads_t} and {heads_s} heads, both must be at least 1")
     low = torch.arange(heads_s, dtype=torch.float64)[:, None] * heads_t / heads_s
     t = torch.arange(heads_t, dtype=torch.float64)
     overlap = (torch.minimum(low + heads_t / heads_s, t + 1) - torch.maximum(low, t)).clamp_min(0)
@@ -31,13 +32,22 @@ def uniform_head_weights(
 # %% ../../nbs/06_kv/03_project.ipynb #d80d0da7
 @torch.no_grad()
 def match_heads(
-    teacher: Float[Tensor, "batch kv_head_t seq d_t"],     # keys or values of one layer, at the same tokens as the student's
+    teacher: Float[
+        Tensor, "batch kv_head_t seq d_t"
+    ],  # keys or values of one layer, at the same tokens as the student's
     student: Float[Tensor, "batch kv_head_s seq d_s"],
-    mask: Bool[Tensor, "batch seq"]                        # at least 4 valid tokens
-) -> tuple[Float[Tensor, "kv_head_s kv_head_t"], Float[Tensor, "kv_head_s kv_head_t"]]:   # weights with rows that sum to 1, and the CKA
+    mask: Bool[Tensor, "batch seq"],  # at least 4 valid tokens
+) -> tuple[
+    Float[Tensor, "kv_head_s kv_head_t"], Float[Tensor, "kv_head_s kv_head_t"]
+]:  # weights with rows that sum to 1, and the CKA
     "Match heads by the Hungarian algorithm on their debiased CKA (Kornblith et al., 1905.00414)."
-    if (teacher.shape[0], teacher.shape[2]) != tuple(mask.shape) or (student.shape[0], student.shape[2]) != tuple(mask.shape):
-        raise ValueError(f"match_heads: keys {tuple(teacher.shape)} and {tuple(student.shape)} do not lie at the tokens of the mask {tuple(mask.shape)}: align time first")
+    if (teacher.shape[0], teacher.shape[2]) != tuple(mask.shape) or (student.shape[0], student.shape[2]) != tuple(
+        mask.shape
+    ):
+        raise ValueError(
+            f"match_heads: keys {tuple(teacher.shape)} and {tuple(student.shape)} do not lie at the tokens of the mask"
+            f" {tuple(mask.shape)}: align time first"
+        )
     rows_t, rows_s = (x.transpose(1, 2)[mask.bool()].unbind(1) for x in (teacher, student))
     cka = torch.stack([torch.stack([linear_cka(s, t) for t in rows_t]) for s in rows_s]).float()
     s, t = (torch.as_tensor(i) for i in linear_sum_assignment(-cka.double().cpu().numpy()))
@@ -50,7 +60,10 @@ def match_heads(
 # %% ../../nbs/06_kv/03_project.ipynb #6ed16b04
 def _check(x: Tensor, shape: tuple, who: str):
     if x.ndim != 5 or tuple(x.shape[i] for i in (1, 2, 4)) != shape:
-        raise ValueError(f"{who}: got {tuple(x.shape)}, needs (batch, layer, head, seq, head_dim) with layer, head, head_dim = {shape}")
+        raise ValueError(
+            f"{who}: got {tuple(x.shape)}, needs (batch, layer, head, seq, head_dim) with layer, head, head_dim ="
+            f" {shape}"
+        )
 
 class _Projector(nn.Module):
     settings: dict
@@ -58,13 +71,23 @@ class _Projector(nn.Module):
         "Stop (or allow) gradients to the projector."
         return self.requires_grad_(not frozen)
     @property
-    def frozen(self) -> bool: return not any(p.requires_grad for p in self.parameters())
+    def frozen(self) -> bool:
+        return not any(p.requires_grad for p in self.parameters())
+
     @property
-    def n_params(self) -> int: return sum(p.numel() for p in self.parameters())
+    def n_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
     def save(self, path: str | Path) -> Path:
         "Write weights and settings as one safetensors file."
-        header = {"projector": json.dumps(dict(kind=type(self).__name__, settings=dict(self.settings, frozen=self.frozen)), sort_keys=True)}   # one entry: safetensors shuffles several
-        with whole_file(path, "wb") as f: f.write(save({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, header))
+        # one entry: safetensors shuffles several
+        header = {
+            "projector": json.dumps(
+                dict(kind=type(self).__name__, settings=dict(self.settings, frozen=self.frozen)), sort_keys=True
+            )
+        }
+        with whole_file(path, "wb") as f:
+            f.write(save({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, header))
         return Path(path)
 
 # %% ../../nbs/06_kv/03_project.ipynb #4229ee2c
@@ -86,11 +109,14 @@ class HeadwiseMapProjector(_Projector):
             if tuple(head_weights.shape[-2:]) != (heads_s, heads_t): raise ValueError(f"HeadwiseMapProjector: head_weights {tuple(head_weights.shape)}, needs ({heads_s}, {heads_t}), with the layers before or not")
             mixer = head_weights.detach().float().expand(n_layers, -1, -1).clone()
         elif init_uniform: mixer = uniform_head_weights(heads_t, heads_s).expand(n_layers, -1, -1).clone()
-        else: mixer = torch.randn(n_layers, heads_s, heads_t, generator=g) / heads_t**.5
-        dims = torch.empty(n_layers, 1 if share_dim_proj else heads_s, dim_t, dim_s)
-        if dim_t == dim_s: dims[:] = torch.eye(dim_t)                                                 # nothing to map: start by changing nothing
         else:
-            for layer in dims: layer[:] = nn.init.orthogonal_(torch.empty(dim_t, dim_s), generator=g)  # heads start alike, as they do when one map is shared
+            mixer = torch.randn(n_layers, heads_s, heads_t, generator=g) / heads_t**.5
+        dims = torch.empty(n_layers, 1 if share_dim_proj else heads_s, dim_t, dim_s)
+        # nothing to map: start by changing nothing
+        if dim_t == dim_s: dims[:] = torch.eye(dim_t)
+        else:
+            # heads start alike, as they do when one map is shared
+            for layer in dims: layer[:] = nn.init.orthogonal_(torch.empty(dim_t, dim_s), generator=g)
         self.mixer, self.dims = nn.Parameter(mixer), nn.Parameter(dims)
         self.freeze(frozen)
     def forward(self, x: Float[Tensor, "batch layer kv_head_t seq d_t"]) -> Float[Tensor, "batch layer kv_head_s seq d_s"]:
@@ -103,23 +129,43 @@ class HeadwiseMapProjector(_Projector):
 # %% ../../nbs/06_kv/03_project.ipynb #43ac5a59
 class FlatProjector(_Projector):
     "One linear map from all of a token's keys (layer, head and dimension flattened) to all of the student's."
-    def __init__(self,
-        layers_t: int, heads_t: int, dim_t: int, layers_s: int, heads_s: int, dim_s: int,
-        init: str = "xavier",                   # xavier | orthogonal | identity (ones on the diagonal, scaled to keep a token's mean square)
-        frozen: bool = False, seed: int = 0
+    def __init__(
+        self,
+        layers_t: int,
+        heads_t: int,
+        dim_t: int,
+        layers_s: int,
+        heads_s: int,
+        dim_s: int,
+        init: str = "xavier",  # xavier | orthogonal | identity (ones on the diagonal, scaled to keep a token's mean square)
+        frozen: bool = False,
+        seed: int = 0,
     ):
         super().__init__()
-        self.settings = dict(layers_t=layers_t, heads_t=heads_t, dim_t=dim_t, layers_s=layers_s, heads_s=heads_s, dim_s=dim_s, init=init, seed=seed)
+        self.settings = dict(
+            layers_t=layers_t,
+            heads_t=heads_t,
+            dim_t=dim_t,
+            layers_s=layers_s,
+            heads_s=heads_s,
+            dim_s=dim_s,
+            init=init,
+            seed=seed,
+        )
         n_in, n_out, g = layers_t * heads_t * dim_t, layers_s * heads_s * dim_s, torch.Generator().manual_seed(seed)
         if min(n_in, n_out) < 1: raise ValueError(f"FlatProjector: {n_in} -> {n_out} features, both must be at least 1")
         weight = torch.empty(n_out, n_in)
-        if init == "xavier": nn.init.xavier_normal_(weight, generator=g)
-        elif init == "orthogonal": nn.init.orthogonal_(weight, generator=g)
-        elif init == "identity": nn.init.eye_(weight).mul_(max(1, n_out / n_in)**.5)                  # rows beyond the teacher's width stay zero
+        if init == "xavier":nn.init.xavier_normal_(weight, generator=g)
+        elif init == "orthogonal":nn.init.orthogonal_(weight, generator=g)
+        # rows beyond the teacher's width stay zero
+        elif init == "identity":nn.init.eye_(weight).mul_(max(1, n_out / n_in)**.5)
         else: raise ValueError(f"FlatProjector: unknown init={init!r}, use xavier, orthogonal or identity")
         self.weight = nn.Parameter(weight)
         self.freeze(frozen)
-    def forward(self, x: Float[Tensor, "batch layer_t kv_head_t seq d_t"]) -> Float[Tensor, "batch layer_s kv_head_s seq d_s"]:
+
+    def forward(
+        self, x: Float[Tensor, "batch layer_t kv_head_t seq d_t"]
+    ) -> Float[Tensor, "batch layer_s kv_head_s seq d_s"]:
         s = self.settings
         _check(x, (s["layers_t"], s["heads_t"], s["dim_t"]), "FlatProjector")
         flat = x.to(self.weight.dtype).permute(0, 3, 1, 2, 4).flatten(2) @ self.weight.T
@@ -128,12 +174,25 @@ class FlatProjector(_Projector):
 # %% ../../nbs/06_kv/03_project.ipynb #52301586
 def load_projector(path: str | Path) -> _Projector:
     "A projector as `save` wrote it."
-    if not Path(path).is_file(): raise FileNotFoundError(f"load_projector: no file {path}: train a projector and save it there, or mend the path")
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"load_projector: no file {path}: train a projector and save it there, or mend the path"
+        )
     try:
-        with safe_open(path, framework="pt") as f: header, tensors = json.loads((f.metadata() or {}).get("projector", "{}")), {k: f.get_tensor(k) for k in f.keys()}
-    except Exception as e: raise ValueError(f"load_projector: {path} is not a whole safetensors file ({e}): save the projector again") from None
+        with safe_open(path, framework="pt") as f:
+            header, tensors = json.loads((f.metadata() or {}).get("projector", "{}")), {
+                k: f.get_tensor(k) for k in f.keys()
+            }
+    except Exception as e:
+        raise ValueError(
+            f"load_projector: {path} is not a whole safetensors file ({e}): save the projector again"
+        ) from None
     kinds = {c.__name__: c for c in (HeadwiseMapProjector, FlatProjector)}
-    if header.get("kind") not in kinds: raise ValueError(f"load_projector: {path} holds no projector (its header says {header.get('kind')!r}), expected one of {sorted(kinds)}")
+    if header.get("kind") not in kinds:
+        raise ValueError(
+            f"load_projector: {path} holds no projector (its header says {header.get('kind')!r}), expected one of"
+            f" {sorted(kinds)}"
+        )
     projector = kinds[header["kind"]](**header["settings"])
     projector.load_state_dict(tensors)
     return projector

@@ -48,7 +48,10 @@ class Rope:
         return cls(1.0/(base**(torch.arange(0, head_dim, 2, dtype=torch.float)/head_dim)), scaling)
 
 def _check_even(head_dim: int):
-    if head_dim % 2: raise ValueError(f"head_dim {head_dim} is odd: RoPE turns pairs of coordinates; use a model with an even head_dim")
+    if head_dim % 2:
+        raise ValueError(
+            f"head_dim {head_dim} is odd: RoPE turns pairs of coordinates; use a model with an even head_dim"
+        )
 
 def rope_of(model: nn.Module) -> Rope:
     "The rotation as the model applied it in its last forward pass."
@@ -74,10 +77,17 @@ def _rotate_half(x: Tensor) -> Tensor:
 
 def _prepare(k: Tensor, rope: Rope, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     _check_even(k.shape[-1])
-    if k.shape[-1] != rope.head_dim: raise ValueError(f"keys have head_dim {k.shape[-1]} but this RoPE turns {rope.head_dim}: use the rope_of the model that the keys belong to")
+    if k.shape[-1] != rope.head_dim:
+        raise ValueError(
+            f"keys have head_dim {k.shape[-1]} but this RoPE turns {rope.head_dim}: use the rope_of the model that the"
+            " keys belong to"
+        )
     if positions is None: positions = torch.arange(k.shape[-2], device=k.device)[None]
     if positions.ndim not in (2, k.ndim - 1) or positions.shape[-1] != k.shape[-2]:
-        raise ValueError(f"positions have shape {tuple(positions.shape)}, keys {tuple(k.shape)}: give (batch, seq), or one position per key")
+        raise ValueError(
+            f"positions have shape {tuple(positions.shape)}, keys {tuple(k.shape)}: give (batch, seq), or one position"
+            " per key"
+        )
     cos, sin = rope_tables(rope, positions.to(k.device), k.dtype)
     while cos.ndim < k.ndim: cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)     # the same for every layer and head
     return k.to(cos.dtype), cos, sin

@@ -43,70 +43,125 @@ class Lessons:
         h = hashlib.sha256(self.thought.content_hash().encode())
         for name, t in sorted(self.targets.items()):
             for x in (t.k, t.v, t.mask, self.prototypes.get(name)):
-                if x is not None: h.update(f"{name} {x.dtype} {tuple(x.shape)}".encode()); h.update(x.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                if x is not None:
+                    h.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+                    h.update(x.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         h.update(self.features.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return h.hexdigest()
 
-def layer_cka_at_places(teacher: tuple[Tensor, Tensor], student: tuple[Tensor, Tensor], mask: Bool[Tensor, "batch seq"]) -> Float[Tensor, "layer_s layer_t"]:
-    "Debiased CKA between keys and values (k, v) of every student and teacher layer, at the places of `mask`: no shared tokenizer is needed."
-    rows = lambda k, v: torch.cat([k, v], -1).permute(1, 0, 3, 2, 4)[:, mask].flatten(2)         # layer, token, features; the heads' order does not matter to a CKA
+
+def layer_cka_at_places(
+    teacher: tuple[Tensor, Tensor], student: tuple[Tensor, Tensor], mask: Bool[Tensor, "batch seq"]
+) -> Float[Tensor, "layer_s layer_t"]:
+    """Debiased CKA between keys and values (k, v) of every student and teacher layer, at the places of `mask`: no
+    shared tokenizer is needed."""
+    # layer, token, features; the heads' order does not matter to a CKA
+    rows = lambda k, v: torch.cat([k, v], -1).permute(1, 0, 3, 2, 4)[:, mask].flatten(2)
     t, s = rows(*teacher), rows(*student)
     return torch.stack([torch.stack([linear_cka(a, b) for b in t]) for a in s])
+
 
 @torch.no_grad()
 def own_kv(student: nn.Module, thought: ReasoningDataset, batch: int = 64) -> tuple[Tensor, Tensor]:
     "The student's own keys (before RoPE) and values, on the CPU."
-    parts = [forward_kv(student, *(t[i:i+batch].to(student.device) for t in (thought.input_ids, thought.attention_mask)), pre_rope=True)[1].to("cpu") for i in range(0, len(thought), batch)]
+    parts = [
+        forward_kv(
+            student,
+            *(t[i : i + batch].to(student.device) for t in (thought.input_ids, thought.attention_mask)),
+            pre_rope=True,
+        )[1].to("cpu")
+        for i in range(0, len(thought), batch)
+    ]
     return torch.cat([p.k for p in parts]), torch.cat([p.v for p in parts])
 
-def _pooled(v: Tensor, mask: Tensor) -> Tensor: return (v * mask[:, None, None, :, None]).sum(3).flatten(1) / mask.sum(1, keepdim=True).clamp_min(1)
+
+def _pooled(v: Tensor, mask: Tensor) -> Tensor:
+    return (v * mask[:, None, None, :, None]).sum(3).flatten(1) / mask.sum(1, keepdim=True).clamp_min(1)
+
 
 def make_lessons(
-    student: nn.Module, words: ReasoningDataset, thought: ReasoningDataset,
-    heard: dict[str, Heard],                # by teacher, on the same problems
-    time: str = "segment",                  # see `place_matrices`
-    layer_maps: dict[str, list] | None = None,   # by teacher, per student layer a teacher layer or (layer, weight) pairs; None: proportional
-    projection: str = "structured",         # structured: heads and dimensions of each teacher, fitted to the initial student | zspace: one latent space of all teachers
-    tokenizer=None, tokenizers: dict | None = None,   # the student's and, by teacher, the teachers': for last, soft and iou
-    fit_steps: int = 40, z: int = 32, seed: int = 0
+    student: nn.Module,
+    words: ReasoningDataset,
+    thought: ReasoningDataset,
+    heard: dict[str, Heard],  # by teacher, on the same problems
+    time: str = "segment",  # see `place_matrices`
+    layer_maps: (
+        dict[str, list] | None
+    ) = None,  # by teacher, per student layer a teacher layer or (layer, weight) pairs; None: proportional
+    projection: str = "structured",  # structured: heads and dimensions of each teacher, fitted to the initial student | zspace: one latent space of all teachers
+    tokenizer=None,
+    tokenizers: dict | None = None,  # the student's and, by teacher, the teachers': for last, soft and iou
+    fit_steps: int = 40,
+    z: int = 32,
+    seed: int = 0,
 ) -> Lessons:
     "Every teacher's keys and values as targets; projectors are fitted to the initial student and frozen."
-    if projection not in ("structured", "zspace"): raise ValueError(f"make_lessons: unknown projection {projection!r}, use structured or zspace")
+    if projection not in ("structured", "zspace"):
+        raise ValueError(f"make_lessons: unknown projection {projection!r}, use structured or zspace")
     a, (k_s, v_s), targets, warped = get_adapter(student), own_kv(student, thought), {}, {}
     shape = KVShape(a.n_layers, a.n_kv_heads, a.head_dim)
     for name, h in heard.items():
-        places = place_matrices(time, h.data, words, thought, ((tokenizers or {}).get(name), tokenizer) if tokenizer is not None else (), h.teacher.before, h.cache.rotated(h.rope) if time == "rkv" else h.cache, seed)
+        places = place_matrices(
+            time,
+            h.data,
+            words,
+            thought,
+            ((tokenizers or {}).get(name), tokenizer) if tokenizer is not None else (),
+            h.teacher.before,
+            h.cache.rotated(h.rope) if time == "rkv" else h.cache,
+            seed,
+        )
         mask = places.mask & h.available[:, None]
-        if not mask.any(): raise ValueError(f"make_lessons: teacher {name} is missing for all {len(thought)} problems: train it longer, or leave it out")
+        if not mask.any():
+            raise ValueError(
+                f"make_lessons: teacher {name} is missing for all {len(thought)} problems: train it longer, or leave"
+                " it out"
+            )
         k, v = places(h.cache.k) * mask[:, None, None, :, None], places(h.cache.v) * mask[:, None, None, :, None]
         if projection == "zspace": warped[name] = (k, v, mask); continue
         source = KVShape(h.cache.n_layers, h.cache.n_kv_heads, h.cache.head_dim)
-        aligner = MapProjectionAligner(source, shape, layer_map=(layer_maps or {}).get(name) or map_layers(shape.n_layers, source.n_layers), seed=seed)
+        aligner = MapProjectionAligner(
+            source,
+            shape,
+            layer_map=(layer_maps or {}).get(name) or map_layers(shape.n_layers, source.n_layers),
+            seed=seed,
+        )
         chunks = [slice(i, i+64) for i in range(0, len(thought), 64) if mask[i:i+64].any()]
-        if fit_steps: pretrain_aligner(aligner, [(dict(k=k[c], v=v[c], mask=mask[c]), (k_s[c], v_s[c])) for c in chunks], fit_steps)
+        if fit_steps:
+            pretrain_aligner(
+                aligner, [(dict(k=k[c], v=v[c], mask=mask[c]), (k_s[c], v_s[c])) for c in chunks], fit_steps
+            )
         with torch.no_grad(): targets[name] = aligner(k, v, mask)
     if warped: targets = _through_z(warped, k_s, v_s, z)
     prototypes = {n: teacher_prototype(_pooled(t.v, t.mask)[t.mask.any(1)]) for n, t in targets.items()}
     return Lessons(thought, targets, _pooled(v_s, thought.attention_mask.bool()), prototypes)
 
+
 def _through_z(warped, k_s, v_s, z) -> dict[str, AlignedKV]:
     flat = lambda x: x.permute(0, 3, 1, 2, 4).flatten(2)
     shared = torch.stack([m for *_, m in warped.values()]).all(0)
-    if not shared.any(): raise ValueError("make_lessons: no place that all teachers have: a shared space cannot be fitted")
+    if not shared.any():
+        raise ValueError("make_lessons: no place that all teachers have: a shared space cannot be fitted")
     out = {}
     for part, own in (("k", k_s), ("v", v_s)):
         views = [flat(w["kv".index(part)]) for w in warped.values()]
-        space = fit_zspace([x[shared] for x in views], flat(own)[shared], min(z, own.shape[1] * own.shape[2] * own.shape[4]))
+        space = fit_zspace(
+            [x[shared] for x in views], flat(own)[shared], min(z, own.shape[1] * own.shape[2] * own.shape[4])
+        )
         back = lambda x: x.unflatten(2, (own.shape[1], own.shape[2], own.shape[4])).permute(0, 2, 3, 1, 4)
         out[part] = [back(space(i, x)) for i, x in enumerate(views)]
-    return {n: AlignedKV(*(out[p][i] * m[:, None, None, :, None] for p in "kv"), m) for i, (n, (*_, m)) in enumerate(warped.items())}
+    return {
+        n: AlignedKV(*(out[p][i] * m[:, None, None, :, None] for p in "kv"), m)
+        for i, (n, (*_, m)) in enumerate(warped.items())
+    }
 
 # %% ../../nbs/06_kv/13_several.ipynb #b6452df8
 DEPTHS = ("all", "shallow", "deep")
 
 @dataclass(frozen=True)
 class FusedKV:
-    "Cross-entropy on the answer, and the fused keys and values of the teachers in the lessons; none in them: the control."
+    """Cross-entropy on the answer, and the fused keys and values of the teachers in the lessons; none in them: the
+    control."""
     fusion: str = "fixed"              # fixed | similarity | learnable | govern
     weights: tuple | None = None       # fixed: one a teacher; None: equal
     vote: str = "coordinate"           # govern: coordinate | teacher
@@ -115,14 +170,30 @@ class FusedKV:
     load: float = .01
     a_kv: float = 1.
     parts: str = "kv"                  # kv | k | v
-    depth: str = "all"                 # which student layers have targets: all | shallow (the first half) | deep (the last half)
+    # which student layers have targets: all | shallow (the first half) | deep (the last half)
+    depth: str = "all"
     budget: Budget | None = None       # what the run must cost; None: not compared with another
 
-    pairs, swaps, random_sites, fits_late, fits_w, corrupt_kl, reads = False, False, False, False, False, False, "nothing"   # what the trainer asks of any method
+    # what the trainer asks of any method
+    pairs, swaps, random_sites, fits_late, fits_w, corrupt_kl, reads = (
+        False,
+        False,
+        False,
+        False,
+        False,
+        False,
+        "nothing",
+    )
 
     def __post_init__(self):
-        for name, known in (("fusion", ("fixed", "similarity", "learnable", "govern")), ("parts", ("kv", "k", "v")), ("depth", DEPTHS), ("vote", ("coordinate", "teacher"))):
-            if getattr(self, name) not in known: raise ValueError(f"FusedKV: unknown {name}={getattr(self, name)!r}, use {', '.join(known)}")
+        for name, known in (
+            ("fusion", ("fixed", "similarity", "learnable", "govern")),
+            ("parts", ("kv", "k", "v")),
+            ("depth", DEPTHS),
+            ("vote", ("coordinate", "teacher")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"FusedKV: unknown {name}={getattr(self, name)!r}, use {', '.join(known)}")
 
     def course(self, student, teacher, lessons, c): return FusedCourse(self, student, lessons, c)
 
@@ -134,59 +205,122 @@ class FusedCourse:
         self.method, self.student, self.lessons, self.c, self.state = method, student, lessons, c, None
         self.lengths, thought = lessons.thought.attention_mask.sum(1).cpu(), lessons.thought
         self.plan = planned(student, c, self.lengths, (thought.segments[:, 3] - thought.segments[:, 2]).cpu())
-        if method.budget is not None and method.budget != self.plan: raise ValueError(f"this run would take {self.plan}, not the agreed {method.budget}: use the same problems, places, steps and batch")
-        if method.weights is not None and len(method.weights) != len(lessons.targets): raise ValueError(f"FusedKV: {len(method.weights)} fixed weights for {len(lessons.targets)} teachers ({', '.join(lessons.targets)}): give one each")
+        if method.budget is not None and method.budget != self.plan:
+            raise ValueError(
+                f"this run would take {self.plan}, not the agreed {method.budget}: use the same problems, places, steps"
+                " and batch"
+            )
+        if method.weights is not None and len(method.weights) != len(lessons.targets):
+            raise ValueError(
+                f"FusedKV: {len(method.weights)} fixed weights for {len(lessons.targets)} teachers"
+                f" ({', '.join(lessons.targets)}): give one each"
+            )
         n = get_adapter(student).n_layers
         self.layers = {"all": slice(n), "shallow": slice((n + 1) // 2), "deep": slice(n // 2, n)}[method.depth]
-        self.answer = (thought.segments[:, 3] - thought.segments[:, 2]).cpu()                  # tokens of each problem's answer
-        self.taught = torch.stack([torch.zeros(len(lessons), dtype=torch.bool), *(t.mask.any(1).cpu() for t in lessons.targets.values())]).any(0)   # has it a teacher?
+        # tokens of each problem's answer
+        self.answer = (thought.segments[:, 3] - thought.segments[:, 2]).cpu()
+        # has it a teacher?
+        self.taught = torch.stack(
+            [torch.zeros(len(lessons), dtype=torch.bool), *(t.mask.any(1).cpu() for t in lessons.targets.values())]
+        ).any(0)
         lessons.taken = self
 
     def start(self) -> nn.Module | None:
         "The router, if one is learned."
-        self.state = Router(self.lessons.features.shape[1], seed=self.c.seed).to(self.student.device) if self.method.fusion == "learnable" and self.lessons.targets else None
+        self.state = (
+            Router(self.lessons.features.shape[1], seed=self.c.seed).to(self.student.device)
+            if self.method.fusion == "learnable" and self.lessons.targets
+            else None
+        )
         return self.state
 
     def fused(self, rows, seq: int, own: tuple[Tensor, Tensor]):
         "Fused keys, values and weights for problems that each have a teacher."
         m, lessons, to = self.method, self.lessons, self.student.device
-        t = [(x.k[rows][..., :seq, :].to(to), x.v[rows][..., :seq, :].to(to), x.mask[rows][:, :seq].to(to)) for x in lessons.targets.values()]
-        kw = dict(how=m.fusion, weights=m.weights, features=lessons.features[rows].to(to), prototypes=torch.stack(list(lessons.prototypes.values())).to(to), temperature=m.temperature, router=self.state, vote=m.vote)
-        return tuple(fuse([x[i] for x in t], [x[2] for x in t], student=own[i] if m.fusion == "govern" else None, **kw) for i in (0, 1))
+        t = [
+            (x.k[rows][..., :seq, :].to(to), x.v[rows][..., :seq, :].to(to), x.mask[rows][:, :seq].to(to))
+            for x in lessons.targets.values()
+        ]
+        kw = dict(
+            how=m.fusion,
+            weights=m.weights,
+            features=lessons.features[rows].to(to),
+            prototypes=torch.stack(list(lessons.prototypes.values())).to(to),
+            temperature=m.temperature,
+            router=self.state,
+            vote=m.vote,
+        )
+        return tuple(
+            fuse([x[i] for x in t], [x[2] for x in t], student=own[i] if m.fusion == "govern" else None, **kw)
+            for i in (0, 1)
+        )
 
-    def terms(self, rows: Int[Tensor, "batch"], step: int, state: nn.Module | None) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    def terms(
+        self, rows: Int[Tensor, "batch"], step: int, state: nn.Module | None
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         m, rows = self.method, torch.as_tensor(rows)
         thought = self.lessons.thought[rows.tolist()].to(self.student.device)
         final, own = forward_kv(self.student, thought.input_ids, thought.attention_mask, pre_rope=True, check=False)
         want = thought.at("answer")[:, 1:]
-        whole = whole_batch(rows, step, len(self.lessons), self.c, self.lengths)     # of all processes: a share of it weighs as many answer tokens, and problems with a teacher, as it has
+        # of all processes: a share of it weighs as many answer tokens, and problems with a teacher, as it has
+        whole = whole_batch(rows, step, len(self.lessons), self.c, self.lengths)
         answer, taught = (lambda r: self.answer[r].float().mean()), (lambda r: self.taught[r].float().mean())
-        ce = F.cross_entropy(get_adapter(self.student).lm_head(final[:, :-1][want]).float(), thought.input_ids[:, 1:][want]) * float(answer(rows) / answer(whole))
+        ce = F.cross_entropy(
+            get_adapter(self.student).lm_head(final[:, :-1][want]).float(), thought.input_ids[:, 1:][want]
+        ) * float(answer(rows) / answer(whole))
         if not self.lessons.targets: return ce, None, {}
         available = torch.stack([t.mask[rows].any(1) for t in self.lessons.targets.values()], 1)
         some = available.any(1)
         if not taught(whole): return ce, ce * 0, {}
-        even = self._balance(whole, own.seq, state) if state is not None and len(whole) > len(rows) else None   # its loss is not a mean over problems: every process has the whole batch's
-        if not some.any():                                                             # the other processes log something: so must this one
+        # its loss is not a mean over problems: every process has the whole batch's
+        even = self._balance(whole, own.seq, state) if state is not None and len(whole) > len(rows) else None
+        # the other processes log something: so must this one
+        if not some.any():
             names = [f"kv_{p}" for p in "kv" if p in m.parts] + [f"weight_{n}" for n in self.lessons.targets]
             return ce, ce * 0 + (0 if even is None else even), {n: torch.zeros((), device=final.device) for n in names}
         k, v = (x[some.to(x.device)] for x in (own.k, own.v))
         fused = self.fused(rows[some], own.seq, (k, v))
-        parts = {f"kv_{p}": _cosine_distance(s[:, self.layers], f.target[:, self.layers], f.mask) for p, s, f in zip("kv", (k, v), fused) if p in m.parts}
+        parts = {
+            f"kv_{p}": _cosine_distance(s[:, self.layers], f.target[:, self.layers], f.mask)
+            for p, s, f in zip("kv", (k, v), fused)
+            if p in m.parts
+        }
         share = float(taught(rows) / taught(whole))
         parts = {n: x * share for n, x in parts.items()}
         loss = m.a_kv * sum(parts.values()) / len(parts)
-        if state is not None: loss = loss + (router_regulariser(fused[0].weights, available[some].to(own.k.device), m.entropy, m.load) if even is None else even)
-        weights = {f"weight_{n}": w for n, w in zip(self.lessons.targets, (fused[0].weights + fused[1].weights).detach().mean(0) / 2 * share)}
+        if state is not None:
+            loss = loss + (
+                router_regulariser(fused[0].weights, available[some].to(own.k.device), m.entropy, m.load)
+                if even is None
+                else even
+            )
+        weights = {
+            f"weight_{n}": w
+            for n, w in zip(self.lessons.targets, (fused[0].weights + fused[1].weights).detach().mean(0) / 2 * share)
+        }
         return ce, loss, {n: x.detach() for n, x in parts.items()} | weights
 
-    def _balance(self, whole, seq: int, state: nn.Module) -> Tensor: # the regulariser on the batch of all processes: a router needs no student
+    def _balance(
+        self, whole, seq: int, state: nn.Module
+    ) -> Tensor:  # the regulariser on the batch of all processes: a router needs no student
         some = whole[self.taught[whole]]
         available = torch.stack([t.mask[some].any(1) for t in self.lessons.targets.values()], 1)
-        keys = [(x.k[some].to(self.student.device), x.mask[some].to(self.student.device)) for x in self.lessons.targets.values()]
+        keys = [
+            (x.k[some].to(self.student.device), x.mask[some].to(self.student.device))
+            for x in self.lessons.targets.values()
+        ]
         prototypes = torch.stack(list(self.lessons.prototypes.values())).to(self.student.device)
-        fused = fuse([k for k, _ in keys], [m for _, m in keys], "learnable", features=self.lessons.features[some].to(self.student.device), prototypes=prototypes, router=state)
-        return router_regulariser(fused.weights, available.to(self.student.device), self.method.entropy, self.method.load)
+        fused = fuse(
+            [k for k, _ in keys],
+            [m for _, m in keys],
+            "learnable",
+            features=self.lessons.features[some].to(self.student.device),
+            prototypes=prototypes,
+            router=state,
+        )
+        return router_regulariser(
+            fused.weights, available.to(self.student.device), self.method.entropy, self.method.load
+        )
 
     def budget(self) -> tuple[int, float]: return self.plan.tokens, self.plan.flops
 
@@ -196,12 +330,15 @@ def _cosine_distance(s, t, mask): # as `kv_cosine`, but a learned router sees th
 
 @torch.no_grad()
 def routing(lessons: Lessons) -> tuple[Float[Tensor, "problem teacher"], Bool[Tensor, "problem teacher"]]:
-    "Weights of the teachers in each problem after the last course, and which are available; a problem without any has weights 0."
+    """Weights of the teachers in each problem after the last course, and which are available; a problem without any has
+    weights 0."""
     course, available = lessons.taken, torch.stack([t.mask.any(1) for t in lessons.targets.values()], 1)
     out, seq = torch.zeros(available.shape), lessons.thought.input_ids.shape[1]
     for rows in available.any(1).nonzero()[:, 0].split(64):
         t = lessons.thought
-        own = forward_kv(course.student, *(x[rows].to(course.student.device) for x in (t.input_ids, t.attention_mask)), pre_rope=True)[1]
+        own = forward_kv(
+            course.student, *(x[rows].to(course.student.device) for x in (t.input_ids, t.attention_mask)), pre_rope=True
+        )[1]
         fused = course.fused(rows, seq, (own.k, own.v))
         out[rows] = ((fused[0].weights + fused[1].weights) / 2).cpu()
     return out, available

@@ -67,17 +67,29 @@ class Heard:
 
 def _key(teacher: Teacher, problems, *how) -> str:
     folder = Path(teacher.folder)
-    if not any(folder.glob("*.safetensors")): raise FileNotFoundError(f"teacher {teacher.name}: no weights in {teacher.folder}: run `dvc repro` to make them, or mend the path")
-    files = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".txt", ".model", ".jinja"))   # weights, config and tokenizer
+    if not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(
+            f"teacher {teacher.name}: no weights in {teacher.folder}: run `dvc repro` to make them, or mend the path"
+        )
+    # weights, config and tokenizer
+    files = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".txt", ".model", ".jinja"))
     code = code_hash(listen, forward_kv, rope_of, encode_problems, byte_spans, get_adapter, load_model)
-    return hashlib.sha256(repr((replace(teacher, name="", folder=""), [(f.name, sha256(f)) for f in files], part_hash(problems), how, code)).encode()).hexdigest()
+    return hashlib.sha256(
+        repr(
+            (replace(teacher, name="", folder=""), [(f.name, sha256(f)) for f in files], part_hash(problems), how, code)
+        ).encode()
+    ).hexdigest()
 
-def _tokenized(teacher: Teacher, read, problems, tokenizer) -> ReasoningDataset: # refuses a tokenizer that does not keep the text
+
+def _tokenized(
+    teacher: Teacher, read, problems, tokenizer
+) -> ReasoningDataset:  # refuses a tokenizer that does not keep the text
     whole = [p or q.styled(teacher.style, teacher.before) for p, q in zip(read, problems)]
     for p in whole:
-        try: byte_spans(tokenizer, p.text)
+        try:byte_spans(tokenizer, p.text)
         except ValueError as e: raise ValueError(f"teacher {teacher.name}: {e}") from None
     return encode_problems(whole, tokenizer)
+
 
 @torch.no_grad()
 def listen(
@@ -106,9 +118,26 @@ def listen(
         parts.append((cache if layers is None else cache.layers(list(layers))).to("cpu").to(dtype))
     available = torch.cat(right) & torch.tensor([p is not None for p in read])
     join = lambda f: torch.cat([f(p) for p in parts])
-    cache = KVCache(join(lambda c: c.k), join(lambda c: c.v), data.attention_mask.bool() & available[:, None], q=join(lambda c: c.q) if queries else None, pre_rope=True, positions=join(lambda c: c.positions))
+    cache = KVCache(
+        join(lambda c: c.k),
+        join(lambda c: c.v),
+        data.attention_mask.bool() & available[:, None],
+        q=join(lambda c: c.q) if queries else None,
+        pre_rope=True,
+        positions=join(lambda c: c.positions),
+    )
     save_kv(cache, path)
-    write_json(note, dict(key=key, available=available, sha256=sha256(path), rope=vars(rope_of(model)), tokens=data.content_hash(), problems=[tuple(p) for p in data.problems]))
+    write_json(
+        note,
+        dict(
+            key=key,
+            available=available,
+            sha256=sha256(path),
+            rope=vars(rope_of(model)),
+            tokens=data.content_hash(),
+            problems=[tuple(p) for p in data.problems],
+        ),
+    )
     del model
     gc.collect()
     return path
@@ -117,5 +146,14 @@ def recall(teacher: Teacher, path: str | Path, tokenizer) -> Heard:
     "What `listen` wrote, in float32; refuses a file that was changed."
     note = read_json(Path(path).with_suffix(".json"))
     cache, data = load_kv(path), encode_problems([Problem(*p) for p in note["problems"]], tokenizer)
-    if data.content_hash() != note.get("tokens", data.content_hash()): raise ValueError(f"teacher {teacher.name}: {path} was heard through another tokenizer: pass the one of the teacher's folder")
-    return Heard(teacher, data, cache.to(torch.float32), torch.tensor(note["available"]), Rope(torch.tensor(note["rope"]["inv_freq"]), note["rope"]["scaling"]))
+    if data.content_hash() != note.get("tokens", data.content_hash()):
+        raise ValueError(
+            f"teacher {teacher.name}: {path} was heard through another tokenizer: pass the one of the teacher's folder"
+        )
+    return Heard(
+        teacher,
+        data,
+        cache.to(torch.float32),
+        torch.tensor(note["available"]),
+        Rope(torch.tensor(note["rope"]["inv_freq"]), note["rope"]["scaling"]),
+    )

@@ -18,33 +18,50 @@ SEGMENTS = ("prompt", "reasoning", "answer")
 def check_segments(segments: Int[Tensor, "batch 4"], seq: int, who: str = "segments") -> Int[Tensor, "batch 4"]:
     "Bounds as a long tensor; refuses those that do not ascend or leave the sequence."
     segments = torch.as_tensor(segments).long()
-    if segments.ndim != 2 or segments.shape[1] != 4: raise ValueError(f"{who}: segments have shape {tuple(segments.shape)}, needs (batch, 4): the bounds prompt, reasoning, answer, end")
+    if segments.ndim != 2 or segments.shape[1] != 4:
+        raise ValueError(
+            f"{who}: segments have shape {tuple(segments.shape)}, needs (batch, 4): the bounds prompt, reasoning,"
+            " answer, end"
+        )
     for i, row in enumerate(segments.tolist()):
-        if row[0] < 0 or row[3] > seq: raise ValueError(f"{who}: sample {i} has segments {row}, longer than its sequence of {seq} tokens")
+        if row[0] < 0 or row[3] > seq:
+            raise ValueError(f"{who}: sample {i} has segments {row}, longer than its sequence of {seq} tokens")
         if sorted(row) != row: raise ValueError(f"{who}: sample {i} has segments {row}: the bounds must ascend")
         if row[0] == row[3]: raise ValueError(f"{who}: sample {i} has no tokens in any segment")
     return segments
 
 # %% ../../nbs/06_kv/04_warp.ipynb #a2d3a235
 def find_segments(
-    offsets: Int[Tensor, "batch seq 2"],      # first character and one past the last, of a fast tokenizer; (0, 0) for special tokens
-    mask: Bool[Tensor, "batch seq"],          # valid tokens, one unbroken run per row
-    reasoning_at: Sequence[int],              # per sample the character at which its reasoning begins
-    answer_at: Sequence[int]                  # and its answer
+    offsets: Int[
+        Tensor, "batch seq 2"
+    ],  # first character and one past the last, of a fast tokenizer; (0, 0) for special tokens
+    mask: Bool[Tensor, "batch seq"],  # valid tokens, one unbroken run per row
+    reasoning_at: Sequence[int],  # per sample the character at which its reasoning begins
+    answer_at: Sequence[int],  # and its answer
 ) -> Int[Tensor, "batch 4"]:
     "Prompt / Reasoning / Answer bounds in tokens from bounds in characters."
     offsets, mask, rows = torch.as_tensor(offsets), torch.as_tensor(mask).bool(), []
     if offsets.shape != (*mask.shape, 2) or len(reasoning_at) != len(mask) or len(answer_at) != len(mask):
-        raise ValueError(f"find_segments: offsets {tuple(offsets.shape)}, mask {tuple(mask.shape)}, {len(reasoning_at)} and {len(answer_at)} bounds: one row each per sample is needed")
+        raise ValueError(
+            f"find_segments: offsets {tuple(offsets.shape)}, mask {tuple(mask.shape)}, {len(reasoning_at)} and"
+            f" {len(answer_at)} bounds: one row each per sample is needed"
+        )
     for i, (r_at, a_at) in enumerate(zip(reasoning_at, answer_at)):
         valid = mask[i].nonzero().flatten().tolist()
-        if not valid or valid[-1] - valid[0] + 1 != len(valid): raise ValueError(f"find_segments: sample {i} has no tokens, or its mask is not one unbroken run")
+        if not valid or valid[-1] - valid[0] + 1 != len(valid):
+            raise ValueError(f"find_segments: sample {i} has no tokens, or its mask is not one unbroken run")
         last = offsets[i, :, 1].tolist()
         first = lambda char: next((t for t in valid if last[t] > char), valid[-1] + 1)
         r, a, end = first(r_at), first(a_at), valid[-1] + 1
-        if a >= end: raise ValueError(f"find_segments: sample {i} has an empty answer: no token ends after character {a_at}")
-        if r >= a: raise ValueError(f"find_segments: sample {i} has an empty reasoning segment (characters {r_at} to {a_at}): give it reasoning, or leave it out of the alignment")
-        if r == valid[0]: raise ValueError(f"find_segments: sample {i} has an empty prompt: its reasoning begins at its first token")
+        if a >= end:
+            raise ValueError(f"find_segments: sample {i} has an empty answer: no token ends after character {a_at}")
+        if r >= a:
+            raise ValueError(
+                f"find_segments: sample {i} has an empty reasoning segment (characters {r_at} to {a_at}): give it"
+                " reasoning, or leave it out of the alignment"
+            )
+        if r == valid[0]:
+            raise ValueError(f"find_segments: sample {i} has an empty prompt: its reasoning begins at its first token")
         rows.append([valid[0], r, a, end])
     return torch.tensor(rows)
 
@@ -55,8 +72,10 @@ def share_places(
 ) -> list[int]:
     "Whole numbers that add up to `places`, in proportion to the shares."
     some = sum(l > 0 for l in lengths)
-    if min(lengths) < 0 or not some: raise ValueError(f"share_places: shares {list(lengths)} must not be negative, and one must be above 0")
-    if places < some: raise ValueError(f"share_places: {places} places for {some} segments: every segment needs at least one")
+    if min(lengths) < 0 or not some:
+        raise ValueError(f"share_places: shares {list(lengths)} must not be negative, and one must be above 0")
+    if places < some:
+        raise ValueError(f"share_places: {places} places for {some} segments: every segment needs at least one")
     exact = [places * l / sum(lengths) for l in lengths]
     got = [max(int(e + 1e-9), int(l > 0)) for e, l in zip(exact, lengths)]
     while sum(got) != places:
@@ -69,17 +88,24 @@ def share_places(
 @dataclass
 class TimeWarper:
     "Resample teacher keys and values onto the student's places, segment by segment and sample by sample."
-    ratio: dict = field(default_factory=dict)         # share of the places per segment, all three or none; none: in proportion to the teacher's
-    smoothness: dict = field(default_factory=dict)    # standard deviation in teacher tokens per segment, 0 where not named
+    # share of the places per segment, all three or none; none: in proportion to the teacher's
+    ratio: dict = field(default_factory=dict)
+    # standard deviation in teacher tokens per segment, 0 where not named
+    smoothness: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        if unknown := (set(self.ratio) | set(self.smoothness)) - set(SEGMENTS): raise ValueError(f"TimeWarper: unknown segments {sorted(unknown)}, there are {', '.join(SEGMENTS)}")
-        if self.ratio and set(self.ratio) != set(SEGMENTS): raise ValueError(f"TimeWarper: ratio {self.ratio} must name all of {', '.join(SEGMENTS)}")
-        if any(r < 0 for r in self.ratio.values()) or self.ratio and abs(sum(self.ratio.values()) - 1) > 1e-6: raise ValueError(f"TimeWarper: ratio {self.ratio} must not be negative and must sum to 1")
-        if any(s < 0 for s in self.smoothness.values()): raise ValueError(f"TimeWarper: smoothness {self.smoothness} must not be negative")
+        if unknown := (set(self.ratio) | set(self.smoothness)) - set(SEGMENTS):
+            raise ValueError(f"TimeWarper: unknown segments {sorted(unknown)}, there are {', '.join(SEGMENTS)}")
+        if self.ratio and set(self.ratio) != set(SEGMENTS):
+            raise ValueError(f"TimeWarper: ratio {self.ratio} must name all of {', '.join(SEGMENTS)}")
+        if any(r < 0 for r in self.ratio.values()) or self.ratio and abs(sum(self.ratio.values()) - 1) > 1e-6:
+            raise ValueError(f"TimeWarper: ratio {self.ratio} must not be negative and must sum to 1")
+        if any(s < 0 for s in self.smoothness.values()):
+            raise ValueError(f"TimeWarper: smoothness {self.smoothness} must not be negative")
 
     @classmethod
-    def reasoning_focused(cls, **kwargs): return cls(ratio=dict(prompt=.25, reasoning=.5, answer=.25), **kwargs)
+    def reasoning_focused(cls, **kwargs):
+        return cls(ratio=dict(prompt=0.25, reasoning=0.5, answer=0.25), **kwargs)
 
     def targets(self, source: Int[Tensor, "batch 4"], lengths: Sequence[int]) -> Int[Tensor, "batch 4"]:
         "The places of each segment, for students with `lengths` places and no segments of their own."
@@ -88,33 +114,46 @@ class TimeWarper:
             own = [b - a for a, b in zip(row, row[1:])]
             share = [self.ratio[s] for s in SEGMENTS] if self.ratio else own
             for s, o, r in zip(SEGMENTS, own, share):
-                if r > 0 and not o: raise ValueError(f"TimeWarper: sample {i} has an empty {s} segment, but ratio gives it {r:.0%} of the places: leave the sample out, or set ratio")
+                if r > 0 and not o:
+                    raise ValueError(
+                        f"TimeWarper: sample {i} has an empty {s} segment, but ratio gives it {r:.0%} of the places:"
+                        " leave the sample out, or set ratio"
+                    )
             rows.append([0, *torch.tensor(share_places(share, int(n))).cumsum(0).tolist()])
         return torch.tensor(rows)
 
-    def __call__(self,
-        x: Float[Tensor, "batch layer head seq_t head_dim"],        # teacher keys (before RoPE), values or queries
-        source: Int[Tensor, "batch 4"],                             # the teacher's segments
-        target: Int[Tensor, "batch 4"] | None = None,               # the student's; or
-        lengths: Sequence[int] | None = None,                       # how many places each sample has
-        seq: int | None = None                                      # padded length of the result; as long as needed unless given
+    def __call__(
+        self,
+        x: Float[Tensor, "batch layer head seq_t head_dim"],  # teacher keys (before RoPE), values or queries
+        source: Int[Tensor, "batch 4"],  # the teacher's segments
+        target: Int[Tensor, "batch 4"] | None = None,  # the student's; or
+        lengths: Sequence[int] | None = None,  # how many places each sample has
+        seq: int | None = None,  # padded length of the result; as long as needed unless given
     ) -> tuple[Float[Tensor, "batch layer head seq head_dim"], Bool[Tensor, "batch seq"]]:
         "The teacher at the student's places (zero at padding), and which places there are."
         if x.ndim != 5: raise ValueError(f"TimeWarper: got {tuple(x.shape)}, needs (batch, layer, head, seq, head_dim)")
         source = check_segments(source, x.shape[3], "TimeWarper, teacher")
-        if (target is None) == (lengths is None): raise ValueError("TimeWarper: give the student's segments (target) or its numbers of places (lengths), one of them")
+        if (target is None) == (lengths is None):
+            raise ValueError(
+                "TimeWarper: give the student's segments (target) or its numbers of places (lengths), one of them"
+            )
         target = torch.as_tensor(target).long().cpu() if target is not None else self.targets(source, lengths)
         seq = int(target.max()) if seq is None else seq
         target = check_segments(target, seq, "TimeWarper, student")
-        if len(source) != len(x) or len(target) != len(x): raise ValueError(f"TimeWarper: {len(x)} samples, but segments of {len(source)} and {len(target)}")
+        if len(source) != len(x) or len(target) != len(x):
+            raise ValueError(f"TimeWarper: {len(x)} samples, but segments of {len(source)} and {len(target)}")
         at, mask = self._positions(source, target, seq)
         at, mask = at.to(x.device), mask.to(x.device)
         x = self._smoothed(x, source)
         low = at.floor().long()
-        high = torch.minimum(low + 1, at.ceil().long())                                # at a whole position both are that token: nothing beyond the segment is touched
+        # at a whole position both are that token: nothing beyond the segment is touched
+        high = torch.minimum(low + 1, at.ceil().long())
         pick = lambda i: x.gather(3, i[:, None, None, :, None].expand(-1, x.shape[1], x.shape[2], -1, x.shape[4]))
         place = mask[:, None, None, :, None]
-        return torch.where(place, torch.lerp(pick(low), pick(high), (at - low)[:, None, None, :, None].to(x.dtype)), 0), mask
+        return (
+            torch.where(place, torch.lerp(pick(low), pick(high), (at - low)[:, None, None, :, None].to(x.dtype)), 0),
+            mask,
+        )
 
     def _positions(self, source, target, seq: int):
         "Where in the teacher each place reads, and which places there are."
@@ -122,9 +161,14 @@ class TimeWarper:
         for i, (src, tgt) in enumerate(zip(source.tolist(), target.tolist())):
             for s, name in enumerate(SEGMENTS):
                 n, m = src[s+1] - src[s], tgt[s+1] - tgt[s]
-                if m and not n: raise ValueError(f"TimeWarper: sample {i} has an empty {name} segment in the teacher and {m} places for it in the student: leave the sample out")
+                if m and not n:
+                    raise ValueError(
+                        f"TimeWarper: sample {i} has an empty {name} segment in the teacher and {m} places for it in"
+                        " the student: leave the sample out"
+                    )
                 j = torch.arange(m, dtype=torch.float64)
-                at[i, tgt[s]:tgt[s+1]] = src[s] + (j * (n - 1) / (m - 1) if m > 1 else j + n - 1)   # a single place takes the last token: it has seen the others
+                # a single place takes the last token: it has seen the others
+                at[i, tgt[s]:tgt[s+1]] = src[s] + (j * (n - 1) / (m - 1) if m > 1 else j + n - 1)
             mask[i, tgt[0]:tgt[3]] = True
         return at, mask
 

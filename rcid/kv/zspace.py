@@ -17,7 +17,9 @@ class ZSpace(nn.Module):
     def __init__(self, means: list[Tensor], encoders: list[Tensor], mean: Tensor, decoder: Tensor):
         super().__init__()
         self.n = len(encoders)
-        for i, (m, e) in enumerate(zip(means, encoders)): self.register_buffer(f"mean_{i}", m); self.register_buffer(f"encoder_{i}", e)
+        for i, (m, e) in enumerate(zip(means, encoders)):
+            self.register_buffer(f"mean_{i}", m)
+            self.register_buffer(f"encoder_{i}", e)
         self.register_buffer("mean", mean); self.register_buffer("decoder", decoder)
 
     def encode(self, view: int, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch z"]:
@@ -27,16 +29,24 @@ class ZSpace(nn.Module):
         "A teacher's rows as the student's."
         return self.encode(view, x) @ self.decoder + self.mean
 
+
 def fit_zspace(
-    views: Sequence[Float[Tensor, "token d"]],       # rows of each teacher at the same places of the student
-    student: Float[Tensor, "token d_s"],             # the initial student's rows there
-    size: int,                                       # dimensions of Z, at most the tokens and the sum of the views' widths
-    ridge: float = 1e-3                              # relative to each view's mean squared singular value
+    views: Sequence[Float[Tensor, "token d"]],  # rows of each teacher at the same places of the student
+    student: Float[Tensor, "token d_s"],  # the initial student's rows there
+    size: int,  # dimensions of Z, at most the tokens and the sum of the views' widths
+    ridge: float = 1e-3,  # relative to each view's mean squared singular value
 ) -> ZSpace:
     "The shared space of several teachers."
     n = len(student)
-    if not views or any(len(v) != n for v in views): raise ValueError(f"fit_zspace: views of {[len(v) for v in views]} tokens for a student's {n}: give rows at the same places")
-    if not 1 <= size <= min(n - 1, sum(v.shape[1] for v in views)): raise ValueError(f"fit_zspace: Z of {size} dimensions from {n} tokens and {sum(v.shape[1] for v in views)} features: needs fewer dimensions or more tokens")
+    if not views or any(len(v) != n for v in views):
+        raise ValueError(
+            f"fit_zspace: views of {[len(v) for v in views]} tokens for a student's {n}: give rows at the same places"
+        )
+    if not 1 <= size <= min(n - 1, sum(v.shape[1] for v in views)):
+        raise ValueError(
+            f"fit_zspace: Z of {size} dimensions from {n} tokens and {sum(v.shape[1] for v in views)} features: needs"
+            " fewer dimensions or more tokens"
+        )
     means = [v.double().mean(0) for v in views]
     bases, encoders = [], []
     for v, m in zip(views, means):
@@ -46,7 +56,8 @@ def fit_zspace(
         bases.append(u * (s / (s.square() + lam).sqrt()))
         encoders.append((vt, s, u, lam))
     z = torch.linalg.svd(torch.cat(bases, 1), full_matrices=False).U[:, :size]
-    sign = torch.where(z.gather(0, z.abs().argmax(0, keepdim=True)) < 0, -1., 1.)          # the sign of a singular vector is arbitrary
+    # the sign of a singular vector is arbitrary
+    sign = torch.where(z.gather(0, z.abs().argmax(0, keepdim=True)) < 0, -1., 1.)
     z = z * sign
     encoders = [vt.T @ ((s / (s.square() + lam))[:, None] * (u.T @ z)) for vt, s, u, lam in encoders]
     mean = student.double().mean(0)

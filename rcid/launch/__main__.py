@@ -21,13 +21,25 @@ def headline(run: Run) -> str:
     n = run.count()
     done = sum(n[s] for s in ("ran", "cached", "same"))
     bad = "".join(f", {n[s]} {s}" for s in ("failed", "skipped") if n[s])
-    return f"{done} of {len(run.planned)} stages{bad}, {n['running']} running, {minutes(time.time() - run.begun)} so far, about {minutes(run.left())} left"
+    return (
+        f"{done} of {len(run.planned)} stages{bad}, {n['running']} running, {minutes(time.time() - run.begun)} so far,"
+        f" about {minutes(run.left())} left"
+    )
 
 def rows(run: Run) -> list[tuple[str, ...]]:
     "(worker, stage, time, left, last line of its log) of what runs now."
     now = time.time()
-    return [(run.executor.where(n), n, minutes(now - run.since[n]), minutes(max(0.0, run.times.guess(n) - now + run.since[n])) if n in run.times.known else "",
-             last_line(run.executor.log(n))) for n, s in run.state.items() if s == "running"]
+    return [
+        (
+            run.executor.where(n),
+            n,
+            minutes(now - run.since[n]),
+            minutes(max(0.0, run.times.guess(n) - now + run.since[n])) if n in run.times.known else "",
+            last_line(run.executor.log(n)),
+        )
+        for n, s in run.state.items()
+        if s == "running"
+    ]
 
 class Lines:
     "A line per event, and one a minute."
@@ -41,7 +53,11 @@ class Lines:
             print(headline(run), flush=True)
         else:
             state = run.state[name]
-            took = f" {minutes(time.time() - run.since[name])}" if state == "ran" else f" on {run.executor.where(name)}" if state == "running" else ""
+            took = (
+                f" {minutes(time.time() - run.since[name])}"
+                if state == "ran"
+                else f" on {run.executor.where(name)}" if state == "running" else ""
+            )
             print(f"{state:8}{name}{took}" + (f": {run.why[name]}" if name in run.why else ""), flush=True)
         if name is None: self.last = time.time()
 
@@ -56,13 +72,19 @@ class Screen:
     def __call__(self, run: Run, name: str | None):
         from rich.table import Table
         from rich.text import Text
-        if name and run.state[name] in ("ran", "cached", "failed"): self.live.console.print(f"{run.state[name]:8}{name}" + (f": {run.why[name]}" if name in run.why else ""), markup=False, highlight=False)
+        if name and run.state[name] in ("ran", "cached", "failed"):
+            self.live.console.print(
+                f"{run.state[name]:8}{name}" + (f": {run.why[name]}" if name in run.why else ""),
+                markup=False,
+                highlight=False,
+            )
         if name is None and time.time() - self.last < 1: return
         self.last = time.time()
         table = Table(title=headline(run), expand=True)
         for column in ("worker", "stage", "time", "left"): table.add_column(column, no_wrap=True)
         table.add_column("last line", ratio=1, no_wrap=True)
-        for row in rows(run): table.add_row(*map(Text, row))              # Text: brackets of a progress bar are no markup
+        # Text: brackets of a progress bar are no markup
+        for row in rows(run): table.add_row(*map(Text, row))
         self.live.update(table)
 
 # %% ../../nbs/09_launch/05_main.ipynb #e8e150d8
@@ -74,17 +96,29 @@ def only_launcher(folder: Path):
         file.parent.mkdir(parents=True, exist_ok=True)
         f = open(file, "a+")
     with f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise RuntimeError(f"another launcher is at work in {folder}: `python -m rcid.launch status` shows it") from None
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(
+                f"another launcher is at work in {folder}: `python -m rcid.launch status` shows it"
+            ) from None
         yield
 
-def launch(targets: tuple[str, ...] = (), workers: int | None = None, executor: str = "local", verify: bool = False, folder: str | Path | None = None) -> int:
+
+def launch(
+    targets: tuple[str, ...] = (),
+    workers: int | None = None,
+    executor: str = "local",
+    verify: bool = False,
+    folder: str | Path | None = None,
+) -> int:
     "Runs the stale stages among `targets` (all when empty); returns the exit status."
     folder = Path(folder or root()).resolve()
     with only_launcher(folder):
         if executor == "slurm":
             from rcid.launch.slurm import Slurm as Executor
-        else: Executor = Local
+        else:
+            Executor = Local
         executor = Executor(workers, folder)
         with (Screen() if sys.stdout.isatty() else Lines()) as report:
             pipeline = Pipeline(folder, targets)
@@ -92,16 +126,33 @@ def launch(targets: tuple[str, ...] = (), workers: int | None = None, executor: 
                 for path in pipeline.damaged(): print(f"damaged {path}: is made again", flush=True)
             run = Run(pipeline, executor, report)
             if not run.planned: print("nothing to do: dvc.lock is up to date"); return 0
-            print(f"{len(run.planned)} of {len(run.state)} stages to look at, {len(executor.slots)} worker{'s' * (len(executor.slots) > 1)} on {executor.place}", flush=True)
-            try: code = run.go()
+            print(
+                f"{len(run.planned)} of {len(run.state)} stages to look at, {len(executor.slots)}"
+                f" worker{'s' * (len(executor.slots) > 1)} on {executor.place}",
+                flush=True,
+            )
+            try:
+                code = run.go()
             except Stopped as e:
                 print(f"stopped: {headline(run)}; what ended is recorded, the next run goes on from here", flush=True)
                 return 128 + e.args[0]
     n = run.count()
-    print(f"done in {minutes(time.time() - run.begun)}: " + ", ".join(f"{n[s]} {s}" for s in ("ran", "cached", "same", "failed", "skipped") if n[s]))
+    print(
+        f"done in {minutes(time.time() - run.begun)}: "
+        + ", ".join(f"{n[s]} {s}" for s in ("ran", "cached", "same", "failed", "skipped") if n[s])
+    )
     for name, state in run.state.items():
-        if state in ("failed", "skipped"): print(f"{state:8}{name}: {run.why[name]}" + (f" (see {executor.log(name).relative_to(folder)})" if executor.log(name).exists() and state == "failed" else ""))
+        if state in ("failed", "skipped"):
+            print(
+                f"{state:8}{name}: {run.why[name]}"
+                + (
+                    f" (see {executor.log(name).relative_to(folder)})"
+                    if executor.log(name).exists() and state == "failed"
+                    else ""
+                )
+            )
     return code
+
 
 def status(folder: str | Path | None = None) -> list[str]:
     "What runs now, or which stages are stale."
@@ -113,28 +164,60 @@ def status(folder: str | Path | None = None) -> list[str]:
             for kind in dict.fromkeys(n.partition("@")[0] for n in pipeline.stages):
                 names = [n for n in pipeline.stages if n.partition("@")[0] == kind]
                 lost = [n for n in names if n in stale]
-                lines.append(f"{kind:16}{len(names) - len(lost)} of {len(names)} up to date" + (f"; stale: {', '.join(lost[:3])}{' ...' * (len(lost) > 3)}" if lost else ""))
+                lines.append(
+                    f"{kind:16}{len(names) - len(lost)} of {len(names)} up to date"
+                    + (f"; stale: {', '.join(lost[:3])}{' ...' * (len(lost) > 3)}" if lost else "")
+                )
             return lines
     except RuntimeError:
         s, now = read_json(folder/"logs"/"launch"/"state.json"), time.time()
         states = list(s["state"].values())
-        lines = [f"process {s['pid']} is at work: " + ", ".join(f"{states.count(x)} {x}" for x in dict.fromkeys(states)) + f", about {minutes(s['left'])} left"]
+        lines = [
+            f"process {s['pid']} is at work: "
+            + ", ".join(f"{states.count(x)} {x}" for x in dict.fromkeys(states))
+            + f", about {minutes(s['left'])} left"
+        ]
         for n, state in s["state"].items():
-            if state == "running": lines.append(f"{s['where'][n]:8}{n}  {minutes(now - s['since'][n])}  {last_line(folder/'logs'/'stages'/f'{n}.log')}")
+            if state == "running":
+                lines.append(
+                    f"{s['where'][n]:8}{n}  {minutes(now - s['since'][n])} "
+                    f" {last_line(folder/'logs'/'stages'/f'{n}.log')}"
+                )
             if state in ("failed", "skipped"): lines.append(f"{state:8}{n}: {s['why'][n]}")
         return lines
 
 # %% ../../nbs/09_launch/05_main.ipynb #8934c4a5
 def main(argv: list[str]) -> int:
     "The command line; returns the exit status."
-    parser = argparse.ArgumentParser("python -m rcid.launch", description="Runs the stale stages of the pipeline in parallel; `status` and `check` only look.")
-    parser.add_argument("targets", nargs="*", help="stages (with all that they need), or `status`, or `check`; everything when none is given")
-    parser.add_argument("--executor", choices=("local", "slurm"), default="local", help="this host (default), or jobs of a SLURM cluster")
-    parser.add_argument("--workers", type=int, help="how many at once (default: one per GPU, or what cores and memory allow; 16 jobs of a cluster)")
-    parser.add_argument("--verify", action="store_true", help="read every output and compare its hash with dvc.lock (DVC alone trusts size and time)")
+    parser = argparse.ArgumentParser(
+        "python -m rcid.launch",
+        description="Runs the stale stages of the pipeline in parallel; `status` and `check` only look.",
+    )
+    parser.add_argument(
+        "targets",
+        nargs="*",
+        help="stages (with all that they need), or `status`, or `check`; everything when none is given",
+    )
+    parser.add_argument(
+        "--executor",
+        choices=("local", "slurm"),
+        default="local",
+        help="this host (default), or jobs of a SLURM cluster",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        help="how many at once (default: one per GPU, or what cores and memory allow; 16 jobs of a cluster)",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read every output and compare its hash with dvc.lock (DVC alone trusts size and time)",
+    )
     args = parser.parse_args(argv)
     from dvc.exceptions import DvcException
-    logging.getLogger("dvc").setLevel(logging.ERROR)                      # what it would warn of, the launcher says itself
+    # what it would warn of, the launcher says itself
+    logging.getLogger("dvc").setLevel(logging.ERROR)
     try:
         if args.targets == ["status"]: print(*status(), sep="\n"); return 0
         if args.targets == ["check"]:

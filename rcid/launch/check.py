@@ -22,12 +22,20 @@ def versions() -> list[str]:
     want = [r for r in importlib.metadata.requires("rcid") or [] if "extra ==" not in r]
     have = lambda name: next((d.version for d in importlib.metadata.distributions(name=name)), "none")
     pinned = {m[1]: m[2] for r in want if (m := re.match(r"([\w.-]+)==([^\s;]+)", r))}
-    return [f"{name} {have(name)} instead of {version}" for name, version in pinned.items() if have(name).partition("+")[0] != version]
+    return [
+        f"{name} {have(name)} instead of {version}"
+        for name, version in pinned.items()
+        if have(name).partition("+")[0] != version
+    ]
 
 def weights(params) -> list[str]:
     "Per family: what its teacher comes from, and whether it is here already."
     kind = lambda spec: next(f"{k} {spec[k]}" for k in ("hub", "path", "wheel", "arch") if k in spec)
-    return [f"{f}: {kind(params.models[f].teacher)}, {'here' if (root()/'artifacts'/'models'/f/'teacher').exists() else 'not made yet'}" for f in params.families]
+    return [
+        f"{f}: {kind(params.models[f].teacher)},"
+        f" {'here' if (root()/'artifacts'/'models'/f/'teacher').exists() else 'not made yet'}"
+        for f in params.families
+    ]
 
 def check() -> tuple[list[str], bool]:
     "(lines to print, whether a run can start)."
@@ -39,20 +47,29 @@ def check() -> tuple[list[str], bool]:
     try:
         p = load_params()
         say("params", f"scale {p.scale}: {len(p.cells)} students to train")
-    except (OSError, ValueError) as e: p = None; say("params", str(e), False)
+    except (OSError, ValueError) as e:
+        p = None
+        say("params", str(e), False)
     free = shutil.disk_usage(root()).free / 1e9
     say("disk", f"{free:.0f} GB free" + ("" if free >= SPACE else f": needs {SPACE:.0f}"), free >= SPACE)
     say("memory", f"{memory():.1f} GB free" + ("" if memory() >= WORKER else f": a worker wants {WORKER:.0f}"))
-    try: gpus, broken = visible_gpus() if "CUDA_VISIBLE_DEVICES" in os.environ else listed_gpus(), ""
+    try:gpus, broken = visible_gpus() if "CUDA_VISIBLE_DEVICES" in os.environ else listed_gpus(), ""
     except CommandFailed as e: gpus, broken = [], f"; {e}"
     have = f"GPUs {', '.join(gpus)}" if gpus else f"{usable_cores()} cores, no GPU{broken}"
     say("devices", f"{have}; {sensible_workers()} worker(s), {threads()} thread(s) each", not broken)
-    try: wrong = versions()
+    try:wrong = versions()
     except importlib.metadata.PackageNotFoundError: wrong = ["rcid is not installed: make setup"]
     say("versions", "as pinned" if not wrong else "; ".join(wrong), not wrong)
     if p:
         for line in weights(p): say("weights", line)
         needs = [f for f in p.families if "hub" in p.models[f].teacher or "hub" in p.models[f].student]
-        there = any(os.environ.get(k) for k in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")) or (Path(os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface")))/"token").exists()
-        say("token", f"HF_TOKEN is {'set' if there else 'not set'}" + (f"; {', '.join(needs)} come from the hub" if needs else "; nothing needs it"))
+        there = (
+            any(os.environ.get(k) for k in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"))
+            or (Path(os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface"))) / "token").exists()
+        )
+        say(
+            "token",
+            f"HF_TOKEN is {'set' if there else 'not set'}"
+            + (f"; {', '.join(needs)} come from the hub" if needs else "; nothing needs it"),
+        )
     return lines, good

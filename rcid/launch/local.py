@@ -54,8 +54,10 @@ def marked(folder: Path) -> list[int]:
     found, mark = [], f"{MARK}={folder}\0".encode()
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            if mark in (entry/"environ").read_bytes() + b"\0" and int(entry.name) != os.getpid(): found.append(int(entry.name))
-        except OSError: pass                                              # gone, or not ours
+            if mark in (entry / "environ").read_bytes() + b"\0" and int(entry.name) != os.getpid():
+                found.append(int(entry.name))
+        except OSError:
+            pass  # gone, or not ours
     return found
 
 def signal_all(pids, number: int):
@@ -67,7 +69,8 @@ def end_all(folder: Path, limit: float = 30.0) -> int:
     "Kills what a launcher started in the workspace, until nothing of it is left; returns how many there were."
     count, end = 0, time.monotonic() + limit
     while pids := [p for p in marked(folder) if not _zombie(p)]:
-        if time.monotonic() > end: raise RuntimeError(f"processes {pids} of an earlier run do not end: kill them, then run again")
+        if time.monotonic() > end:
+            raise RuntimeError(f"processes {pids} of an earlier run do not end: kill them, then run again")
         count = max(count, len(pids))
         signal_all(pids, signal.SIGKILL)
         time.sleep(0.05)
@@ -85,12 +88,14 @@ class Local:
     ):
         gpus = visible_gpus()
         if workers is not None and workers < 1: raise ValueError(f"{workers} workers: use one or more")
-        if gpus and workers is not None and workers > len(gpus): raise ValueError(f"{workers} workers and {len(gpus)} GPUs: one worker needs one GPU")
+        if gpus and workers is not None and workers > len(gpus):
+            raise ValueError(f"{workers} workers and {len(gpus)} GPUs: one worker needs one GPU")
         self.slots = gpus[:workers] if gpus else [str(i) for i in range(workers or sensible_workers())]
         self.place = "GPU" if gpus else "CPU"
         self.folder, self.running = Path(folder).resolve(), {}
         self.logs = self.folder/"logs"/"stages"
-        if n := end_all(self.folder): print(f"ended {n} process{'es' * (n > 1)} that an earlier run left behind", flush=True)
+        if n := end_all(self.folder):
+            print(f"ended {n} process{'es' * (n > 1)} that an earlier run left behind", flush=True)
 
     def log(self, name: str) -> Path: return self.logs/f"{name}.log"
 
@@ -100,12 +105,30 @@ class Local:
         "Runs a job on a free worker; returns the worker's name."
         slot = next(s for s in self.slots if s not in {s for s, _, _ in self.running.values()})
         count = str(threads())
-        env = {**os.environ, "RCID_THREADS": count, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", count), "PYTHONUNBUFFERED": "1", MARK: str(self.folder), **job.env}
-        if self.place == "GPU": env["CUDA_VISIBLE_DEVICES"] = slot
-        else: env.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")        # glibc asks for huge pages: a training step of SmolLM2's student on a CPU takes a fifth less, to the same bits
+        env = {
+            **os.environ,
+            "RCID_THREADS": count,
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", count),
+            "PYTHONUNBUFFERED": "1",
+            MARK: str(self.folder),
+            **job.env,
+        }
+        if self.place == "GPU":
+            env["CUDA_VISIBLE_DEVICES"] = slot
+        # glibc asks for huge pages: a training step of SmolLM2's student on a CPU takes a fifth less, to the same bits
+        else:
+            env.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
         self.logs.mkdir(parents=True, exist_ok=True)
         with open(self.log(job.name), "wb") as log:
-            process = subprocess.Popen(["/bin/sh", "-e", "-c", job.command], cwd=job.folder, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                ["/bin/sh", "-e", "-c", job.command],
+                cwd=job.folder,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         self.running[job.name] = (slot, job, process)
         return self.where(job.name)
 
@@ -123,7 +146,7 @@ class Local:
         "Ends all that still runs; returns those jobs."
         jobs, roots = [j for _, j, _ in self.running.values()], [p for _, _, p in self.running.values()]
         for p in roots:
-            try: os.killpg(p.pid, signal.SIGINT)
+            try:os.killpg(p.pid, signal.SIGINT)
             except ProcessLookupError: pass
         limit = time.monotonic() + patience
         while any(p.poll() is None for p in roots) and time.monotonic() < limit: time.sleep(0.05)

@@ -31,7 +31,8 @@ def put_block(blocks: dict[str, str], name: str, block: str, rank: dict[str, int
     return LOCK_HEAD + "".join({**blocks, name: block}[n] for n in names)
 
 # %% ../../nbs/09_launch/00_pipeline.ipynb #1740c9b3
-LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}|\.[\w-]{22}\.tmp") # names of `whole_file` and `whole_folder`, and of DVC, before they are whole
+# names of `whole_file` and `whole_folder`, and of DVC, before they are whole
+LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}|\.[\w-]{22}\.tmp")
 
 def md5(file: str | Path) -> str:
     "As in `dvc.lock`."
@@ -44,7 +45,8 @@ def content_hash(path: Path) -> str:
     from dvc_data.hashfile.tree import Tree
     tree = Tree()
     for file in sorted(path.rglob("*")):
-        if file.is_file() and not LEFTOVER.fullmatch(file.name): tree.add(file.relative_to(path).parts, None, HashInfo("md5", md5(file)))
+        if file.is_file() and not LEFTOVER.fullmatch(file.name):
+            tree.add(file.relative_to(path).parts, None, HashInfo("md5", md5(file)))
     tree.digest()
     return tree.oid
 
@@ -125,7 +127,8 @@ class Pipeline:
         with self.locked(): return [n for n, s in self.stages.items() if s.changed()]
 
     def damaged(self) -> list[str]:
-        "Outputs that are not what `dvc.lock` says, by content: DVC looks no further than size and time. They become stale."
+        """Outputs that are not what `dvc.lock` says, by content: DVC looks no further than size and time. They become
+        stale."""
         bad = []
         with self.locked():
             for stage in self.stages.values():
@@ -137,7 +140,8 @@ class Pipeline:
         return bad
 
     def begin(self, name: str) -> Job | str:
-        "Readies a stage: `same` (nothing to do), `cached` (its result came out of the run cache and is recorded), or the job to run."
+        """Readies a stage: `same` (nothing to do), `cached` (its result came out of the run cache and is recorded), or
+        the job to run."""
         from dvc.repo.reproduce import _reproduce_stage
         from dvc.rwlock import rwlock
         from dvc.stage.cache import RunCacheNotFoundError, _can_hash
@@ -162,10 +166,19 @@ class Pipeline:
                     self.repo.stage_cache.restore(stage)
                     self._record(stage)
                 return "cached"
-            except RunCacheNotFoundError: stage.save_deps()
+            except RunCacheNotFoundError:
+                stage.save_deps()
             hold = ExitStack()
-            hold.enter_context(rwlock(self.repo.tmp_dir, self.repo.fs, f"rcid.launch {name}", [d.fs_path for d in stage.deps], [o.fs_path for o in stage.outs],
-                                      self.repo.config["core"].get("hardlink_lock", False)))
+            hold.enter_context(
+                rwlock(
+                    self.repo.tmp_dir,
+                    self.repo.fs,
+                    f"rcid.launch {name}",
+                    [d.fs_path for d in stage.deps],
+                    [o.fs_path for o in stage.outs],
+                    self.repo.config["core"].get("hardlink_lock", False),
+                )
+            )
         command = stage.cmd if isinstance(stage.cmd, str) else "\n".join(stage.cmd)
         env = {"DVC_STAGE": name, "DVC_ROOT": str(self.root)}
         return Job(name, command, stage.wdir, env, self._inputs(stage), hold, {p: _state(p) for p in kept})
@@ -188,12 +201,13 @@ class Pipeline:
         "Deletes what a stage made before, as DVC does, but for files that DVC's cache does not hold; returns those."
         kept = [o.fs_path for o in stage.outs if not o.use_cache and Path(o.fs_path).is_file()]
         for out in stage.outs:
-            if out.persist: out.unprotect()
+            if out.persist:out.unprotect()
             elif out.fs_path not in kept: out.remove(ignore_remove=False)
         return kept
 
     def _drop_damaged(self, hashes: list[str]):
-        "Deletes what DVC's cache holds under these hashes if it is something else: DVC itself trusts a write-protected file."
+        """Deletes what DVC's cache holds under these hashes if it is something else: DVC itself trusts a
+        write-protected file."""
         store = self.repo.cache.local
         for name in hashes:
             file = Path(store.oid_to_path(name))
@@ -203,7 +217,8 @@ class Pipeline:
             if not good: file.unlink()
 
     @staticmethod
-    def _inputs(stage) -> list: return [(str(d), d.hash_info.value) for d in stage.deps]
+    def _inputs(stage) -> list:
+        return [(str(d), d.hash_info.value) for d in stage.deps]
 
     def _record(self, stage):
         from dvc.stage.serialize import to_lockfile

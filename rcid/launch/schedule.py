@@ -62,7 +62,8 @@ class Run:
         touched = set()                                                   # stale, or behind a stale one
         for n in parents:
             if n in stale or touched & set(parents[n]): touched.add(n)
-            else: self.state[n] = "same"
+            else:
+                self.state[n] = "same"
         self.planned = [n for n in parents if n in touched]
         self.path = remaining_path(parents, lambda n: self.times.guess(n) if n in touched else 0.0)
 
@@ -80,7 +81,8 @@ class Run:
         self.state[name] = state
         if why: self.why[name] = why
         if state == "failed":
-            for n in self.parents:                                        # in dependency order, so the whole tree behind it
+            # in dependency order, so the whole tree behind it
+            for n in self.parents:
                 if self.state[n] == "waiting" and any(self.state[p] in BAD for p in self.parents[n]):
                     first = next(p for p in self.parents[n] if self.state[p] in BAD)
                     self.state[n], self.why[n] = "skipped", f"needs {first}"
@@ -88,9 +90,11 @@ class Run:
         self.report(self, name)
 
     def _write_state(self):
-        try: write_json(self.pipeline.root/"logs"/"launch"/"state.json", {"pid": os.getpid(), "state": {n: self.state[n] for n in self.planned}, "where": {n: self.executor.where(n) for n in self.state if self.state[n] == "running"},
+        try:
+            write_json(self.pipeline.root/"logs"/"launch"/"state.json", {"pid": os.getpid(), "state": {n: self.state[n] for n in self.planned}, "where": {n: self.executor.where(n) for n in self.state if self.state[n] == "running"},
             "since": {n: int(t) for n, t in self.since.items()}, "why": self.why, "left": int(self.left())})
-        except OSError: pass
+        except OSError:
+            pass
 
     def _start_ready(self):
         "Fills the free workers; stages with nothing to run are settled at once."
@@ -99,7 +103,8 @@ class Run:
             ready = [n for n in self.planned if self.state[n] == "waiting" and all(self.state[p] in DONE for p in self.parents[n])]
             if not ready or not self.executor.room(): return self.executor.flush()
             name = max(ready, key=self.path.get)
-            try: job = self.pipeline.begin(name)
+            try:
+                job = self.pipeline.begin(name)
             except (DvcException, OSError) as e:
                 self._set(name, "failed", one_line(e))
                 continue
@@ -117,8 +122,10 @@ class Run:
                 if code == 0:
                     self.times.note(job.name, time.time() - self.since[job.name])
                     self._set(job.name, "ran")
-                else: self._set(job.name, "failed", self._why(job.name, code))
-            except (NotRecorded, DvcException, OSError) as e: self._set(job.name, "failed", one_line(e))
+                else:
+                    self._set(job.name, "failed", self._why(job.name, code))
+            except (NotRecorded, DvcException, OSError) as e:
+                self._set(job.name, "failed", one_line(e))
 
     def _why(self, name: str, code: int) -> str:
         "Of a failure: the last line of the log, or what a bare exit status means."
@@ -127,7 +134,8 @@ class Run:
         return "it was killed: too little memory?" + (f" Its last line: {said}" if said else "")
 
     def go(self, poll: float = 0.1) -> int:
-        "Runs until nothing can start; the exit status: 0, or 1 if a stage failed. A signal ends the workers and leaves the rest for the next run."
+        """Runs until nothing can start; the exit status: 0, or 1 if a stage failed. A signal ends the workers and
+        leaves the rest for the next run."""
         kept = {s: signal.signal(s, _stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             self._write_state()
@@ -159,8 +167,11 @@ def last_line(log: Path, size: int = 4096) -> str:
     try:
         with open(log, "rb") as f:
             f.seek(max(0, f.seek(0, 2) - size))
-            lines = [l.strip() for l in f.read().decode("utf-8", "replace").replace("\r", "\n").splitlines() if l.strip()]
-    except OSError: return ""
+            lines = [
+                l.strip() for l in f.read().decode("utf-8", "replace").replace("\r", "\n").splitlines() if l.strip()
+            ]
+    except OSError:
+        return ""
     return next((l for l in reversed(lines) if l.startswith("rcid:")), lines[-1] if lines else "")
 
 _pending: list[int] = []
@@ -168,7 +179,8 @@ _held = False
 
 def _stop(number, frame):
     if _held: _pending.append(number)
-    else: raise Stopped(number)
+    else:
+        raise Stopped(number)
 
 class _later:
     "Signals wait until the block ends: nothing is recorded by halves."

@@ -25,10 +25,26 @@ class Command:
     mark: str                                    # file for the exit status
 
     def __call__(self):
-        for s in (signal.SIGTERM, signal.SIGUSR2): signal.signal(s, signal.SIG_DFL)      # preemption ends this process too
-        write_json(f"{self.mark}.where", {"node": os.uname().nodename, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES", ""), "job": os.environ.get("SLURM_JOB_ID", ""), "pid": os.getpid()})
+        # preemption ends this process too
+        for s in (signal.SIGTERM, signal.SIGUSR2): signal.signal(s, signal.SIG_DFL)
+        write_json(
+            f"{self.mark}.where",
+            {
+                "node": os.uname().nodename,
+                "gpu": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+                "job": os.environ.get("SLURM_JOB_ID", ""),
+                "pid": os.getpid(),
+            },
+        )
         with open(self.log, "ab") as log:
-            code = subprocess.run(["/bin/sh", "-e", "-c", self.command], cwd=self.folder, env={**os.environ, **self.env}, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT).returncode
+            code = subprocess.run(
+                ["/bin/sh", "-e", "-c", self.command],
+                cwd=self.folder,
+                env={**os.environ, **self.env},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            ).returncode
         if code < 0 or code > 128: os._exit(1)                            # killed: no mark
         with whole_file(self.mark) as f: f.write(str(code))
 
@@ -41,8 +57,10 @@ def queued() -> set[str]:
 def launch_settings(file: Path) -> Launch:
     "The section `launch` of `params.yaml`, its defaults if there is none."
     settings = (read_yaml(file) or {}).get("launch", {}) if file.exists() else {}
-    try: return Launch.model_validate(settings)
-    except ValueError as e: raise ValueError(f"{file.name}: launch: {' '.join(str(e).split())}") from None
+    try:
+        return Launch.model_validate(settings)
+    except ValueError as e:
+        raise ValueError(f"{file.name}: launch: {' '.join(str(e).split())}") from None
 
 class Slurm:
     "Jobs of a cluster."
@@ -60,7 +78,8 @@ class Slurm:
         self.tries, self.poll, self.patience, self.asked, self.alive = tries, poll, patience, 0.0, set()
         self.folder = self.logs.parent/"slurm"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.known = self.folder/"jobs.json"                               # for a launcher that comes after a killed one
+        # for a launcher that comes after a killed one
+        self.known = self.folder/"jobs.json"
         self._cancel(set(read_json(self.known)) if self.known.exists() else set())
         self.executor = submitit.AutoExecutor(folder=self.folder/"submitit", cluster="slurm")
         settings = launch_settings(Path(folder)/"params.yaml")
@@ -87,7 +106,9 @@ class Slurm:
         try:
             with self.executor.batch():
                 jobs = [self.executor.submit(Command(job.command, job.folder, {**env, **job.env}, str(self.log(job.name)), mark)) for (job, _), mark in zip(self.waiting, marks)]
-        except Exception as e: raise RuntimeError(f"SLURM did not take the jobs: {' '.join(str(e).split())}") from None   # submitit's own class
+        # submitit's own class
+        except Exception as e:
+            raise RuntimeError(f"SLURM did not take the jobs: {' '.join(str(e).split())}") from None
         for (job, tries), mark, handed in zip(self.waiting, marks, jobs): self.running[job.name] = dict(job=job, tries=tries, mark=Path(mark), id=handed.job_id, lost=None)
         self.waiting = []
         write_json(self.known, sorted(r["id"] for r in self.running.values()))
@@ -128,8 +149,10 @@ class Slurm:
         "Cancels jobs and waits until they are gone."
         if not ids or not (ids := ids & queued()): return
         trouble = ""
-        try: run_command(["scancel", *sorted(ids)], "", timeout=60)
-        except CommandFailed as e: trouble = str(e)                        # some may have ended meanwhile
+        try:
+            run_command(["scancel", *sorted(ids)], "", timeout=60)
+        except CommandFailed as e:
+            trouble = str(e)                        # some may have ended meanwhile
         end = time.monotonic() + limit
         while ids & queued():
             left = ", ".join(sorted(ids))

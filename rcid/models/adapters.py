@@ -39,7 +39,8 @@ class ModelAdapter:
         layer: int # 0 .. n_layers-1
     ) -> nn.Module:
         "The module whose output is the residual stream *after* `layer` (before the final norm)."
-        if not 0 <= layer < self.n_layers: raise IndexError(f"layer {layer} is outside this {self.family} model's 0..{self.n_layers-1}")
+        if not 0 <= layer < self.n_layers:
+            raise IndexError(f"layer {layer} is outside this {self.family} model's 0..{self.n_layers-1}")
         return self.layers[layer]
 
     def attention(self, layer: int) -> nn.Module:
@@ -67,32 +68,54 @@ class ModelAdapter:
         like: Tensor,                                                  # of the dtype and on the device
         position_ids: Int[Tensor, "batch seq"] | None = None           # None: 0, 1, 2 ...
     ) -> dict[int | None, Tensor]:
-        "The kernel's masks by window of a layer: what `sees` allows, and no further back than the window, in positions."
+        """The kernel's masks by window of a layer: what `sees` allows, and no further back than the window, in
+        positions."""
         at = torch.arange(sees.shape[-1], device=sees.device)[None] if position_ids is None else position_ids
         back = at[:, None, :, None] - at[:, None, None, :]                         # (batch, 1, query, key)
         windows = {self.window(l) for l in range(self.n_layers)}
         return {w: self.mask(sees if w is None else sees & (back < w), like) for w in windows}
 
-    def trunk(self,
+    def trunk(
+        self,
         input_ids: Int[Tensor, "batch seq"],
-        attention_mask: Int[Tensor, "batch seq"] | Bool[Tensor, "batch 1 seq seq"] | None = None, # 1 = token, 0 = padding on the right | who sees whom
-        position_ids: Int[Tensor, "batch seq"] | None = None   # None: 0, 1, 2 ...
+        attention_mask: (
+            Int[Tensor, "batch seq"] | Bool[Tensor, "batch 1 seq seq"] | None
+        ) = None,  # 1 = token, 0 = padding on the right | who sees whom
+        position_ids: Int[Tensor, "batch seq"] | None = None,  # None: 0, 1, 2 ...
     ) -> Float[Tensor, "batch seq d_model"]:
         "Final hidden states after the final norm, without the LM head."
         if attention_mask is not None and attention_mask.ndim == 4:
             masks = self.masks(attention_mask, self.embed.weight, position_ids)
             kinds = {w: "full_attention" if w is None else "sliding_attention" for w in masks}
             attention_mask = masks[None] if list(masks) == [None] else {kinds[w]: m for w, m in masks.items()}
-        return self.model.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False).last_hidden_state
+        return self.model.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+
 
 def get_adapter(model: nn.Module) -> ModelAdapter:
     "The adapter of a Hugging Face causal language model of a supported family."
     c = model.config
     if c.model_type not in SUPPORTED:
-        raise ValueError(f"unknown model family {c.model_type!r}: rcid knows {', '.join(SUPPORTED)}; add it in nbs/01_models/00_adapters.ipynb")
-    return ModelAdapter(model, c.model_type, model.model.layers, model.model.embed_tokens, model.model.norm, model.lm_head, model.model.rotary_emb,
-        n_layers=c.num_hidden_layers, d_model=c.hidden_size, n_heads=c.num_attention_heads, n_kv_heads=c.num_key_value_heads,
-        head_dim=getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads, vocab=model.lm_head.out_features)
+        raise ValueError(
+            f"unknown model family {c.model_type!r}: rcid knows {', '.join(SUPPORTED)}; add it in"
+            " nbs/01_models/00_adapters.ipynb"
+        )
+    return ModelAdapter(
+        model,
+        c.model_type,
+        model.model.layers,
+        model.model.embed_tokens,
+        model.model.norm,
+        model.lm_head,
+        model.model.rotary_emb,
+        n_layers=c.num_hidden_layers,
+        d_model=c.hidden_size,
+        n_heads=c.num_attention_heads,
+        n_kv_heads=c.num_key_value_heads,
+        head_dim=getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
+        vocab=model.lm_head.out_features,
+    )
 
 # %% ../../nbs/01_models/00_adapters.ipynb #850bc75d
 def hidden_of(output) -> Float[Tensor, "batch seq d_model"]:
@@ -111,7 +134,8 @@ def common_vocab(
     n_tokens: int | None = None,                 # of their tokenizer, if known
     ids: Int[Tensor, "*token"] | None = None     # every token of the data, read or predicted, if the tokenizer is not known
 ) -> int:
-    "Number of logit columns two models share: the common prefix, over which a distribution is normalised anew; an error if it cannot hold the tokens."
+    """Number of logit columns two models share: the common prefix, over which a distribution is normalised anew; an
+    error if it cannot hold the tokens."""
     v_t, v_s = get_adapter(teacher).vocab, get_adapter(student).vocab
     if v_t == v_s: return v_t
     v, say = min(v_t, v_s), f"vocabulary mismatch: teacher has {v_t} logits, student {v_s}"

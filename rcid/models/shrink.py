@@ -16,7 +16,8 @@ from .cast import carry_rotary
 # %% ../../nbs/01_models/03_shrink.ipynb #b2d489d5
 def even_layers(n_teacher: int, n_student: int) -> list[int]:
     "`n_student` teacher layers, evenly spaced, the last one among them."
-    if not 1 <= n_student <= n_teacher: raise ValueError(f"cannot keep {n_student} of {n_teacher} layers: keep between 1 and {n_teacher}")
+    if not 1 <= n_student <= n_teacher:
+        raise ValueError(f"cannot keep {n_student} of {n_teacher} layers: keep between 1 and {n_teacher}")
     return [round((i + 1) * n_teacher / n_student) - 1 for i in range(n_student)]
 
 # %% ../../nbs/01_models/03_shrink.ipynb #98a36e44
@@ -57,6 +58,8 @@ def choose_layers(
 ) -> list[int]:
     "The layers that greedy depth pruning keeps."
     keep = list(range(get_adapter(model).n_layers))
-    if not 1 <= n <= len(keep): raise ValueError(f"cannot keep {n} of {len(keep)} layers: keep between 1 and {len(keep)}")
-    while len(keep) > n: keep = min(([k for k in keep if k != l] for l in keep), key=lambda kept: harm(shrink(model, kept)))
+    if not 1 <= n <= len(keep):
+        raise ValueError(f"cannot keep {n} of {len(keep)} layers: keep between 1 and {len(keep)}")
+    while len(keep) > n:
+        keep = min(([k for k in keep if k != l] for l in keep), key=lambda kept: harm(shrink(model, kept)))
     return keep

@@ -6,13 +6,17 @@
 __all__ = []
 
 # %% ../../nbs/08_report/index.ipynb #cbd74b37
-from .figures import (METHODS, effect_heatmap, effect_scatter, label, layer_profile, learning_curves, method_intervals,
-                                 save_figure, style)
-from .tables import interval, merge_values, method_table, number, p_value, percent, read_values, tabular, write_text, write_values
+from .figures import METHODS, effect_heatmap, effect_scatter, label, layer_profile, learning_curves
+from .figures import method_intervals, save_figure, style
+from .tables import interval, merge_values, method_table, number, p_value, percent, read_values, tabular
+from .tables import write_text, write_values
 from .claims import compare_claim, holm, no_test_claim, site_claim, unit_claim, verdict_claim
 from .differences import accuracy_difference, consistency_difference, read_effects, statistic_of
-from .results import (EXP1, EXP2, budget_table, companions_table, curves, exp1_claims, exp2_claims, limits_sentence, method_rows, methods_table, model_name, models_sentence,
-                                 models_table, pilot_claim, pilot_table, profiles, read_families, read_matrix, run_tests, setup_values, sites_table, summary, tests_table)
+from .results import EXP1, EXP2, budget_table, companions_table, curves, exp1_claims, exp2_claims
+from .results import limits_sentence, method_rows, methods_table, model_name, models_sentence, models_table
+from .results import pilot_claim, pilot_table, profiles, read_families, read_matrix, run_tests
+from .results import setup_values, sites_table, summary, tests_table
 from .plots import write_plots
-from .studies import (EXP5, architecture_claim, architecture_table, filter_claim, purity_claims, purity_figure, purity_rows, purity_table, robustness_claims, robustness_figure, robustness_points,
-                                 robustness_report, robustness_table)
+from .studies import EXP5, architecture_claim, architecture_table, filter_claim, purity_claims
+from .studies import purity_figure, purity_rows, purity_table, robustness_claims, robustness_figure
+from .studies import robustness_points, robustness_report, robustness_table

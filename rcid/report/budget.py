@@ -15,8 +15,17 @@ from ..distill.trainer import distill
 from ..models.adapters import get_adapter
 
 # %% ../../nbs/08_report/10_budget.ipynb #fd77b9ea
-_shape = lambda arch, vocab, d_model, d_mlp, layers, heads, kv_heads, head_dim, tied: dict(arch=arch, vocab_size=vocab, hidden_size=d_model, intermediate_size=d_mlp, num_hidden_layers=layers,
-    num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, tie_word_embeddings=tied)
+_shape = lambda arch, vocab, d_model, d_mlp, layers, heads, kv_heads, head_dim, tied: dict(
+    arch=arch,
+    vocab_size=vocab,
+    hidden_size=d_model,
+    intermediate_size=d_mlp,
+    num_hidden_layers=layers,
+    num_attention_heads=heads,
+    num_key_value_heads=kv_heads,
+    head_dim=head_dim,
+    tie_word_embeddings=tied,
+)
 SHAPES = {
     "Qwen/Qwen3-8B": _shape("qwen3", 151936, 4096, 12288, 36, 32, 8, 128, False),
     "Qwen/Qwen3-0.6B": _shape("qwen3", 151936, 1024, 3072, 28, 16, 8, 128, True),
@@ -38,11 +47,13 @@ def parameters(model: nn.Module) -> int:
 
 # %% ../../nbs/08_report/10_budget.ipynb #77802d9e
 def layer_bytes(model: nn.Module) -> int:
-    "Bytes a token that one layer keeps for its backward pass: residual stream in float32, the rest in bf16; attention scores are not kept."
+    """Bytes a token that one layer keeps for its backward pass: residual stream in float32, the rest in bf16; attention
+    scores are not kept."""
     a = get_adapter(model)
     q, kv, d_mlp = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim, model.config.intermediate_size
     normed = 4 * (q + kv) if hasattr(a.attention(0), "q_norm") else 0
-    return 2 * (4 + 2) * a.d_model + 2 * (q + 2 * kv) + normed + 2 * (q + kv) + 2 * q + 2 * 4 * d_mlp   # two norms; q, k, v; their norms; rotated; attended; gate, up, act, product
+    # two norms; q, k, v; their norms; rotated; attended; gate, up, act, product
+    return 2 * (4 + 2) * a.d_model + 2 * (q + 2 * kv) + normed + 2 * (q + kv) + 2 * q + 2 * 4 * d_mlp
 
 def training_memory(student: nn.Module, teacher: nn.Module,
     tokens: float, head_rows: float,     # a micro-batch: tokens through the layers, rows through the LM head
@@ -51,10 +62,21 @@ def training_memory(student: nn.Module, teacher: nn.Module,
 ) -> dict[str, float]:                   # bytes
     "Memory of a distillation step by part."
     a = get_adapter(student)
-    trained = parameters(student) if train_embeddings else sum(p.numel() for m in (a.layers, a.final_norm) for p in m.parameters())
+    trained = (
+        parameters(student)
+        if train_embeddings
+        else sum(p.numel() for m in (a.layers, a.final_norm) for p in m.parameters())
+    )
     one = tokens * layer_bytes(student)
-    out = dict(student=4 * parameters(student), gradients=4 * trained, adamw=8 * trained, teacher=2 * parameters(teacher),
-        activations=a.n_layers * tokens * 4 * a.d_model + one if checkpointed else a.n_layers * one, logits=5 * 4 * head_rows * a.vocab)  # logits and log-probabilities of both, one gradient
+    out = dict(
+        student=4 * parameters(student),
+        gradients=4 * trained,
+        adamw=8 * trained,
+        teacher=2 * parameters(teacher),
+        # logits and log-probabilities of both, one gradient
+        activations=a.n_layers * tokens * 4 * a.d_model + one if checkpointed else a.n_layers * one,
+        logits=5 * 4 * head_rows * a.vocab,
+    )
     return out | {"total": sum(out.values())}
 
 # %% ../../nbs/08_report/10_budget.ipynb #d214de7a
@@ -68,16 +90,44 @@ def run_budget(student: nn.Module, teacher: nn.Module, pairs: ContrastiveDataset
     want_t, want_s = plan_signals(student, teacher, pairs, method, c)
     each, micro = tokens / c.steps / c.batch, c.micro_batch or c.batch      # tokens of a pair
     rows = each if want_s.everywhere else 1 + want_s.corrupt
-    memory, lean = (training_memory(student, teacher, each * micro, rows * micro, x, c.train_embeddings) for x in (False, True))
+    memory, lean = (
+        training_memory(student, teacher, each * micro, rows * micro, x, c.train_embeddings) for x in (False, True)
+    )
     a, seq = get_adapter(teacher), pairs.clean_ids.shape[1]
-    hidden = (each if want_t.everywhere else 1 + want_t.corrupt + len(want_t.swaps)) + len(want_t.sites) * (1 + want_t.corrupt) + len(want_t.layers) * seq
-    return dict(tokens=tokens, flops=flops, step_flops=(flops - run_cost(student, teacher, pairs, method, replace(c, steps=c.steps - 1))[1]), seconds=flops / (peak * share), memory=memory["total"],
-        memory_recomputed=lean["total"], activations=memory["activations"], activations_recomputed=lean["activations"], logits=memory["logits"], targets=2 * hidden * a.d_model * len(pairs))
+    hidden = (
+        (each if want_t.everywhere else 1 + want_t.corrupt + len(want_t.swaps))
+        + len(want_t.sites) * (1 + want_t.corrupt)
+        + len(want_t.layers) * seq
+    )
+    return dict(
+        tokens=tokens,
+        flops=flops,
+        step_flops=(flops - run_cost(student, teacher, pairs, method, replace(c, steps=c.steps - 1))[1]),
+        seconds=flops / (peak * share),
+        memory=memory["total"],
+        memory_recomputed=lean["total"],
+        activations=memory["activations"],
+        activations_recomputed=lean["activations"],
+        logits=memory["logits"],
+        targets=2 * hidden * a.d_model * len(pairs),
+    )
 
 # %% ../../nbs/08_report/10_budget.ipynb #f816b4f6
-def timed_steps(student: nn.Module, teacher: nn.Module, pairs: ContrastiveDataset, method, c: DistillConfig, steps: tuple[int, int] = (5, 25)) -> dict[str, float]:
+def timed_steps(
+    student: nn.Module,
+    teacher: nn.Module,
+    pairs: ContrastiveDataset,
+    method,
+    c: DistillConfig,
+    steps: tuple[int, int] = (5, 25),
+) -> dict[str, float]:
     "Seconds, tokens and FLOPs a second of one distillation step on this machine."
-    distill(student, teacher, pairs, method, replace(c, steps=2))            # kernels are chosen and memory is taken on the first steps
+    # kernels are chosen and memory is taken on the first steps
+    distill(student, teacher, pairs, method, replace(c, steps=2))
     short, long = (distill(student, teacher, pairs, method, replace(c, steps=n)) for n in steps)
     seconds = long.wall - short.wall
-    return dict(seconds_per_step=seconds / (steps[1] - steps[0]), tokens_per_second=(long.tokens - short.tokens) / seconds, flops_per_second=(long.flops - short.flops) / seconds)
+    return dict(
+        seconds_per_step=seconds / (steps[1] - steps[0]),
+        tokens_per_second=(long.tokens - short.tokens) / seconds,
+        flops_per_second=(long.flops - short.flops) / seconds,
+    )

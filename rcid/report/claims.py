@@ -15,30 +15,53 @@ from .tables import in_words, interval, listing, number, p_value, percent
 # %% ../../nbs/08_report/02_claims.ipynb #55213aec
 def holm(tests: list[dict]) -> list[dict]:
     "The same tests with `p_holm` added: Holm's correction over the list; undefined p stay undefined and do not count."
-    return [{**t, "p_holm": None if np.isnan(p) else float(p)} for t, p in zip(tests, adjusted([np.nan if t.get("p") is None else t["p"] for t in tests]))]
+    return [
+        {**t, "p_holm": None if np.isnan(p) else float(p)}
+        for t, p in zip(tests, adjusted([np.nan if t.get("p") is None else t["p"] for t in tests]))
+    ]
 
 # %% ../../nbs/08_report/02_claims.ipynb #ceced46a
-METRICS = {"accuracy": "task accuracy", "trained": "consistency at the sites trained on", "held_out": "consistency at held-out sites", "consistency": "consistency"}
+METRICS = {
+    "accuracy": "task accuracy",
+    "trained": "consistency at the sites trained on",
+    "held_out": "consistency at held-out sites",
+    "consistency": "consistency",
+}
 UNITS = {"pairs": "clusters of test pairs", "seeds": "seeds"}
 
 def outcome(test: dict, alpha: float = .05) -> str:
-    "`higher`, `lower` or `same` (not detectably different) for `a` against `b`; `untested` where p is undefined. Uses `p_holm` if it is there."
+    """`higher`, `lower` or `same` (not detectably different) for `a` against `b`; `untested` where p is undefined. Uses
+    `p_holm` if it is there."""
     p = test.get("p_holm", test.get("p"))
     if p is None: return "untested"
     return "same" if p >= alpha or not test["diff"] else "higher" if test["diff"] > 0 else "lower"
 
 def _where(test, tests) -> str:
     tasks, families = {t.get("task") for t in tests}, {t["family"] for t in tests}
-    parts = ([f"the {label(test['family'])} family"] if len(families) > 1 else []) + ([label(test["task"])] if len(tasks) > 1 else [])
+    parts = ([f"the {label(test['family'])} family"] if len(families) > 1 else []) + (
+        [label(test["task"])] if len(tasks) > 1 else []
+    )
     return f" in {' on '.join(parts)}" if parts else ""
 
 def _numbers(test: dict) -> str:
     p = ("Holm-corrected " if "p_holm" in test else "") + p_value(test.get("p_holm", test.get("p")))
     return f"difference {number(test['diff'])} {interval(test['ci'])}, {p}"
 
-PROSE = {"standard_kd_pairs": "StandardKD on pairs", "rcid_identity": "RCID with $W=I$", "rcid_random_sites": "RCID at random sites", "rcid_shuffled": "RCID with shuffled pairs", "rcid_random_w": "RCID with a random $W$", "rcid_warmup": "RCID with a late $W$", "undistilled": "the undistilled student"}
-WORDS = {"higher": ("was higher", "for {a} than for {b}"), "lower": ("was lower", "for {a} than for {b}"), "same": ("did not differ detectably", "between {a} and {b}"),
-         "untested": ("could not be compared", "between {a} and {b}")}
+PROSE = {
+    "standard_kd_pairs": "StandardKD on pairs",
+    "rcid_identity": "RCID with $W=I$",
+    "rcid_random_sites": "RCID at random sites",
+    "rcid_shuffled": "RCID with shuffled pairs",
+    "rcid_random_w": "RCID with a random $W$",
+    "rcid_warmup": "RCID with a late $W$",
+    "undistilled": "the undistilled student",
+}
+WORDS = {
+    "higher": ("was higher", "for {a} than for {b}"),
+    "lower": ("was lower", "for {a} than for {b}"),
+    "same": ("did not differ detectably", "between {a} and {b}"),
+    "untested": ("could not be compared", "between {a} and {b}"),
+}
 
 def prose(method: str) -> str:
     "What a method is called inside a sentence."
@@ -53,7 +76,8 @@ def compare_claim(a: str, b: str, tests: list[dict], metric: str, alpha: float =
         verb, between = WORDS[kind]
         numbers = f" ({_numbers(t)})" if kind != "untested" else " (too few observations)"
         if i == 0: sentence += f" {verb} {between.format(a=prose(a), b=prose(b))}{_where(t, mine)}{numbers}"
-        else: sentence += (" and " if len(mine) == 2 else ", and " if i == len(mine) - 1 else ", ") + ("likewise" if kind == kinds[i - 1] else verb) + f"{_where(t, mine)}{numbers}"
+        else:
+            sentence += (" and " if len(mine) == 2 else ", and " if i == len(mine) - 1 else ", ") + ("likewise" if kind == kinds[i - 1] else verb) + f"{_where(t, mine)}{numbers}"
     return sentence[0].upper() + sentence[1:] + "."
 
 def no_test_claim(a: str, b: str, metric: str, why: str) -> str:
@@ -63,9 +87,21 @@ def no_test_claim(a: str, b: str, metric: str, why: str) -> str:
 # %% ../../nbs/08_report/02_claims.ipynb #f38bc730
 def unit_claim(n_seeds: int, unit: str, n_boot: int) -> str:
     "Says over what the tests were made and what that leaves out."
-    boot = f"Differences between methods are tested by a paired bootstrap over {UNITS['pairs']} ({n_boot:,} resamples), the seeds' estimates averaged within a resample"
-    if unit == "seeds": return f"Differences between methods are tested by paired tests over {in_words(n_seeds)} seeds; the intervals are bootstrap intervals over {UNITS['pairs']}."
-    if n_seeds < 3: return boot + f". With {in_words(n_seeds)} seed{'s' * (n_seeds > 1)} a paired test across seeds has next to no power, so none is reported: the intervals describe the sampling of test pairs, not of training runs."
+    boot = (
+        f"Differences between methods are tested by a paired bootstrap over {UNITS['pairs']} ({n_boot:,} resamples),"
+        " the seeds' estimates averaged within a resample"
+    )
+    if unit == "seeds":
+        return (
+            f"Differences between methods are tested by paired tests over {in_words(n_seeds)} seeds; the intervals are"
+            f" bootstrap intervals over {UNITS['pairs']}."
+        )
+    if n_seeds < 3:
+        return (
+            boot
+            + f". With {in_words(n_seeds)} seed{'s' * (n_seeds > 1)} a paired test across seeds has next to no power,"
+            " so none is reported: the intervals describe the sampling of test pairs, not of training runs."
+        )
     return boot + f"; a paired test across the {in_words(n_seeds)} seeds is reported beside it."
 
 # %% ../../nbs/08_report/02_claims.ipynb #365ee970
@@ -84,9 +120,21 @@ def competence_claim(rows: list[dict], bar: float = .9) -> str:
     rows = _distilled(rows)
     low = [r for r in rows if r["accuracy"] < bar]
     worst = min(rows, key=lambda r: r["accuracy"])
-    if not low: return f"All {in_words(len(rows))} distilled students reach {percent(bar, 0)} accuracy on held-out names and subjects (lowest: {_names([worst], rows)}, {percent(worst['accuracy'])})."
-    if len(low) == len(rows): return f"No distilled student reaches {percent(bar, 0)} accuracy on held-out names and subjects (highest: {percent(max(r['accuracy'] for r in rows))}); what follows is about incompetent students."
-    return f"{in_words(len(rows) - len(low)).capitalize()} of {in_words(len(rows))} distilled students reach {percent(bar, 0)} accuracy on held-out names and subjects; {_names(low, rows)} {'does' if len(low) == 1 else 'do'} not (lowest {percent(worst['accuracy'])})."
+    if not low:
+        return (
+            f"All {in_words(len(rows))} distilled students reach {percent(bar, 0)} accuracy on held-out names and"
+            f" subjects (lowest: {_names([worst], rows)}, {percent(worst['accuracy'])})."
+        )
+    if len(low) == len(rows):
+        return (
+            f"No distilled student reaches {percent(bar, 0)} accuracy on held-out names and subjects (highest:"
+            f" {percent(max(r['accuracy'] for r in rows))}); what follows is about incompetent students."
+        )
+    return (
+        f"{in_words(len(rows) - len(low)).capitalize()} of {in_words(len(rows))} distilled students reach"
+        f" {percent(bar, 0)} accuracy on held-out names and subjects; {_names(low, rows)}"
+        f" {'does' if len(low) == 1 else 'do'} not (lowest {percent(worst['accuracy'])})."
+    )
 
 def null_claim(rows: list[dict], part: str = "held_out") -> str:
     "Which distilled students' consistency lies above the shuffled-pair null: lower end of the interval above the band."
@@ -96,38 +144,75 @@ def null_claim(rows: list[dict], part: str = "held_out") -> str:
     if not rows: return f"No {what} is defined in this run."
     if not inside: return f"Every distilled student's {what} lies above its shuffled-pair null."
     if len(inside) == len(rows): return f"No distilled student's {what} is distinguishable from its shuffled-pair null."
-    return f"The {what} lies above the shuffled-pair null for {in_words(len(rows) - len(inside))} of {in_words(len(rows))} distilled students, and not for {_names(inside, rows)}."
+    return (
+        f"The {what} lies above the shuffled-pair null for {in_words(len(rows) - len(inside))} of {in_words(len(rows))}"
+        f" distilled students, and not for {_names(inside, rows)}."
+    )
 
 # %% ../../nbs/08_report/02_claims.ipynb #0822aa95
 def dissociation_claim(tests: list[dict], metric: str = "held_out", alpha: float = .05) -> str:
     "Pairs of methods with the same answers (no detectable difference) and different mechanisms."
     key = lambda t: (t["family"], t.get("task"), t["a"], t["b"])
     mechanism = {key(t): outcome(t, alpha) for t in tests if t["metric"] == metric}
-    both = [(k, mechanism[k]) for t in tests if t["metric"] == "accuracy" and outcome(t, alpha) == "same" and (k := key(t)) in mechanism]
+    both = [
+        (k, mechanism[k])
+        for t in tests
+        if t["metric"] == "accuracy" and outcome(t, alpha) == "same" and (k := key(t)) in mechanism
+    ]
     apart = [k for k, kind in both if kind in ("higher", "lower")]
-    names = listing([f"{prose(a)} against {prose(b)}" + bracketed(place(dict(family=family, task=task), tests)) for family, task, a, b in apart])
-    if not both: return "No two methods of this run had accuracies without a detectable difference, so answers and mechanism cannot be told apart here."
-    if not apart: return f"Of the {in_words(len(both))} comparison{'s' * (len(both) > 1)} in which accuracy did not differ detectably, {METRICS[metric]} differed detectably in none: this run shows no dissociation of answers and mechanism."
-    return f"Of the {in_words(len(both))} comparison{'s' * (len(both) > 1)} in which accuracy did not differ detectably, {METRICS[metric]} did differ in {in_words(len(apart))}: {names}. There the students answer alike as far as this test can tell, and compute differently."
+    names = listing(
+        [
+            f"{prose(a)} against {prose(b)}" + bracketed(place(dict(family=family, task=task), tests))
+            for family, task, a, b in apart
+        ]
+    )
+    if not both:
+        return (
+            "No two methods of this run had accuracies without a detectable difference, so answers and mechanism cannot"
+            " be told apart here."
+        )
+    if not apart:
+        return (
+            f"Of the {in_words(len(both))} comparison{'s' * (len(both) > 1)} in which accuracy did not differ"
+            f" detectably, {METRICS[metric]} differed detectably in none: this run shows no dissociation of answers and"
+            " mechanism."
+        )
+    return (
+        f"Of the {in_words(len(both))} comparison{'s' * (len(both) > 1)} in which accuracy did not differ detectably,"
+        f" {METRICS[metric]} did differ in {in_words(len(apart))}: {names}. There the students answer alike as far as"
+        " this test can tell, and compute differently."
+    )
 
 # %% ../../nbs/08_report/02_claims.ipynb #86827bcb
-def verdict_claim(tests: list[dict], a: str = "rcid", b: str = "standard_kd_pairs", metric: str = "held_out", alpha: float = .05) -> str:
+def verdict_claim(
+    tests: list[dict], a: str = "rcid", b: str = "standard_kd_pairs", metric: str = "held_out", alpha: float = 0.05
+) -> str:
     "One sentence for abstract and discussion: did `a` improve `metric` over its matched control `b`?"
     mine = [t for t in tests if (t["a"], t["b"], t["metric"]) == (a, b, metric)]
     kinds = {(t["family"], t.get("task")): outcome(t, alpha) for t in mine}
     if not kinds: return f"This run holds no comparison of {label(a)} with its matched control."
-    ways = {"higher": f"{label(a)} improves {METRICS[metric]} over its matched control", "lower": f"{label(a)} worsens {METRICS[metric]} against its matched control",
-            "same": f"{label(a)} makes no detectable difference to {METRICS[metric]} against its matched control", "untested": f"{label(a)} could not be tested against its matched control"}
+    ways = {
+        "higher": f"{label(a)} improves {METRICS[metric]} over its matched control",
+        "lower": f"{label(a)} worsens {METRICS[metric]} against its matched control",
+        "same": f"{label(a)} makes no detectable difference to {METRICS[metric]} against its matched control",
+        "untested": f"{label(a)} could not be tested against its matched control",
+    }
     if len(set(kinds.values())) == 1:
         families, tasks = (len({k[i] for k in kinds}) for i in (0, 1))
-        over = " and ".join(f"{'both' if n == 2 else 'all'} {noun}" for n, noun in ((families, "families"), (tasks, "tasks")) if n > 1)
+        over = " and ".join(
+            f"{'both' if n == 2 else 'all'} {noun}" for n, noun in ((families, "families"), (tasks, "tasks")) if n > 1
+        )
         return ways[next(iter(kinds.values()))] + (f" in {over}." if over else ".")
-    groups = {kind: [place(dict(family=f, task=t), mine) for (f, t), k in kinds.items() if k == kind] for kind in dict.fromkeys(kinds.values())}
+    groups = {
+        kind: [place(dict(family=f, task=t), mine) for (f, t), k in kinds.items() if k == kind]
+        for kind in dict.fromkeys(kinds.values())
+    }
     return "; ".join(f"{ways[kind]} ({'; '.join(where)})" for kind, where in groups.items()) + "."
 
 # %% ../../nbs/08_report/02_claims.ipynb #79165dc6
 def site_claim(tables: dict[str, dict], share: float = .2) -> str:
-    "Layers at which each role carries at least half of its peak effect; roles whose peak is below `share` of the largest are left out. Tables as in `effect_heatmap`."
+    """Layers at which each role carries at least half of its peak effect; roles whose peak is below `share` of the
+    largest are left out. Tables as in `effect_heatmap`."""
     sentences = []
     for family, t in tables.items():
         score = np.array([[np.nan if v is None else v for v in row] for row in t["score"]], dtype=float)
@@ -136,6 +221,12 @@ def site_claim(tables: dict[str, dict], share: float = .2) -> str:
             column = score[:, i]
             if np.isnan(column).all() or np.nanmax(column) < share * top: continue
             layers = np.flatnonzero(np.nan_to_num(column) >= np.nanmax(column) / 2)
-            parts.append(f"{label(role)} in " + (f"layers {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}") + f" (peak {number(np.nanmax(column))} logits)")
-        sentences.append(f"In the {label(family)} teacher at least half of a role's peak effect is carried by {listing(parts)}.")
+            parts.append(
+                f"{label(role)} in "
+                + (f"layers {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}")
+                + f" (peak {number(np.nanmax(column))} logits)"
+            )
+        sentences.append(
+            f"In the {label(family)} teacher at least half of a role's peak effect is carried by {listing(parts)}."
+        )
     return " ".join(sentences)

@@ -16,67 +16,114 @@ from ..eval.stats import cluster_bootstrap, fisher_z, weighted_pearson
 
 # %% ../../nbs/08_report/03_differences.ipynb #9815b92f
 def bootstrap_test(stat: Callable[[np.ndarray], np.ndarray], clusters, n: int = 10_000, seed: int = 0) -> dict:
-    "`{diff, ci, p, n_clusters}` of a difference given as a function of resampling weights (resample, pair); undefined gives `None`."
+    """`{diff, ci, p, n_clusters}` of a difference given as a function of resampling weights (resample, pair); undefined
+    gives `None`."""
     drawn = []
     def kept(weights):
         drawn.append(stat(weights)); return drawn[-1]
     b = cluster_bootstrap(kept, clusters, n, seed)
     values = np.concatenate(drawn[:-1])                       # the last call is the data as they are
     values = values[~np.isnan(values)]
-    if np.isnan(b.estimate) or not len(values): return {"diff": None, "ci": [None, None], "p": None, "n_clusters": b.n_clusters}
+    if np.isnan(b.estimate) or not len(values):
+        return {"diff": None, "ci": [None, None], "p": None, "n_clusters": b.n_clusters}
     p = 2 * min((1 + (values <= 0).sum()) / (1 + len(values)), (1 + (values >= 0).sum()) / (1 + len(values)))
     return {"diff": b.estimate, "ci": [b.low, b.high], "p": float(min(1., p)), "n_clusters": b.n_clusters}
 
 def _consistency(teacher, students, weights):
     with np.errstate(invalid="ignore"):
         z = np.stack([_nanmean(fisher_z(weighted_pearson(teacher, s, weights))) for s in students])
-    return np.tanh(z.mean(0))                                  # a seed without a defined site makes the resample undefined
+    # a seed without a defined site makes the resample undefined
+    return np.tanh(z.mean(0))
 
 def _nanmean(z):
     known = ~np.isnan(z)
     return np.where(known.any(1), np.where(known, z, 0).sum(1) / known.sum(1).clip(1), np.nan)
 
+
 def consistency_difference(
-    teacher: Float[np.ndarray, "pair site"],                   # effects in logits
-    a: list[Float[np.ndarray, "pair site"]], b: list[Float[np.ndarray, "pair site"]],   # one array per seed
-    clusters, n: int = 10_000, seed: int = 0,
-    floor: float = 1e-3,                                       # logits; a site whose effects vary no more than this in any model has no correlation
+    teacher: Float[np.ndarray, "pair site"],  # effects in logits
+    a: list[Float[np.ndarray, "pair site"]],
+    b: list[Float[np.ndarray, "pair site"]],  # one array per seed
+    clusters,
+    n: int = 10_000,
+    seed: int = 0,
+    floor: float = 1e-3,  # logits; a site whose effects vary no more than this in any model has no correlation
 ) -> dict:
-    "Consistency of method `a` minus that of `b` over the sites where both are defined (`n_sites`), tested over clusters of test pairs."
+    """Consistency of method `a` minus that of `b` over the sites where both are defined (`n_sites`), tested over
+    clusters of test pairs."""
     teacher, a, b = np.asarray(teacher, float), [np.asarray(x, float) for x in a], [np.asarray(x, float) for x in b]
     for x in (*a, *b):
-        if x.shape != teacher.shape: raise ValueError(f"consistency_difference: student effects {x.shape}, teacher effects {teacher.shape}: pairs and sites must be the same")
+        if x.shape != teacher.shape:
+            raise ValueError(
+                f"consistency_difference: student effects {x.shape}, teacher effects {teacher.shape}: pairs and sites"
+                " must be the same"
+            )
     live = np.all([x.std(0) > floor for x in (teacher, *a, *b)], axis=0)
-    if not live.any(): return {"diff": None, "ci": [None, None], "p": None, "n_clusters": len(np.unique(clusters)), "n_sites": 0}
+    if not live.any():
+        return {"diff": None, "ci": [None, None], "p": None, "n_clusters": len(np.unique(clusters)), "n_sites": 0}
     teacher, a, b = teacher[:, live], [x[:, live] for x in a], [x[:, live] for x in b]
-    return {**bootstrap_test(lambda w: _consistency(teacher, a, w) - _consistency(teacher, b, w), clusters, n, seed), "n_sites": int(live.sum())}
+    return {
+        **bootstrap_test(lambda w: _consistency(teacher, a, w) - _consistency(teacher, b, w), clusters, n, seed),
+        "n_sites": int(live.sum()),
+    }
 
-def accuracy_difference(a: list[Bool[np.ndarray, "pair"]], b: list[Bool[np.ndarray, "pair"]], clusters, n: int = 10_000, seed: int = 0) -> dict:
+
+def accuracy_difference(
+    a: list[Bool[np.ndarray, "pair"]], b: list[Bool[np.ndarray, "pair"]], clusters, n: int = 10_000, seed: int = 0
+) -> dict:
     "Accuracy of method `a` minus that of `b` on the same pairs; one array of right (True) and wrong per seed."
     d = np.mean(np.asarray(a, float), 0) - np.mean(np.asarray(b, float), 0)
     return bootstrap_test(lambda w: w @ d / w.sum(1), clusters, n, seed)
 
 # %% ../../nbs/08_report/03_differences.ipynb #99fd3bb7
-def read_effects(family: str, task: str, method: str | None = None, seed: int = 0, folder: str | Path = ".") -> dict[str, np.ndarray]:
-    "`trained` and `held_out` effects (pair, site) in logits and `right` (pair), of a student, or of the teacher where `method` is None."
+def read_effects(
+    family: str, task: str, method: str | None = None, seed: int = 0, folder: str | Path = "."
+) -> dict[str, np.ndarray]:
+    """`trained` and `held_out` effects (pair, site) in logits and `right` (pair), of a student, or of the teacher where
+    `method` is None."""
     folder, name = Path(folder), f"{family}-{task}"
     plan = read_json(folder/"metrics"/"sites"/f"{name}.json")
-    file = folder/"artifacts"/("sites" if method is None else "effects")/(f"{name}/teacher.safetensors" if method is None else f"{name}-{method}-{seed}.safetensors")
+    file = (
+        folder
+        / "artifacts"
+        / ("sites" if method is None else "effects")
+        / (f"{name}/teacher.safetensors" if method is None else f"{name}-{method}-{seed}.safetensors")
+    )
     if not file.exists(): raise FileNotFoundError(f"{file} is missing: run `dvc repro` (or `dvc checkout`) to make it")
     stored, roles = load_file(file), plan["roles"]
-    column = lambda layer, role: (layer if method is None else plan["layer_map"][str(layer)]) * len(roles) + roles.index(role)
-    return {**{kind: stored["effects"][:, [column(*site) for site in plan[key]]].astype(float) for kind, key in (("trained", "selected"), ("held_out", "held_out"))}, "right": stored["ld_clean"] > 0}
+    column = lambda layer, role: (layer if method is None else plan["layer_map"][str(layer)]) * len(
+        roles
+    ) + roles.index(role)
+    return {
+        **{
+            kind: stored["effects"][:, [column(*site) for site in plan[key]]].astype(float)
+            for kind, key in (("trained", "selected"), ("held_out", "held_out"))
+        },
+        "right": stored["ld_clean"] > 0,
+    }
+
 
 def statistic_of(cells: list[dict], clusters: dict, n: int = 10_000, folder: str | Path = ".") -> Callable:
-    "The `statistic` that `run_tests` asks for, from the stored effects of evaluated `cells`; `clusters` is `{(family, task): cluster of each test pair}`."
+    """The `statistic` that `run_tests` asks for, from the stored effects of evaluated `cells`; `clusters` is `{(family,
+    task): cluster of each test pair}`."""
     kept = {}
     def effects(family, task, method, seed=0):
         key = (family, task, method, seed)
         if key not in kept: kept[key] = read_effects(*key, folder=folder)
         return kept[key]
-    def of(family, task, method, metric): return [effects(family, task, method, c["seed"])[metric] for c in cells if (c["family"], c["task"], c["method"]) == (family, task, method)]
+
+    def of(family, task, method, metric):
+        return [
+            effects(family, task, method, c["seed"])[metric]
+            for c in cells
+            if (c["family"], c["task"], c["method"]) == (family, task, method)
+        ]
+
     def statistic(family, task, a, b, metric):
         where = clusters[family, task]
-        if metric == "accuracy": return accuracy_difference(of(family, task, a, "right"), of(family, task, b, "right"), where, n)
-        return consistency_difference(effects(family, task, None)[metric], of(family, task, a, metric), of(family, task, b, metric), where, n)
+        if metric == "accuracy":
+            return accuracy_difference(of(family, task, a, "right"), of(family, task, b, "right"), where, n)
+        return consistency_difference(
+            effects(family, task, None)[metric], of(family, task, a, metric), of(family, task, b, metric), where, n
+        )
     return statistic

@@ -19,7 +19,11 @@ def module_closure(names, base: Path | None = None) -> list[Path]:
     base, todo, found = base or root(), list(names), set()
     while todo:
         parts = todo.pop().split(".")
-        for file in (base.joinpath(*parts).with_suffix(".py"), base.joinpath(*parts, "__init__.py"), base.joinpath(*parts[:-1]).with_suffix(".py")):
+        for file in (
+            base.joinpath(*parts).with_suffix(".py"),
+            base.joinpath(*parts, "__init__.py"),
+            base.joinpath(*parts[:-1]).with_suffix(".py"),
+        ):
             if parts[0] != "rcid" or file in found or not file.is_file(): continue
             found.add(file)
             todo += imported(file.read_text(encoding="utf-8"), file.relative_to(base).parent.parts)
@@ -49,17 +53,22 @@ def notebook_key(notebook: Path) -> str:
     return digest.hexdigest()
 
 def _run(nb, folder: Path):
-    "Executes `nb` in place, by a kernel that talks through files, not TCP ports, and has no IPython settings of the user."
+    """Executes `nb` in place, by a kernel that talks through files, not TCP ports, and has no IPython settings of the
+    user."""
     from jupyter_client.manager import AsyncKernelManager
     from nbclient import NotebookClient
     class LocalKernel(AsyncKernelManager):
-        def __init__(self, *args, **kw): super().__init__(*args, **{**kw, "transport": "ipc", "ip": f"{private}/kernel"})
+
+        def __init__(self, *args, **kw):
+            super().__init__(*args, **{**kw, "transport": "ipc", "ip": f"{private}/kernel"})
+
     with tempfile.TemporaryDirectory(prefix="rcid-") as private:
         NotebookClient(nb, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(folder)}},
                        kernel_manager_class=LocalKernel, extra_arguments=[f"--ipython-dir={private}"]).execute()
 
 def execute(notebook: Path, cache: Path) -> dict:
-    "The notebook with its outputs, from `cache` if its code is unchanged; cells marked slow, gpu, hub or notest stay without."
+    """The notebook with its outputs, from `cache` if its code is unchanged; cells marked slow, gpu, hub or notest stay
+    without."""
     import nbformat
     from nbclient.exceptions import CellExecutionError
     key, kept = notebook_key(notebook), cache/f"{notebook.parent.name}-{notebook.name}"
@@ -67,8 +76,10 @@ def execute(notebook: Path, cache: Path) -> dict:
     if kept.exists() and (old := json.loads(kept.read_text(encoding="utf-8")))["key"] == key: outputs = old["outputs"]
     else:
         copy = nbformat.from_dict({**nb, "cells": [{**c, "source": "" if c["cell_type"] == "code" and SKIPPED.search(_source(c)) else _source(c)} for c in nb["cells"]]})
-        try: _run(copy, notebook.parent)
-        except CellExecutionError as e: raise RuntimeError(f"docs: {notebook.relative_to(root())} fails: {e.ename}: {e.evalue}") from None
+        try:
+            _run(copy, notebook.parent)
+        except CellExecutionError as e:
+            raise RuntimeError(f"docs: {notebook.relative_to(root())} fails: {e.ename}: {e.evalue}") from None
         outputs = {c["id"]: [o for o in c["outputs"] if not (o["output_type"] == "stream" and o["name"] == "stderr")] for c in copy["cells"] if c["cell_type"] == "code"}
         with whole_file(kept) as f: f.write(json.dumps({"key": key, "outputs": relative(outputs, str(root()))}))
         outputs = json.loads(kept.read_text(encoding="utf-8"))["outputs"]
@@ -82,12 +93,17 @@ def signature(module: str, name: str, level: int) -> str:
     from nbdev.showdoc import show_doc
     text = show_doc(getattr(importlib.import_module(module), name))._repr_markdown_()
     text = re.sub(r"\A\s*(---\s*)?(\[source\]\([^\n]*\n\s*)?#+ [^\n]*\n", "", text)
-    text = re.sub(r"\[([^\]]*)\]\((?!https?:)[^)\s]*\)", r"\1", text)      # links of other projects' docstrings lead nowhere here
+    # links of other projects' docstrings lead nowhere here
+    text = re.sub(r"\[([^\]]*)\]\((?!https?:)[^)\s]*\)", r"\1", text)
     return f"({module}.{name})=\n{'#' * level} {name}\n\n{text.strip()}"
 
 def public_names(code: str) -> list[str]:
     "Functions and classes that a cell defines, without the private ones."
-    return [n.name for n in ast.parse(code).body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
+    return [
+        n.name
+        for n in ast.parse(code).body
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")
+    ]
 
 def callouts(text: str) -> str:
     "Quarto's `::: {.callout-note}` as MyST's `:::{note}`."
@@ -111,8 +127,25 @@ def page(nb: dict, module: str | None = None) -> dict:
             tags.append("hide-input")
         if "echo: false" in flags: tags.append("remove-input")
         if "output: false" in flags: tags.append("remove-output")
-        cells.append({"cell_type": "code", "id": cell["id"], "execution_count": None, "metadata": {"tags": tags} if tags else {}, "source": code, "outputs": cell.get("outputs", [])})
-    return {"cells": cells, "metadata": {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}, "language_info": {"name": "python"}}, "nbformat": 4, "nbformat_minor": 5}
+        cells.append(
+            {
+                "cell_type": "code",
+                "id": cell["id"],
+                "execution_count": None,
+                "metadata": {"tags": tags} if tags else {},
+                "source": code,
+                "outputs": cell.get("outputs", []),
+            }
+        )
+    return {
+        "cells": cells,
+        "metadata": {
+            "kernelspec": {"name": "python3", "display_name": "python3", "language": "python"},
+            "language_info": {"name": "python"},
+        },
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
 
 # %% ../../nbs/08_report/06_docs.ipynb #86d10701
 CONF = '''project, author, copyright, version, release = {name!r}, {author!r}, {copyright!r}, {version!r}, {version!r}
@@ -138,14 +171,28 @@ article table { font-size: var(--font-size--small); }
 '''
 
 def _title(nb: dict, fallback: str) -> str:
-    return next((m[1].strip() for c in nb["cells"] if c["cell_type"] == "markdown" and (m := re.match(r"#\s+(.+)", _source(c)))), fallback)
+    return next(
+        (
+            m[1].strip()
+            for c in nb["cells"]
+            if c["cell_type"] == "markdown" and (m := re.match(r"#\s+(.+)", _source(c)))
+        ),
+        fallback,
+    )
 
 def _toctree(caption: str, entries: list[str], depth: int = 1) -> str:
     return f"```{{toctree}}\n:hidden:\n:caption: {caption}\n:maxdepth: {depth}\n\n" + "\n".join(entries) + "\n```\n"
 
 def library_pages(site: Path, cache: Path, workers: int = 2) -> list[str]:
     "Executes and writes the guides and the library notebooks; returns one toctree per folder."
-    notebooks = [n for n in (*sorted((root()/"nbs"/"guides").glob("*.ipynb")), *sorted((root()/"nbs").glob("[0-9]*/*.ipynb"))) if not n.name.startswith(".")]
+    notebooks = [
+        n
+        for n in (
+            *sorted((root() / "nbs" / "guides").glob("*.ipynb")),
+            *sorted((root() / "nbs").glob("[0-9]*/*.ipynb")),
+        )
+        if not n.name.startswith(".")
+    ]
     def one(notebook):
         print(f"  {notebook.relative_to(root())}", flush=True)
         return execute(notebook, cache)
@@ -154,26 +201,49 @@ def library_pages(site: Path, cache: Path, workers: int = 2) -> list[str]:
     for folder in dict.fromkeys(n.parent for n in notebooks):
         mine = sorted((n for n in notebooks if n.parent == folder), key=lambda n: (n.name != "index.ipynb", n.name))
         for n in mine:
-            m = next((m[1] for c in executed[n]["cells"] if (m := re.search(r"(?m)^#\|\s*default_exp\s+(\S+)", _source(c)))), None)
-            _write(site/folder.name/n.name, page(executed[n], f"rcid.{m}" if m and not m.endswith("__init__") else None))
-        trees.append(_toctree("Guides" if folder.name == "guides" else _title(executed[mine[0]], folder.name[3:]), [f"{folder.name}/{n.stem}" for n in mine]))
+            m = next(
+                (m[1] for c in executed[n]["cells"] if (m := re.search(r"(?m)^#\|\s*default_exp\s+(\S+)", _source(c)))),
+                None,
+            )
+            _write(
+                site / folder.name / n.name,
+                page(executed[n], f"rcid.{m}" if m and not m.endswith("__init__") else None),
+            )
+        trees.append(
+            _toctree(
+                "Guides" if folder.name == "guides" else _title(executed[mine[0]], folder.name[3:]),
+                [f"{folder.name}/{n.stem}" for n in mine],
+            )
+        )
     return trees
 
 def experiment_pages(site: Path) -> str:
     "Copies the executed notebooks of the last run, one page per stage that lists its runs; says so if there are none."
     stages = sorted({f.parent for f in (root()/"runs").glob("*/*.ipynb")}, key=lambda p: p.name)
     if not stages:
-        (site/"experiments.md").write_text("# Experiments\n\nThere are no executed notebooks in `runs/` yet: `make repro` (or `dvc pull`) puts them there.\n", encoding="utf-8")
+        (site / "experiments.md").write_text(
+            "# Experiments\n\nThere are no executed notebooks in `runs/` yet: `make repro` (or `dvc pull`) puts them"
+            " there.\n",
+            encoding="utf-8",
+        )
         return _toctree("Experiments", ["experiments"])
     entries = []
     for stage in stages:
         records = sorted(stage.glob("*.ipynb"))
         for f in records:
             nb = page(json.loads(f.read_text(encoding="utf-8")))
-            if len(records) > 1: nb["cells"].insert(0, {"cell_type": "markdown", "id": "doc-run", "metadata": {}, "source": f"# {f.stem}"})
+            if len(records) > 1:
+                nb["cells"].insert(
+                    0, {"cell_type": "markdown", "id": "doc-run", "metadata": {}, "source": f"# {f.stem}"}
+                )
             _write(site/"experiments"/stage.name/f.name, nb)
         if len(records) == 1: entries.append(f"experiments/{stage.name}/{records[0].stem}"); continue
-        (site/"experiments"/f"{stage.name}.md").write_text(f"# {stage.name}\n\nThe executed notebooks of this stage.\n\n```{{toctree}}\n:maxdepth: 1\n\n" + "\n".join(f"{stage.name}/{f.stem}" for f in records) + "\n```\n", encoding="utf-8")
+        (site / "experiments" / f"{stage.name}.md").write_text(
+            f"# {stage.name}\n\nThe executed notebooks of this stage.\n\n```{{toctree}}\n:maxdepth: 1\n\n"
+            + "\n".join(f"{stage.name}/{f.stem}" for f in records)
+            + "\n```\n",
+            encoding="utf-8",
+        )
         entries.append(f"experiments/{stage.name}")
     return _toctree("Experiments", entries)
 
@@ -186,7 +256,8 @@ def build_docs(workers: int = 2) -> Path:
     "Builds the whole site; returns its first page."
     import configparser
     spec = importlib.util.find_spec("sphinx-mathjax-offline")
-    if spec is None or not importlib.util.find_spec("myst_nb"): raise RuntimeError("docs: packages are missing: `make setup`, or `pip install -e .[dev]`")
+    if spec is None or not importlib.util.find_spec("myst_nb"):
+        raise RuntimeError("docs: packages are missing: `make setup`, or `pip install -e .[dev]`")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root()), os.environ.get("PYTHONPATH"))))
     site, out = root()/"_proc"/"site", root()/"_docs"
     shutil.rmtree(site, ignore_errors=True)
@@ -194,8 +265,16 @@ def build_docs(workers: int = 2) -> Path:
     print("executing the library notebooks that changed", flush=True)
     trees = library_pages(site, root()/"_proc"/"executed", workers) + [experiment_pages(site)]
     guide = root()/"nbs"/"index.ipynb"
-    nb = page(execute(guide, root()/"_proc"/"executed")) if guide.exists() else {**page({"cells": []}), "cells": [{"cell_type": "markdown", "id": "doc-guide", "metadata": {}, "source": "# rcid"}]}
-    for c in nb["cells"]: c["source"] = c["source"].replace("](../", "](")              # on the site paper/ is beside the guide
+    nb = (
+        page(execute(guide, root() / "_proc" / "executed"))
+        if guide.exists()
+        else {
+            **page({"cells": []}),
+            "cells": [{"cell_type": "markdown", "id": "doc-guide", "metadata": {}, "source": "# rcid"}],
+        }
+    )
+    # on the site paper/ is beside the guide
+    for c in nb["cells"]: c["source"] = c["source"].replace("](../", "](")
     nb["cells"].append({"cell_type": "markdown", "id": "doc-toc", "metadata": {}, "source": "\n".join(trees)})
     _write(site/"index.ipynb", nb)
     for name in ("paper/figures/method_intervals.png", "paper/main.pdf"):               # what the guide shows and links
@@ -205,14 +284,31 @@ def build_docs(workers: int = 2) -> Path:
     config = configparser.ConfigParser(delimiters=["="])
     config.read(root()/"settings.ini", encoding="utf-8")
     s = config["DEFAULT"]
-    (site/"conf.py").write_text(CONF.format(name=s["lib_name"], author=s["author"], copyright=s["copyright"], version=s["version"]), encoding="utf-8")
+    (site / "conf.py").write_text(
+        CONF.format(name=s["lib_name"], author=s["author"], copyright=s["copyright"], version=s["version"]),
+        encoding="utf-8",
+    )
     (site/"static"/"rcid.css").write_text(CSS, encoding="utf-8")
     mathjax = Path(spec.origin).parent/"static"/"mathjax"
     for part in ("tex-chtml-full.js", "output/chtml/fonts"):
         (site/"static"/"mathjax"/part).parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if (mathjax/part).is_dir() else shutil.copy)(mathjax/part, site/"static"/"mathjax"/part)
     print("writing the pages", flush=True)
-    subprocess.run([sys.executable, "-m", "sphinx", "-q", "-b", "html", "-d", str(root()/"_proc"/"doctrees"), str(site), str(out)], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "sphinx",
+            "-q",
+            "-b",
+            "html",
+            "-d",
+            str(root() / "_proc" / "doctrees"),
+            str(site),
+            str(out),
+        ],
+        check=True,
+    )
     return out/"index.html"
 
 def main(argv: list[str]):

@@ -18,13 +18,25 @@ from ..core.paths import whole_file
 
 # %% ../../nbs/08_report/00_figures.ipynb #cfb3c3a8
 WIDTH, HALF = 6.5, 3.2   # inches: the text width of the paper (letter paper, one-inch margins), and half of it
-METHODS = {              # name in params.yaml: (label, colour, marker); the order is the order in tables and figures
-    "undistilled": ("Undistilled", "#7f7f7f", "X"), "sft": ("SFT", "#000000", "P"),
-    "standard_kd": ("StandardKD", "#0072B2", "o"), "standard_kd_pairs": ("StandardKD, pairs", "#56B4E9", "s"),
-    "fitnets": ("FitNets", "#CC79A7", "^"), "informed_fitnets": ("InformedFitNets", "#E69F00", "v"),
-    "rcid": ("RCID", "#D55E00", "D"), "rcid_identity": ("RCID, $W=I$", "#009E73", "d"), "rcid_warmup": ("RCID, late $W$", "#8C510A", "h"),
-    "rcid_random_w": ("RCID, random $W$", "#8C6BB1", "<"), "rcid_random_sites": ("RCID, random sites", "#B8A800", ">"), "rcid_shuffled": ("RCID, shuffled pairs", "#666666", "p"),
-    "reverse_kl": ("reverse KL", "#1B7837", "*"), "jsd": ("JSD", "#5AAE61", "H"), "skew_kl": ("skew KL", "#A6DBA0", "s"), "cka": ("CKA", "#C51B7D", "o"), "diito": ("DIITO", "#35978F", "8")}
+METHODS = {  # name in params.yaml: (label, colour, marker); the order is the order in tables and figures
+    "undistilled": ("Undistilled", "#7f7f7f", "X"),
+    "sft": ("SFT", "#000000", "P"),
+    "standard_kd": ("StandardKD", "#0072B2", "o"),
+    "standard_kd_pairs": ("StandardKD, pairs", "#56B4E9", "s"),
+    "fitnets": ("FitNets", "#CC79A7", "^"),
+    "informed_fitnets": ("InformedFitNets", "#E69F00", "v"),
+    "rcid": ("RCID", "#D55E00", "D"),
+    "rcid_identity": ("RCID, $W=I$", "#009E73", "d"),
+    "rcid_warmup": ("RCID, late $W$", "#8C510A", "h"),
+    "rcid_random_w": ("RCID, random $W$", "#8C6BB1", "<"),
+    "rcid_random_sites": ("RCID, random sites", "#B8A800", ">"),
+    "rcid_shuffled": ("RCID, shuffled pairs", "#666666", "p"),
+    "reverse_kl": ("reverse KL", "#1B7837", "*"),
+    "jsd": ("JSD", "#5AAE61", "H"),
+    "skew_kl": ("skew KL", "#A6DBA0", "s"),
+    "cka": ("CKA", "#C51B7D", "o"),
+    "diito": ("DIITO", "#35978F", "8"),
+}
 FAMILIES = {"llama": "LLaMA", "qwen3": "Qwen3", "qwen2": "Qwen2"}
 ROLES = {"io": "IO", "s1": "S1", "s2": "S2", "end": "END"}
 TASKS = {"ioi": "IOI", "factual": "factual recall", "winogrande": "WinoGrande", "arithmetic": "arithmetic"}
@@ -43,14 +55,36 @@ def _look(method: str) -> dict:
     return {"color": colour, "marker": marker}
 
 # %% ../../nbs/08_report/00_figures.ipynb #d61c2560
-STYLE = {"font.family": "DejaVu Sans", "font.size": 7.5, "axes.titlesize": 8, "axes.labelsize": 7.5, "xtick.labelsize": 7, "ytick.labelsize": 7,
-         "legend.fontsize": 7, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
-         "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.major.size": 2.5, "ytick.major.size": 2.5, "lines.linewidth": 1.2,
-         "lines.markersize": 4, "grid.color": "#e3e3e3", "grid.linewidth": 0.5, "axes.axisbelow": True, "axes.titlelocation": "left",
-         "figure.dpi": 150, "pdf.fonttype": 42, "mathtext.fontset": "dejavusans"}
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 7.5,
+    "axes.titlesize": 8,
+    "axes.labelsize": 7.5,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "grid.color": "#e3e3e3",
+    "grid.linewidth": 0.5,
+    "axes.axisbelow": True,
+    "axes.titlelocation": "left",
+    "figure.dpi": 150,
+    "pdf.fonttype": 42,
+    "mathtext.fontset": "dejavusans",
+}
 
 def style():
-    "The house style as a context: `with style(): ...`; matplotlib's own defaults below it, not the user's matplotlibrc."
+    """The house style as a context: `with style(): ...`; matplotlib's own defaults below it, not the user's
+    matplotlibrc."""
     plain = {k: v for k, v in matplotlib.rcParamsDefault.items() if k not in ("backend", "interactive", "toolbar")}
     return matplotlib.rc_context({**plain, **STYLE})
 
@@ -65,7 +99,8 @@ def save_figure(fig: Figure, path: str | Path, png: bool = False) -> Path:
     with style():
         with whole_file(path, "wb") as f: fig.savefig(f, format="pdf", metadata={"CreationDate": None})
         if png:
-            with whole_file(path.with_suffix(".png"), "wb") as f: fig.savefig(f, format="png", dpi=200, metadata={"Software": None})
+            with whole_file(path.with_suffix(".png"), "wb") as f:
+                fig.savefig(f, format="png", dpi=200, metadata={"Software": None})
     return path
 
 # %% ../../nbs/08_report/00_figures.ipynb #f70e89ef
@@ -74,12 +109,17 @@ def effect_heatmap(tables: dict[str, dict], xlabel: str = "teacher layer") -> Fi
     n_roles = sum(len(t["roles"]) for t in tables.values())
     with style():
         fig = Figure(figsize=(WIDTH, 0.19 * n_roles + 0.62 * len(tables) + 0.25), layout="constrained")
-        axes = fig.subplots(len(tables), 1, squeeze=False, height_ratios=[len(t["roles"]) for t in tables.values()])[:, 0]
+        axes = fig.subplots(len(tables), 1, squeeze=False, height_ratios=[len(t["roles"]) for t in tables.values()])[
+            :, 0
+        ]
         cmap = matplotlib.colormaps["Blues"].with_extremes(bad="#dcdcdc")
         for ax, (title, t) in zip(axes, tables.items()):
             score = np.array([[np.nan if v is None else v for v in row] for row in t["score"]], dtype=float)
             if score.ndim != 2 or score.shape[1] != len(t["roles"]):
-                raise ValueError(f"effect_heatmap: {title!r} has scores of shape {score.shape} for roles {t['roles']}: one column per role is needed")
+                raise ValueError(
+                    f"effect_heatmap: {title!r} has scores of shape {score.shape} for roles {t['roles']}: one column"
+                    " per role is needed"
+                )
             image = ax.imshow(np.ma.masked_invalid(score.T), aspect="auto", cmap=cmap, vmin=0)
             ax.set_yticks(range(len(t["roles"])), [label(r) for r in t["roles"]])
             step = max(1, round(len(score) / 15))
@@ -91,12 +131,25 @@ def effect_heatmap(tables: dict[str, dict], xlabel: str = "teacher layer") -> Fi
             ax.spines[:].set_visible(False)
             for kind, marker in (("selected", "o"), ("held_out", "D")):
                 for layer, role in t.get(kind, []):
-                    ax.plot(layer, t["roles"].index(role), marker, mfc="#D55E00" if kind == "selected" else "white", mec="black", mew=0.7, ms=5.5)
+                    ax.plot(
+                        layer,
+                        t["roles"].index(role),
+                        marker,
+                        mfc="#D55E00" if kind == "selected" else "white",
+                        mec="black",
+                        mew=0.7,
+                        ms=5.5,
+                    )
             ax.set_title(title)
-            fig.colorbar(image, ax=ax, pad=0.01, fraction=0.03, aspect=8).set_label("mean $|\\Delta|$ (logits)", fontsize=6.5)
+            fig.colorbar(image, ax=ax, pad=0.01, fraction=0.03, aspect=8).set_label(
+                "mean $|\\Delta|$ (logits)", fontsize=6.5
+            )
         axes[-1].set_xlabel(xlabel)
-        keys = [Line2D([], [], ls="", marker="o", mfc="#D55E00", mec="black", mew=0.7, ms=5.5, label="trained on"),
-                Line2D([], [], ls="", marker="D", mfc="white", mec="black", mew=0.7, ms=5, label="held out"), Patch(color="#dcdcdc", label="excluded")]
+        keys = [
+            Line2D([], [], ls="", marker="o", mfc="#D55E00", mec="black", mew=0.7, ms=5.5, label="trained on"),
+            Line2D([], [], ls="", marker="D", mfc="white", mec="black", mew=0.7, ms=5, label="held out"),
+            Patch(color="#dcdcdc", label="excluded"),
+        ]
         fig.legend(handles=keys, loc="outside upper right", ncols=3, handletextpad=0.4, columnspacing=1.2)
     return fig
 
@@ -115,7 +168,10 @@ def effect_scatter(effects: dict[str, dict[str, tuple]], sites: dict[str, list],
                 if method not in by_method: ax.set_axis_off(); continue
                 t, s = (np.asarray(e, dtype=float) for e in by_method[method])
                 if t.shape != s.shape or t.shape[1] != len(sites[family]):
-                    raise ValueError(f"effect_scatter: {family} {method} has teacher effects {t.shape}, student effects {s.shape} and {len(sites[family])} sites: all must agree")
+                    raise ValueError(
+                        f"effect_scatter: {family} {method} has teacher effects {t.shape}, student effects {s.shape}"
+                        f" and {len(sites[family])} sites: all must agree"
+                    )
                 keep = np.linspace(0, len(t) - 1, min(most, len(t))).astype(int)    # evenly spread, the same every time
                 ax.axline((0, 0), slope=1, color="#999999", ls=(0, (4, 3)), lw=0.6)
                 for i in range(t.shape[1]):
@@ -123,42 +179,95 @@ def effect_scatter(effects: dict[str, dict[str, tuple]], sites: dict[str, list],
                 ax.set(xlim=limits, ylim=limits, aspect="equal")
                 ax.locator_params(nbins=4)
                 if ax is not row[0]: ax.set_yticklabels([])
-            for ax, method in zip(axes[0], methods): ax.set_title(label(method).replace(", ", ",\n"), fontsize=6.8 if len(methods) > 4 else 8)
+            for ax, method in zip(axes[0], methods):
+                ax.set_title(label(method).replace(", ", ",\n"), fontsize=6.8 if len(methods) > 4 else 8)
             row[0].set_ylabel(f"{label(family)}\nstudent $\\Delta$ (logits)")
-            keys = [Line2D([], [], ls="", marker="o", mew=0, ms=3.5, color=palette[i % len(palette)], label=f"{layer} {label(role)}") for i, (layer, role) in enumerate(sites[family])]
-            row[-1].legend(handles=keys, title="site", loc="center left", bbox_to_anchor=(1., .5), handletextpad=0.1, borderpad=0, fontsize=6.2, title_fontsize=6.5)
+            keys = [
+                Line2D(
+                    [],
+                    [],
+                    ls="",
+                    marker="o",
+                    mew=0,
+                    ms=3.5,
+                    color=palette[i % len(palette)],
+                    label=f"{layer} {label(role)}",
+                )
+                for i, (layer, role) in enumerate(sites[family])
+            ]
+            row[-1].legend(
+                handles=keys,
+                title="site",
+                loc="center left",
+                bbox_to_anchor=(1.0, 0.5),
+                handletextpad=0.1,
+                borderpad=0,
+                fontsize=6.2,
+                title_fontsize=6.5,
+            )
         fig.supxlabel("teacher $\\Delta$ (logits)", fontsize=7.5)
     return fig
 
 # %% ../../nbs/08_report/00_figures.ipynb #f72e5da4
 def _interval(ax, x, ci, y, hollow=False, **look):
-    if x is None: return ax.text(0.02, y, "undefined", transform=ax.get_yaxis_transform(), va="center", fontsize=6, color="#777777")
+    if x is None:
+        return ax.text(
+            0.02, y, "undefined", transform=ax.get_yaxis_transform(), va="center", fontsize=6, color="#777777"
+        )
     if ci is not None and None not in ci: ax.plot(ci, [y, y], color=look["color"], lw=1.1, solid_capstyle="round")
-    ax.plot([x], [y], marker=look["marker"], mfc="white" if hollow else look["color"], mec=look["color"], mew=0.9, ms=4.6, ls="")
+    ax.plot(
+        [x],
+        [y],
+        marker=look["marker"],
+        mfc="white" if hollow else look["color"],
+        mec=look["color"],
+        mew=0.9,
+        ms=4.6,
+        ls="",
+    )
 
 def method_intervals(rows: list[dict]) -> Figure:
     "Accuracy and consistency of every method with intervals, a band of panels per family (and task)."
     groups = list(dict.fromkeys((r["family"], r.get("task", "")) for r in rows))
     tasks = {g[1] for g in groups}
-    tall = [0.23 * len({r["method"] for r in rows if (r["family"], r.get("task", "")) == g}) + 0.55 for g in groups]   # inches: every method takes the same room
+    # inches: every method takes the same room
+    tall = [0.23 * len({r["method"] for r in rows if (r["family"], r.get("task", "")) == g}) + 0.55 for g in groups]
     with style():
-        fig, axes = panels(len(groups), 2, height=sum(tall) / len(tall), sharey="row", width_ratios=[1, 1.35], height_ratios=tall)
+        fig, axes = panels(
+            len(groups), 2, height=sum(tall) / len(tall), sharey="row", width_ratios=[1, 1.35], height_ratios=tall
+        )
         for (left, right), group in zip(axes, groups):
             mine = {r["method"]: r for r in rows if (r["family"], r.get("task", "")) == group}
             order = in_order(mine)[::-1]
             for y, method in enumerate(order):
                 r, look, seeds = mine[method], _look(method), mine[method].get("seeds", {})
                 _interval(left, r["accuracy"], r.get("accuracy_ci"), y, **look)
-                left.plot(seeds.get("accuracy", []), [y + .27] * len(seeds.get("accuracy", [])), "o", ms=1.8, color=look["color"], alpha=.7)
+                left.plot(
+                    seeds.get("accuracy", []),
+                    [y + 0.27] * len(seeds.get("accuracy", [])),
+                    "o",
+                    ms=1.8,
+                    color=look["color"],
+                    alpha=0.7,
+                )
                 for part, shift in (("trained", .13), ("held_out", -.17)):
                     if part not in r["consistency"]: continue
-                    if (band := (r.get("null_band") or {}).get(part)): right.fill_betweenx([y + shift - .12, y + shift + .12], *band, color="#d9d9d9", lw=0)
-                    _interval(right, r["consistency"][part], (r.get("consistency_ci") or {}).get(part), y + shift, hollow=part == "held_out", **look)
+                    if band := (r.get("null_band") or {}).get(part):
+                        right.fill_betweenx([y + shift - 0.12, y + shift + 0.12], *band, color="#d9d9d9", lw=0)
+                    _interval(
+                        right,
+                        r["consistency"][part],
+                        (r.get("consistency_ci") or {}).get(part),
+                        y + shift,
+                        hollow=part == "held_out",
+                        **look,
+                    )
                     dots = [v for v in seeds.get(part, []) if v is not None]
                     right.plot(dots, [y + shift + .14] * len(dots), "o", ms=1.6, color=look["color"], alpha=.7)
             if "undistilled" in mine:
                 left.axvline(mine["undistilled"]["accuracy"], color="#7f7f7f", lw=0.7, ls=(0, (2, 2)), zorder=0)
-                if (before := mine["undistilled"]["consistency"].get("trained")) is not None: right.axvline(before, color="#7f7f7f", lw=0.7, ls=(0, (2, 2)), zorder=0)
+                if (before := mine["undistilled"]["consistency"].get("trained")) is not None:
+                    right.axvline(before, color="#7f7f7f", lw=0.7, ls=(0, (2, 2)), zorder=0)
             right.axvline(0, color="#bbbbbb", lw=0.6, zorder=0)
             left.set_yticks(range(len(order)), [label(m) for m in order])
             left.set_ylim(-.6, len(order) - .4)
@@ -169,10 +278,18 @@ def method_intervals(rows: list[dict]) -> Figure:
             for ax in (left, right): ax.grid(axis="x"); ax.tick_params(axis="y", length=0)
         axes[-1][0].set_xlabel("task accuracy (fraction LD $>$ 0)")
         axes[-1][1].set_xlabel("causal consistency $r$")
-        keys = [Line2D([], [], ls="-", lw=1.1, marker="o", mfc=f, mec="#333333", color="#333333", ms=4.6, label=n) for n, f in (("sites trained on", "#333333"), ("held-out sites", "white"))]
-        keys += [Line2D([], [], ls="", marker="o", ms=1.8, color="#333333", label="one seed"), Patch(color="#d9d9d9", label="shuffled-pair null"),
-                 Line2D([], [], color="#7f7f7f", lw=0.7, ls=(0, (2, 2)), label="undistilled, sites trained on")]
-        fig.legend(handles=keys, loc="outside upper center", ncols=5, handletextpad=0.5, columnspacing=1.3, handlelength=1.8)
+        keys = [
+            Line2D([], [], ls="-", lw=1.1, marker="o", mfc=f, mec="#333333", color="#333333", ms=4.6, label=n)
+            for n, f in (("sites trained on", "#333333"), ("held-out sites", "white"))
+        ]
+        keys += [
+            Line2D([], [], ls="", marker="o", ms=1.8, color="#333333", label="one seed"),
+            Patch(color="#d9d9d9", label="shuffled-pair null"),
+            Line2D([], [], color="#7f7f7f", lw=0.7, ls=(0, (2, 2)), label="undistilled, sites trained on"),
+        ]
+        fig.legend(
+            handles=keys, loc="outside upper center", ncols=5, handletextpad=0.5, columnspacing=1.3, handlelength=1.8
+        )
     return fig
 
 def seeds_of(row: dict, part: str = "accuracy") -> list[float]:
@@ -183,7 +300,8 @@ def seeds_of(row: dict, part: str = "accuracy") -> list[float]:
 CURVES = {"accuracy": "task accuracy", "consistency": "consistency $r$", "kl": "KL (nats)"}
 
 def learning_curves(curves: dict[str, dict[str, list[list[dict]]]], keys=("accuracy", "consistency", "kl")) -> Figure:
-    "`{family: {method: [curve of each seed]}}`, a curve being `[{step, accuracy, consistency, kl, ...}]`; points without a key are left out."
+    """`{family: {method: [curve of each seed]}}`, a curve being `[{step, accuracy, consistency, kl, ...}]`; points
+    without a key are left out."""
     with style():
         fig, axes = panels(len(curves), len(keys), height=1.55, sharex="row")
         for row, (family, by_method) in zip(axes, curves.items()):
@@ -194,14 +312,29 @@ def learning_curves(curves: dict[str, dict[str, list[list[dict]]]], keys=("accur
                     for run in runs: ax.plot(*zip(*run), color=look["color"], lw=0.5, alpha=0.5) if run else None
                     steps = sorted(set.intersection(*({s for s, _ in run} for run in runs)))
                     mean = [np.mean([dict(run)[s] for run in runs]) for s in steps]
-                    ax.plot(steps, mean, color=look["color"], marker=look["marker"], ms=2.6, markevery=max(1, len(steps) // 6), lw=1.3)
+                    ax.plot(
+                        steps,
+                        mean,
+                        color=look["color"],
+                        marker=look["marker"],
+                        ms=2.6,
+                        markevery=max(1, len(steps) // 6),
+                        lw=1.3,
+                    )
                 ax.set_ylabel(CURVES.get(key, key))
                 ax.grid(axis="y")
-                if key == "kl" and all(line.get_ydata().min() > 0 for line in ax.lines if len(line.get_ydata())): ax.set_yscale("log")
+                if key == "kl" and all(line.get_ydata().min() > 0 for line in ax.lines if len(line.get_ydata())):
+                    ax.set_yscale("log")
             row[0].set_title(label(family))
         for ax in axes[-1]: ax.set_xlabel("optimiser step")
         shown = in_order(m for c in curves.values() for m in c)
-        fig.legend(handles=[Line2D([], [], **_look(m), ms=3.5, label=label(m)) for m in shown], loc="outside upper center", ncols=min(len(shown), 6), columnspacing=1.2, handletextpad=0.4)
+        fig.legend(
+            handles=[Line2D([], [], **_look(m), ms=3.5, label=label(m)) for m in shown],
+            loc="outside upper center",
+            ncols=min(len(shown), 6),
+            columnspacing=1.2,
+            handletextpad=0.4,
+        )
     return fig
 
 # %% ../../nbs/08_report/00_figures.ipynb #b419a50d
@@ -229,5 +362,11 @@ def layer_profile(profiles: dict[str, dict[str, dict]], most: int = 4) -> Figure
         axes[0, 0].set_ylim(min(low, -.05), 1.05)
         fig.supxlabel("student layer", fontsize=7.5)
         shown = in_order(m for p in profiles.values() for m in p)
-        fig.legend(handles=[Line2D([], [], **_look(m), ms=3.5, label=label(m)) for m in shown], loc="outside upper center", ncols=min(len(shown), 6), columnspacing=1.2, handletextpad=0.4)
+        fig.legend(
+            handles=[Line2D([], [], **_look(m), ms=3.5, label=label(m)) for m in shown],
+            loc="outside upper center",
+            ncols=min(len(shown), 6),
+            columnspacing=1.2,
+            handletextpad=0.4,
+        )
     return fig

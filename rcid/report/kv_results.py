@@ -22,20 +22,46 @@ from .figures import panels, style
 from .tables import count, in_words, interval, listing, number, p_value, percent, tabular
 
 # %% ../../nbs/08_report/07_kv_results.ipynb #f7faccd2
-KV_GROUPS = { # method: label, by group, in the order of the paper
+KV_GROUPS = {  # method: label, by group, in the order of the paper
     "controls": {"undistilled": "undistilled", "latent_sft": "cross-entropy only", "latent_kd": "KL at the answer"},
-    "projection": {"kv_flat": "flat", "kv_structured_random": "shared, random", "kv_structured": "shared, uniform", "kv_structured_heads": "per head, uniform"},
+    "projection": {
+        "kv_flat": "flat",
+        "kv_structured_random": "shared, random",
+        "kv_structured": "shared, uniform",
+        "kv_structured_heads": "per head, uniform",
+    },
     "loss, shared, uniform": {"kv_mse": "squared error", "kv_mercator": "direction only"},
-    "KaVa, kept tokens": {"kava": "importance and redundancy", "kava_crop": "the first ones", "kava_random": "random ones", "kava_uniform": "evenly spaced ones"},
+    "KaVa, kept tokens": {
+        "kava": "importance and redundancy",
+        "kava_crop": "the first ones",
+        "kava_random": "random ones",
+        "kava_uniform": "evenly spaced ones",
+    },
 }
-KV_PROSE = {"undistilled": "the undistilled student", "latent_sft": "cross-entropy only", "latent_kd": "KL at the answer", "kv_flat": "the flat projector", "kv_structured_random": "random head mixing", "kv_structured": "the structured projector",
-            "kv_structured_heads": "a map per head", "kv_mse": "squared error", "kv_mercator": "direction only", "kava": "KaVa", "kava_crop": "KaVa on the first tokens", "kava_random": "KaVa on random tokens", "kava_uniform": "KaVa on evenly spaced tokens"}
+KV_PROSE = {
+    "undistilled": "the undistilled student",
+    "latent_sft": "cross-entropy only",
+    "latent_kd": "KL at the answer",
+    "kv_flat": "the flat projector",
+    "kv_structured_random": "random head mixing",
+    "kv_structured": "the structured projector",
+    "kv_structured_heads": "a map per head",
+    "kv_mse": "squared error",
+    "kv_mercator": "direction only",
+    "kava": "KaVa",
+    "kava_crop": "KaVa on the first tokens",
+    "kava_random": "KaVa on random tokens",
+    "kava_uniform": "KaVa on evenly spaced tokens",
+}
 
 def kv_prose(method: str) -> str: return KV_PROSE.get(method, method.replace("_", " "))
 
 def read_kv(folder: str | Path, methods: list[str], seeds: list[int]) -> list[dict]:
     "The cells of a run, the undistilled student first; a missing one is named."
-    return [read_json(Path(folder)/f"{m}-{s}.json") for m, s in [("undistilled", 0), *((m, s) for m in methods for s in seeds)]]
+    return [
+        read_json(Path(folder) / f"{m}-{s}.json")
+        for m, s in [("undistilled", 0), *((m, s) for m in methods for s in seeds)]
+    ]
 
 def kv_rows(cells: list[dict]) -> list[dict]:
     "One row per method, seeds averaged; correlations as Fisher z, intervals as the mean of the seeds' intervals."
@@ -46,60 +72,154 @@ def kv_rows(cells: list[dict]) -> list[dict]:
         report = lambda key: [c["consistency"][key] for c in mine]
         z = lambda values: None if any(v is None for v in values) else fisher_mean(values)[0]
         ends = np.mean([wilson(c["right"].count("1"), len(c["right"])) for c in mine], 0).tolist()
-        rows.append(dict(method=method, n_seeds=len(mine), accuracy=mean([c["accuracy"] for c in mine]), accuracy_ci=ends, words=mean([c["accuracy_words"] for c in mine]), seeds=[dict(accuracy=c["accuracy"], consistency=c["consistency"]["consistency"]) for c in mine],
-            cosine={k: mean([c["cosine"][k] for c in mine]) for k in mine[0]["cosine"]}, consistency=z(report("consistency")), consistency_ci=[z(report("low")), z(report("high"))], null=[mean([n[e] for n in report("null")]) for e in ("low", "high")],
-            undefined=sum(report("n_undefined")), concordance=mean(report("concordance_mean")), interchange=mean(report("iia_mean")), reading=mean([c["reading"]["accuracy"] for c in mine]), parameters=mine[0]["projector_parameters"], nan=sum(c["nan"] for c in mine),
-            grad_norm=max((c["grad_norm"]["max"] for c in mine if c["grad_norm"]), default=None), tokens=mean([c["tokens"] for c in mine]), flops=mean([c["flops"] for c in mine])))
+        rows.append(
+            dict(
+                method=method,
+                n_seeds=len(mine),
+                accuracy=mean([c["accuracy"] for c in mine]),
+                accuracy_ci=ends,
+                words=mean([c["accuracy_words"] for c in mine]),
+                seeds=[dict(accuracy=c["accuracy"], consistency=c["consistency"]["consistency"]) for c in mine],
+                cosine={k: mean([c["cosine"][k] for c in mine]) for k in mine[0]["cosine"]},
+                consistency=z(report("consistency")),
+                consistency_ci=[z(report("low")), z(report("high"))],
+                null=[mean([n[e] for n in report("null")]) for e in ("low", "high")],
+                undefined=sum(report("n_undefined")),
+                concordance=mean(report("concordance_mean")),
+                interchange=mean(report("iia_mean")),
+                reading=mean([c["reading"]["accuracy"] for c in mine]),
+                parameters=mine[0]["projector_parameters"],
+                nan=sum(c["nan"] for c in mine),
+                grad_norm=max((c["grad_norm"]["max"] for c in mine if c["grad_norm"]), default=None),
+                tokens=mean([c["tokens"] for c in mine]),
+                flops=mean([c["flops"] for c in mine]),
+            )
+        )
     return rows
 
 # %% ../../nbs/08_report/07_kv_results.ipynb #b5b13e63
-EXP6 = [("kv_structured", "kv_flat"), ("kv_structured", "kv_structured_random"), ("kv_structured_heads", "kv_structured"), ("kv_structured", "latent_sft"), ("kv_mse", "kv_structured"), ("kv_mercator", "kv_structured"),
-        ("kava", "latent_sft"), ("kava", "kava_crop"), ("kava", "kava_random"), ("kava", "kava_uniform"), ("latent_kd", "latent_sft")]
+EXP6 = [
+    ("kv_structured", "kv_flat"),
+    ("kv_structured", "kv_structured_random"),
+    ("kv_structured_heads", "kv_structured"),
+    ("kv_structured", "latent_sft"),
+    ("kv_mse", "kv_structured"),
+    ("kv_mercator", "kv_structured"),
+    ("kava", "latent_sft"),
+    ("kava", "kava_crop"),
+    ("kava", "kava_random"),
+    ("kava", "kava_uniform"),
+    ("latent_kd", "latent_sft"),
+]
 KV_METRICS = {"accuracy": "exact match after latent places", "consistency": "consistency"}
 
 def chain_clusters(problems: list[dict]) -> list[str]:
     "The chain of numbers of each problem: what its split was made by."
     return [p["kind"] + " ".join(re.findall(r"\d+", p["prompt"])) for p in problems]
 
-def kv_tests(cells: list[dict], problems: list[dict], people, folder: str | Path = "artifacts/kv", n: int = 10_000, comparisons=EXP6) -> list[dict]:
+
+def kv_tests(
+    cells: list[dict],
+    problems: list[dict],
+    people,
+    folder: str | Path = "artifacts/kv",
+    n: int = 10_000,
+    comparisons=EXP6,
+) -> list[dict]:
     "All comparisons of methods that the run holds, Holm-corrected together; `people` is the cluster of each test pair."
     folder, teacher, chains = Path(folder), None, chain_clusters(problems)
     of = lambda m: [c for c in cells if c["method"] == m]
-    effects = lambda m: [load_file(folder/"effects"/f"{m}-{c['seed']}.safetensors")["effects"].astype(float) for c in of(m)]
+    effects = lambda m: [
+        load_file(folder / "effects" / f"{m}-{c['seed']}.safetensors")["effects"].astype(float) for c in of(m)
+    ]
     right = lambda m: [np.array([*c["right"]]) == "1" for c in of(m)]
     tests = []
     for a, b in comparisons:
         if not of(a) or not of(b): continue
         if teacher is None: teacher = load_file(folder/"sites"/"teacher.safetensors")["effects"].astype(float)
-        tests += [dict(a=a, b=b, metric="accuracy", **accuracy_difference(right(a), right(b), chains, n)),
-                  dict(a=a, b=b, metric="consistency", **consistency_difference(teacher, effects(a), effects(b), people, n))]
+        tests += [
+            dict(a=a, b=b, metric="accuracy", **accuracy_difference(right(a), right(b), chains, n)),
+            dict(a=a, b=b, metric="consistency", **consistency_difference(teacher, effects(a), effects(b), people, n)),
+        ]
     return holm(tests)
 
 # %% ../../nbs/08_report/07_kv_results.ipynb #0e1de1e5
 def kv_table(rows: list[dict]) -> str:
     "Experiment 6: one line a method."
     by, body = {r["method"]: r for r in rows}, []
-    cell = lambda x, ci, digits=2: number(x, digits) + (f"~{interval(ci, digits)}".replace(", ", ",~") if interval(ci) != "--" else "")
+    cell = lambda x, ci, digits=2: number(x, digits) + (
+        f"~{interval(ci, digits)}".replace(", ", ",~") if interval(ci) != "--" else ""
+    )
     known = {m: l for group in KV_GROUPS.values() for m, l in group.items()}
     for group, methods in [*KV_GROUPS.items(), ("others", {m: m.replace("_", " ") for m in by if m not in known})]:
         if not (here := [m for m in methods if m in by]): continue
         body.append(group)
         for m in here:
             r = by[m]
-            body.append([rf"\quad {methods[m]}", count(r["parameters"]), cell(r["accuracy"], r["accuracy_ci"]), number(r["words"]), number(r["cosine"]["k_all"]), number(r["cosine"]["v_all"]), cell(r["consistency"], r["consistency_ci"]),
-                         count(r["undefined"]), number(r["grad_norm"], 1), count(r["nan"])])
-    return tabular(["", "projector", "exact match", "in words", r"$\cos K$", r"$\cos V$", "$r$", "undef.", r"$\max \lVert g \rVert$", "NaN"], body, "lrrrrrrrrr")
+            body.append(
+                [
+                    rf"\quad {methods[m]}",
+                    count(r["parameters"]),
+                    cell(r["accuracy"], r["accuracy_ci"]),
+                    number(r["words"]),
+                    number(r["cosine"]["k_all"]),
+                    number(r["cosine"]["v_all"]),
+                    cell(r["consistency"], r["consistency_ci"]),
+                    count(r["undefined"]),
+                    number(r["grad_norm"], 1),
+                    count(r["nan"]),
+                ]
+            )
+    return tabular(
+        [
+            "",
+            "projector",
+            "exact match",
+            "in words",
+            r"$\cos K$",
+            r"$\cos V$",
+            "$r$",
+            "undef.",
+            r"$\max \lVert g \rVert$",
+            "NaN",
+        ],
+        body,
+        "lrrrrrrrrr",
+    )
 
 def kv_tests_table(tests: list[dict]) -> str:
     body = []
     for a, b in dict.fromkeys((t["a"], t["b"]) for t in tests):
         found = {t["metric"]: t for t in tests if (t["a"], t["b"]) == (a, b)}
-        body.append([f"{kv_prose(a)} $-$ {kv_prose(b)}", *(f"{number(t['diff'])} {interval(t['ci'])}, {p_value(t['p_holm'])}" for t in (found[m] for m in KV_METRICS))])
+        body.append(
+            [
+                f"{kv_prose(a)} $-$ {kv_prose(b)}",
+                *(
+                    f"{number(t['diff'])} {interval(t['ci'])}, {p_value(t['p_holm'])}"
+                    for t in (found[m] for m in KV_METRICS)
+                ),
+            ]
+        )
     return tabular(["", *KV_METRICS.values()], body, "lrr")
 
 def kv_profile_table(profile: list[dict]) -> str:
     "What the projectors make of one batch, before distillation."
-    return tabular(["projector", "", "parameters", "NaN", "relative size", "cosine", "KL of attention"], [[r["aligner"], r["part"].upper(), count(r["params"]), count(r["nan"]), number(r["size"]), number(r["cosine"]), number(r.get("kl"))] for r in profile], "llrrrrr")
+    return tabular(
+        ["projector", "", "parameters", "NaN", "relative size", "cosine", "KL of attention"],
+        [
+            [
+                r["aligner"],
+                r["part"].upper(),
+                count(r["params"]),
+                count(r["nan"]),
+                number(r["size"]),
+                number(r["cosine"]),
+                number(r.get("kl")),
+            ]
+            for r in profile
+        ],
+        "llrrrrr",
+    )
 
 def kv_figure(rows: list[dict]) -> Figure:
     "Exact match after places and consistency, one line a method; dots are seeds, grey the null."
@@ -109,8 +229,11 @@ def kv_figure(rows: list[dict]) -> Figure:
         fig, axes = panels(1, 2, height=.5 + .21 * len(names), sharey=True)
         for ax, key, title in zip(axes[0], KV_METRICS, ("exact match after latent places", "causal consistency $r$")):
             for y, (m, _) in enumerate(names):
-                r, colour = by[m], "#7f7f7f" if m in KV_GROUPS["controls"] else "#0072B2" if m.startswith("kv") else "#D55E00"
-                if key == "consistency" and None not in r["null"]: ax.plot(r["null"], [y, y], color="#dddddd", lw=6, solid_capstyle="butt", zorder=0)
+                r, colour = by[m], (
+                    "#7f7f7f" if m in KV_GROUPS["controls"] else "#0072B2" if m.startswith("kv") else "#D55E00"
+                )
+                if key == "consistency" and None not in r["null"]:
+                    ax.plot(r["null"], [y, y], color="#dddddd", lw=6, solid_capstyle="butt", zorder=0)
                 if r[key] is None: continue
                 if None not in r[f"{key}_ci"]: ax.plot(r[f"{key}_ci"], [y, y], color=colour, lw=1.2)
                 ax.plot(r[key], y, "o", color=colour, ms=4)
@@ -125,60 +248,147 @@ def kv_compare(a: str, b: str, tests: list[dict], alpha: float = .05) -> str:
     "What the tests of `a` against `b` say, both metrics in one sentence."
     mine = {t["metric"]: t for t in tests if (t["a"], t["b"]) == (a, b)}
     if not mine: return f"This run does not compare {kv_prose(a)} with {kv_prose(b)}."
-    words = {"higher": "is higher", "lower": "is lower", "same": "does not differ detectably", "untested": "could not be compared"}
+    words = {
+        "higher": "is higher",
+        "lower": "is lower",
+        "same": "does not differ detectably",
+        "untested": "could not be compared",
+    }
     def part(metric):
         t, kind = mine[metric], outcome(mine[metric], alpha)
-        return f"{KV_METRICS[metric]} {words[kind]}" + ("" if kind == "untested" else f" (difference {number(t['diff'])} {interval(t['ci'])}, {p_value(t['p_holm'])})")
+        return f"{KV_METRICS[metric]} {words[kind]}" + (
+            ""
+            if kind == "untested"
+            else f" (difference {number(t['diff'])} {interval(t['ci'])}, {p_value(t['p_holm'])})"
+        )
     return f"For {kv_prose(a)} against {kv_prose(b)}, {part('accuracy')} and {part('consistency')}."
 
 def competent_claim(teacher: dict, student: dict, rows: list[dict], bar: float = .9) -> str:
     distilled = [r for r in rows if r["method"] != "undistilled"]
     best, worst = (f(distilled, key=lambda r: r["accuracy"]) for f in (max, min))
-    says = f"In words the teacher solves {percent(teacher['accuracy'])} of the test problems" + ("" if teacher["accuracy"] >= bar else f", which is below the {percent(bar, 0)} that we asked for,") + f" and the student before distillation {percent(student['accuracy'])}"
-    return says + f"; after latent places the distilled students solve between {percent(worst['accuracy'])} ({kv_prose(worst['method'])}) and {percent(best['accuracy'])} ({kv_prose(best['method'])})."
+    says = (
+        f"In words the teacher solves {percent(teacher['accuracy'])} of the test problems"
+        + ("" if teacher["accuracy"] >= bar else f", which is below the {percent(bar, 0)} that we asked for,")
+        + f" and the student before distillation {percent(student['accuracy'])}"
+    )
+    return (
+        says
+        + f"; after latent places the distilled students solve between {percent(worst['accuracy'])}"
+        f" ({kv_prose(worst['method'])}) and {percent(best['accuracy'])} ({kv_prose(best['method'])})."
+    )
 
 def mechanism_claim(rows: list[dict], tests: list[dict], alpha: float = .05) -> str:
     "Does a student that was distilled through keys and values keep the mechanism?"
     kv = [r for r in rows if r["method"].startswith(("kv_", "kava")) and r["consistency"] is not None]
     if not kv: return "Consistency is defined for no student that was distilled through keys and values."
-    above = [r for r in kv if None not in (r["consistency_ci"][0], r["null"][1]) and r["consistency_ci"][0] > r["null"][1]]
-    first = f"Consistency lies above the shuffled-pair null for {in_words(len(above)) if above else 'none'} of {in_words(len(kv))} students distilled through keys and values"
-    against = [t for t in tests if t["metric"] == "consistency" and t["b"] == "latent_sft" and t["a"].startswith(("kv_", "kava"))]
+    above = [
+        r for r in kv if None not in (r["consistency_ci"][0], r["null"][1]) and r["consistency_ci"][0] > r["null"][1]
+    ]
+    first = (
+        f"Consistency lies above the shuffled-pair null for {in_words(len(above)) if above else 'none'} of"
+        f" {in_words(len(kv))} students distilled through keys and values"
+    )
+    against = [
+        t
+        for t in tests
+        if t["metric"] == "consistency" and t["b"] == "latent_sft" and t["a"].startswith(("kv_", "kava"))
+    ]
     if not against: return first + "; this run does not compare them with cross-entropy only."
-    kinds = {k: [kv_prose(t["a"]) for t in against if outcome(t, alpha) == k] for k in ("higher", "lower", "same", "untested")}
-    phrases = {"higher": "higher than with cross-entropy only for {}", "lower": "lower than with cross-entropy only for {}", "same": "not detectably different from cross-entropy only for {}", "untested": "not comparable with cross-entropy only for {}"}
+    kinds = {
+        k: [kv_prose(t["a"]) for t in against if outcome(t, alpha) == k]
+        for k in ("higher", "lower", "same", "untested")
+    }
+    phrases = {
+        "higher": "higher than with cross-entropy only for {}",
+        "lower": "lower than with cross-entropy only for {}",
+        "same": "not detectably different from cross-entropy only for {}",
+        "untested": "not comparable with cross-entropy only for {}",
+    }
     return first + "; it is " + ", and ".join(phrases[k].format(listing(v)) for k, v in kinds.items() if v) + "."
 
 def stability_claim(rows: list[dict]) -> str:
     trained = [r for r in rows if r["grad_norm"] is not None]
     bad, worst = [r for r in rows if r["nan"]], max(trained, key=lambda r: r["grad_norm"], default=None)
-    text = f"Training stopped at a loss that was not finite for {listing(kv_prose(r['method']) for r in bad)}." if bad else "No run met a loss that was not finite."
-    return text + (f" The largest gradient norm before clipping was {number(worst['grad_norm'], 1)} ({kv_prose(worst['method'])})." if worst else "")
+    text = (
+        f"Training stopped at a loss that was not finite for {listing(kv_prose(r['method']) for r in bad)}."
+        if bad
+        else "No run met a loss that was not finite."
+    )
+    return text + (
+        f" The largest gradient norm before clipping was {number(worst['grad_norm'], 1)} ({kv_prose(worst['method'])})."
+        if worst
+        else ""
+    )
 
 def trivial_claim(health: dict) -> str:
     "What became of the targets when the projector was trained with the student."
-    said = lambda h: f"its targets kept {percent(h['after']['size'] / h['before']['size'], 0)} of their size and {percent(h['after']['rank'] / h['before']['rank'], 0)} of their effective rank"
+    said = lambda h: (
+        f"its targets kept {percent(h['after']['size'] / h['before']['size'], 0)} of their size and"
+        f" {percent(h['after']['rank'] / h['before']['rank'], 0)} of their effective rank"
+    )
     t = health["trainable"]
-    return f"A projector that was trained together with the student was {'reported as collapsed' if t['after']['collapsed'] else 'not reported as collapsed'}: {said(t)}, while the distance fell to {t['loss']:.2g} ({health['frozen']['loss']:.2g} with the frozen one)."
+    return (
+        "A projector that was trained together with the student was"
+        f" {'reported as collapsed' if t['after']['collapsed'] else 'not reported as collapsed'}: {said(t)}, while the"
+        f" distance fell to {t['loss']:.2g} ({health['frozen']['loss']:.2g} with the frozen one)."
+    )
 
 def scale_claim(losses: list[dict]) -> str:
     shares = {r["part"]: r["share"] for r in losses if r["weight"]}
     kv = sum(v for n, v in shares.items() if n.startswith("kv"))
-    return f"Before training the keys and values (with attention) make up {percent(kv, 0)} of a loss that holds all parts, CODI {percent(shares.get('codi'), 0)}, the CKA term {percent(shares.get('cka'))} and the cross-entropies {percent(shares.get('answer', 0) + shares.get('cot', 0), 0)}."
+    return (
+        f"Before training the keys and values (with attention) make up {percent(kv, 0)} of a loss that holds all parts,"
+        f" CODI {percent(shares.get('codi'), 0)}, the CKA term {percent(shares.get('cka'))} and the cross-entropies"
+        f" {percent(shares.get('answer', 0) + shares.get('cot', 0), 0)}."
+    )
 
 def exp6_claims(rows: list[dict], tests: list[dict], teacher: dict, student: dict, diagnosis: dict) -> dict[str, str]:
     "The sentences of experiment 6, by key."
     say = lambda *pairs: " ".join(kv_compare(a, b, tests) for a, b in pairs)
-    claims = dict(competence=competent_claim(teacher, student, rows), projection=say(EXP6[0]), init=say(EXP6[1]), heads=say(EXP6[2]), kv=say(EXP6[3]), loss=say(EXP6[4], EXP6[5]), kava=say(EXP6[6]), eviction=say(*EXP6[7:10]), kd=say(EXP6[10]),
-                  mechanism=mechanism_claim(rows, tests), stability=stability_claim(rows), trivial=trivial_claim(diagnosis["health"]), scale=scale_claim(diagnosis["losses"]))
+    claims = dict(
+        competence=competent_claim(teacher, student, rows),
+        projection=say(EXP6[0]),
+        init=say(EXP6[1]),
+        heads=say(EXP6[2]),
+        kv=say(EXP6[3]),
+        loss=say(EXP6[4], EXP6[5]),
+        kava=say(EXP6[6]),
+        eviction=say(*EXP6[7:10]),
+        kd=say(EXP6[10]),
+        mechanism=mechanism_claim(rows, tests),
+        stability=stability_claim(rows),
+        trivial=trivial_claim(diagnosis["health"]),
+        scale=scale_claim(diagnosis["losses"]),
+    )
     return {f"claim.exp6.{k}": v for k, v in claims.items()}
 
-def exp6_setup(p, data: dict, teacher: dict, student: dict, diagnosis: dict, rows: list[dict], n_boot: int) -> dict[str, str]:
+
+def exp6_setup(
+    p, data: dict, teacher: dict, student: dict, diagnosis: dict, rows: list[dict], n_boot: int
+) -> dict[str, str]:
     "`setup.kv.*`: what the section says of its models, problems and budget."
-    shape = lambda m: f"{in_words(m['layers'])} layers, {m['heads']} query and {m['kv_heads']} key-value heads of dimension {m['head_dim']}"
+    shape = lambda m: (
+        f"{in_words(m['layers'])} layers, {m['heads']} query and {m['kv_heads']} key-value heads of dimension"
+        f" {m['head_dim']}"
+    )
     budget = {r["method"]: r for r in rows}
     flops = [r["flops"] for m, r in budget.items() if m in KV_GROUPS["projection"]]
-    values = dict(teacher=shape(teacher), student=shape(student), n_train=count(data["problems"]["train"]), n_test=count(data["problems"]["test"]), n_pairs=count(data["pairs"]["test"]), steps=count(p.train.steps), batch=count(p.train.batch), latents=in_words(p.train.latents),
-                  iterations=in_words(p.train.iterations), fit_steps=count(p.train.fit_steps), seeds=f"{in_words(len(p.seeds))} seed{'s' * (len(p.seeds) > 1)}", reasoning=number(data["tokens"]["reasoning"], 1), reading=percent(diagnosis["pairs_accuracy"]["accuracy"]),
-                  n_boot=count(n_boot), flops=number(max(flops) / 1e12, 2) if flops else "--", sites=listing(f"layer {l} {r}" for l, r in diagnosis["sites"]))
+    values = dict(
+        teacher=shape(teacher),
+        student=shape(student),
+        n_train=count(data["problems"]["train"]),
+        n_test=count(data["problems"]["test"]),
+        n_pairs=count(data["pairs"]["test"]),
+        steps=count(p.train.steps),
+        batch=count(p.train.batch),
+        latents=in_words(p.train.latents),
+        iterations=in_words(p.train.iterations),
+        fit_steps=count(p.train.fit_steps),
+        seeds=f"{in_words(len(p.seeds))} seed{'s' * (len(p.seeds) > 1)}",
+        reasoning=number(data["tokens"]["reasoning"], 1),
+        reading=percent(diagnosis["pairs_accuracy"]["accuracy"]),
+        n_boot=count(n_boot),
+        flops=number(max(flops) / 1e12, 2) if flops else "--",
+        sites=listing(f"layer {l} {r}" for l, r in diagnosis["sites"]),
+    )
     return {f"setup.kv.{k}": v for k, v in values.items()}

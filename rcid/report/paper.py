@@ -19,7 +19,8 @@ class PaperError(Exception):
     def __init__(self, problems): super().__init__("\n".join(dict.fromkeys(problems)))
 
 def read_source(folder: Path, name: str = "main.tex", problems: list | None = None) -> list[tuple[str, int, str]]:
-    "The lines of a LaTeX source as (file, line number, text), comments gone and `\\input` followed; a missing file is a problem."
+    """The lines of a LaTeX source as (file, line number, text), comments gone and `\\input` followed; a missing file is
+    a problem."""
     problems, lines = [] if problems is None else problems, []
     file = folder/name if (folder/name).suffix else folder/f"{name}.tex"
     for n, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
@@ -29,19 +30,27 @@ def read_source(folder: Path, name: str = "main.tex", problems: list | None = No
             if m[1] == "values": continue                          # read by fill, not as text
             child = folder/(m[1] if m[1].endswith(".tex") else m[1] + ".tex")
             kind = "table" if m[1].startswith("tables/") else "section"
-            if child.exists(): lines += read_source(folder, m[1], problems)
+            if child.exists():lines += read_source(folder, m[1], problems)
             else: problems.append(f"missing {kind} {m[1]!r} ({name}:{n}): run `dvc repro` to make {child.name}")
-        else: lines.append((name, n, bare))
+        else:
+            lines.append((name, n, bare))
     return lines
 
 USE = re.compile(r"\\(val|claim)\{([^}]*)\}")
 
 def keys_used(folder: str | Path) -> list[str]:
     "Every key of `values.tex` that the paper asks for, claims as `claim.key`."
-    return sorted({("claim." if kind == "claim" else "") + key for _, _, line in read_source(Path(folder)) for kind, key in USE.findall(line)})
+    return sorted(
+        {
+            ("claim." if kind == "claim" else "") + key
+            for _, _, line in read_source(Path(folder))
+            for kind, key in USE.findall(line)
+        }
+    )
 
 def fill(folder: str | Path, values: dict[str, str]) -> str:
-    "The whole source as one text with every `\\val` and `\\claim` replaced; raises `PaperError` naming all that is missing."
+    """The whole source as one text with every `\\val` and `\\claim` replaced; raises `PaperError` naming all that is
+    missing."""
     folder, problems, out = Path(folder), [], []
     bib = (folder/"references.bib").read_text(encoding="utf-8") if (folder/"references.bib").exists() else ""
     known = set(re.findall(r"@\w+\{([^,\s]+),", bib))
@@ -50,32 +59,64 @@ def fill(folder: str | Path, values: dict[str, str]) -> str:
     for name, n, line in lines:
         def replace(m):
             key = ("claim." if m[1] == "claim" else "") + m[2]
-            if key not in values: problems.append(f"missing {'claim' if m[1] == 'claim' else 'value'} {m[2]!r} ({name}:{n}): no metrics file of this run defines it")
+            if key not in values:
+                problems.append(
+                    f"missing {'claim' if m[1] == 'claim' else 'value'} {m[2]!r} ({name}:{n}): no metrics file of this"
+                    " run defines it"
+                )
             return values.get(key, "")
         for figure in re.findall(r"\\includegraphics(?:\[[^]]*\])?\{([^}]+)\}", line):
-            if not (folder/figure).exists(): problems.append(f"missing figure {figure!r} ({name}:{n}): run `dvc repro` to make it")
+            if not (folder / figure).exists():
+                problems.append(f"missing figure {figure!r} ({name}:{n}): run `dvc repro` to make it")
         for keys in re.findall(r"\\cite[a-z]*(?:\[[^]]*\])*\{([^}]+)\}", line):
-            problems += [f"missing reference {k.strip()!r} ({name}:{n}): add it to references.bib" for k in keys.split(",") if k.strip() not in known]
-        problems += [f"missing label {k!r} ({name}:{n}): nothing in the paper has it" for k in re.findall(r"\\(?:eq)?ref\{([^}]+)\}", line) if k not in labels]
+            problems += [
+                f"missing reference {k.strip()!r} ({name}:{n}): add it to references.bib"
+                for k in keys.split(",")
+                if k.strip() not in known
+            ]
+        problems += [
+            f"missing label {k!r} ({name}:{n}): nothing in the paper has it"
+            for k in re.findall(r"\\(?:eq)?ref\{([^}]+)\}", line)
+            if k not in labels
+        ]
         out.append(USE.sub(replace, line))
     if problems: raise PaperError(problems)
     return "\n".join(out) + "\n"
 
 # %% ../../nbs/08_report/05_paper.ipynb #4a11847e
 def _wheel(name: str, package: str):
-    try: return __import__(name)
-    except ImportError: raise PaperError([f"package {package} is missing: `pip install {package}`, or build with engine=\"latex\""]) from None
+    try:
+        return __import__(name)
+    except ImportError:
+        raise PaperError(
+            [f"package {package} is missing: `pip install {package}`, or build with engine=\"latex\""]
+        ) from None
 
 def to_typst(text: str, folder: Path) -> str:
     "The filled LaTeX as a Typst document, citations resolved, through the template and filter in `paper/typst`."
     pypandoc = _wheel("pypandoc", "pypandoc_binary")
-    bundled = [p for p in (Path(pypandoc.__file__).parent/"files").glob("pandoc*") if p.stem == "pandoc" and p.suffix in ("", ".exe")]
+    bundled = [
+        p
+        for p in (Path(pypandoc.__file__).parent / "files").glob("pandoc*")
+        if p.stem == "pandoc" and p.suffix in ("", ".exe")
+    ]
     pandoc, styled = str(bundled[0]) if bundled else pypandoc.get_pandoc_path(), folder/"typst"
-    command = [pandoc, "--from=latex", "--to=typst", "--standalone", "--number-sections", "--citeproc", f"--bibliography={folder/'references.bib'}",
-               "--metadata=link-citations=true", "--metadata=reference-section-title=References", "--wrap=preserve"]
+    command = [
+        pandoc,
+        "--from=latex",
+        "--to=typst",
+        "--standalone",
+        "--number-sections",
+        "--citeproc",
+        f"--bibliography={folder/'references.bib'}",
+        "--metadata=link-citations=true",
+        "--metadata=reference-section-title=References",
+        "--wrap=preserve",
+    ]
     if styled.exists(): command += [f"--template={styled/'template.typ'}", f"--lua-filter={styled/'filter.lua'}"]
-    try: done = run_command(command, "pandoc could not read the paper", text=False, input=text.encode(), cwd=folder)
-    except CommandFailed as e: raise PaperError([str(e)]) from None
+    try:done = run_command(command, "pandoc could not read the paper", text=False, input=text.encode(), cwd=folder)
+    except CommandFailed as e:
+        raise PaperError([str(e)]) from None
     # Unnumbered: the list of references. Its heading is the one that pandoc adds.
     return done.stdout.decode().replace("= References\n", "#heading(numbering: none)[References]\n", 1)
 
@@ -84,28 +125,64 @@ def build_typst(text: str, folder: Path) -> bytes:
     typst = _wheel("typst", "typst")
     with tempfile.NamedTemporaryFile("w", suffix=".typ", dir=folder, prefix=".paper-", encoding="utf-8") as f:
         f.write(to_typst(text, folder)); f.flush()
-        try: return typst.compile(f.name, root=str(folder), font_paths=typst.Fonts(include_system_fonts=False), timestamp=0)
-        except typst.TypstError as e: raise PaperError([f"Typst could not set the paper: {e.message}"]) from None
+        try:
+            return typst.compile(
+                f.name, root=str(folder), font_paths=typst.Fonts(include_system_fonts=False), timestamp=0
+            )
+        except typst.TypstError as e:
+            raise PaperError([f"Typst could not set the paper: {e.message}"]) from None
 
 # %% ../../nbs/08_report/05_paper.ipynb #09e47417
 def build_latex(text: str, folder: Path) -> bytes:
     "The PDF of the filled LaTeX by latexmk, with fixed dates so that it is byte-stable."
-    if not shutil.which("latexmk"): raise PaperError(["latexmk is missing: install TeX Live (latexmk, latex-base, latex-recommended, fonts-recommended, lmodern), or build with engine=\"typst\""])
+    if not shutil.which("latexmk"):
+        raise PaperError(
+            [
+                "latexmk is missing: install TeX Live (latexmk, latex-base, latex-recommended, fonts-recommended,"
+                " lmodern), or build with engine=\"typst\""
+            ]
+        )
     with tempfile.TemporaryDirectory() as d:
         (Path(d)/"main.tex").write_text(text, encoding="utf-8")
-        env = {**os.environ, "SOURCE_DATE_EPOCH": "0", "FORCE_SOURCE_DATE": "1", "TEXINPUTS": f".:{folder}:", "BIBINPUTS": f".:{folder}:", "max_print_line": "1000"}
-        done = subprocess.run(["latexmk", "-pdf", "-interaction=nonstopmode", "-halt-on-error", "main.tex"], cwd=d, env=env, capture_output=True)
-        log = (Path(d)/"main.log").read_text(errors="replace") if (Path(d)/"main.log").exists() else done.stdout.decode(errors="replace")
+        env = {
+            **os.environ,
+            "SOURCE_DATE_EPOCH": "0",
+            "FORCE_SOURCE_DATE": "1",
+            "TEXINPUTS": f".:{folder}:",
+            "BIBINPUTS": f".:{folder}:",
+            "max_print_line": "1000",
+        }
+        done = subprocess.run(
+            ["latexmk", "-pdf", "-interaction=nonstopmode", "-halt-on-error", "main.tex"],
+            cwd=d,
+            env=env,
+            capture_output=True,
+        )
+        log = (
+            (Path(d) / "main.log").read_text(errors="replace")
+            if (Path(d) / "main.log").exists()
+            else done.stdout.decode(errors="replace")
+        )
         if done.returncode:
-            if (m := re.search(r"File `([^']+)\.sty' not found", log)): raise PaperError([f"LaTeX package {m[1]} is missing: install it, or build with engine=\"typst\""])
-            raise PaperError(["LaTeX stopped: " + next((line[2:] for line in log.splitlines() if line.startswith("! ")), last_words(done.stderr.decode(errors="replace"), log))])
+            if m := re.search(r"File `([^']+)\.sty' not found", log):
+                raise PaperError([f"LaTeX package {m[1]} is missing: install it, or build with engine=\"typst\""])
+            raise PaperError(
+                [
+                    "LaTeX stopped: "
+                    + next(
+                        (line[2:] for line in log.splitlines() if line.startswith("! ")),
+                        last_words(done.stderr.decode(errors="replace"), log),
+                    )
+                ]
+            )
         return (Path(d)/"main.pdf").read_bytes()
 
 # %% ../../nbs/08_report/05_paper.ipynb #4cf54412
 ENGINES = {"typst": build_typst, "latex": build_latex}
 
 def build_paper(folder: str | Path | None = None, engine: str = "typst", values: dict[str, str] | None = None) -> Path:
-    "Builds `main.pdf` in `folder` (default `paper/`) from its sources and its `values.tex`; raises `PaperError` and writes nothing if anything is missing."
+    """Builds `main.pdf` in `folder` (default `paper/`) from its sources and its `values.tex`; raises `PaperError` and
+    writes nothing if anything is missing."""
     folder = Path(folder or root()/"paper").resolve()
     if engine not in ENGINES: raise PaperError([f"unknown engine {engine!r}: choose one of {sorted(ENGINES)}"])
     pdf = ENGINES[engine](fill(folder, read_values(folder/"values.tex") if values is None else values), folder)
@@ -115,13 +192,17 @@ def build_paper(folder: str | Path | None = None, engine: str = "typst", values:
 # %% ../../nbs/08_report/05_paper.ipynb #cfff1bb6
 def main(argv: list[str]):
     "`python -m rcid.report.paper [--engine latex] [--folder paper] [--keys]`."
-    parser = argparse.ArgumentParser(prog="python -m rcid.report.paper", description="Builds the paper from the metrics of a run.")
+    parser = argparse.ArgumentParser(
+        prog="python -m rcid.report.paper", description="Builds the paper from the metrics of a run."
+    )
     parser.add_argument("--engine", default="typst", choices=sorted(ENGINES))
     parser.add_argument("--folder", default=None, help="where main.tex is (default: paper/)")
-    parser.add_argument("--keys", action="store_true", help="list the values and claims that the text asks for, and stop")
+    parser.add_argument(
+        "--keys", action="store_true", help="list the values and claims that the text asks for, and stop"
+    )
     args = parser.parse_args(argv)
     if args.keys: return print("\n".join(keys_used(args.folder or root()/"paper")))
-    try: print(build_paper(args.folder, args.engine))
+    try:print(build_paper(args.folder, args.engine))
     except (PaperError, OSError) as e: sys.exit("\n".join(f"rcid: {line}" for line in str(e).splitlines()))
 
 if __name__ == "__main__" and "__file__" in globals(): main(sys.argv[1:])

@@ -14,7 +14,11 @@ from .figures import in_order, label
 def curve_rows(trained: list[dict]) -> list[dict]:
     "A row for each logged step of each `distill` cell."
     about = lambda c: dict(family=label(c["family"]), task=label(c["task"]), method=label(c["method"]), seed=c["seed"])
-    return [{**about(c), **{k: point[k] for k in ("step", "loss", "accuracy", "consistency")}} for c in trained for point in c["curve"]]
+    return [
+        {**about(c), **{k: point[k] for k in ("step", "loss", "accuracy", "consistency")}}
+        for c in trained
+        for point in c["curve"]
+    ]
 
 def method_rows_of(rows: list[dict], value: str) -> list[dict]:
     "A row for each method with its interval; `value` is accuracy, or consistency (at held-out sites)."
@@ -24,15 +28,29 @@ def method_rows_of(rows: list[dict], value: str) -> list[dict]:
         if value == "consistency": x, interval = x.get("held_out"), (interval or {}).get("held_out")
         if x is None: continue                                              # an undefined consistency is no zero
         low, high = interval or (None, None)
-        out.append(dict(family=label(r["family"]), task=label(r["task"]), method=label(r["method"]), low=low, high=high) | {value: x})
+        out.append(
+            dict(family=label(r["family"]), task=label(r["task"]), method=label(r["method"]), low=low, high=high) | {
+                value: x
+            }
+        )
     return out
 
 def effect_rows(plans: dict[tuple[str, str], dict]) -> list[dict]:
-    "A row for each layer and role of each `(family, task)`, from `metrics/sites`; sites that are excluded are left out."
-    return [dict(model=f"{label(family)}, {label(task)}", layer=layer, role=label(role), effect=value)
-            for (family, task), plan in plans.items() for layer, line in enumerate(plan["score"]) for role, value in zip(plan["roles"], line) if value is not None]
+    """A row for each layer and role of each `(family, task)`, from `metrics/sites`; sites that are excluded are left
+    out."""
+    return [
+        dict(model=f"{label(family)}, {label(task)}", layer=layer, role=label(role), effect=value)
+        for (family, task), plan in plans.items()
+        for layer, line in enumerate(plan["score"])
+        for role, value in zip(plan["roles"], line)
+        if value is not None
+    ]
 
 def write_plots(trained: list[dict], rows: list[dict], plans: dict, folder: str | Path = "metrics/plots"):
     "The files that the `plots` of dvc.yaml name."
-    files = {"curves": curve_rows(trained), "effects": effect_rows(plans), **{v: method_rows_of(rows, v) for v in ("accuracy", "consistency")}}
+    files = {
+        "curves": curve_rows(trained),
+        "effects": effect_rows(plans),
+        **{v: method_rows_of(rows, v) for v in ("accuracy", "consistency")},
+    }
     for name, content in files.items(): write_json(Path(folder)/f"{name}.json", content)

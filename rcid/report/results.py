@@ -15,15 +15,18 @@ import numpy as np
 from ..core.paths import read_json
 from ..eval import stats
 from ..eval.stats import paired_test
-from .claims import METRICS, bracketed, compare_claim, competence_claim, dissociation_claim, holm, null_claim, outcome, place, prose, verdict_claim
+from .claims import METRICS, bracketed, compare_claim, competence_claim, dissociation_claim, holm
+from .claims import null_claim, outcome, place, prose, verdict_claim
 from .figures import in_order, label
-from .tables import COMPANION_COLUMNS, MAIN_COLUMNS, count, escape, in_words, interval, listing, method_table, number, p_value, tabular
+from .tables import COMPANION_COLUMNS, MAIN_COLUMNS, count, escape, in_words, interval, listing
+from .tables import method_table, number, p_value, tabular
 
 # %% ../../nbs/08_report/04_results.ipynb #e7c90091
 def read_matrix(folder: str | Path, stage: str,
     p=None # params: leave out what they do not ask for, such as what an earlier run left; None = keep all
 ) -> list[dict]:
-    "Every `<folder>/<stage>/<family>-<task>-<method>-<seed>.json` as a dictionary with its coordinates; none at all, or one missing that the params ask for, is an error."
+    """Every `<folder>/<stage>/<family>-<task>-<method>-<seed>.json` as a dictionary with its coordinates; none at all,
+    or one missing that the params ask for, is an error."""
     cells = []
     for file in sorted((Path(folder)/stage).glob("*.json")):
         parts = file.stem.split("-")
@@ -32,8 +35,17 @@ def read_matrix(folder: str | Path, stage: str,
     if p:
         asked = {*p.cells, *((f, t, "undistilled", 0) for f, t, *_ in p.cells)}
         cells = [c for c in cells if (c["family"], c["task"], c["method"], c["seed"]) in asked]
-        missing = sorted("-".join(map(str, a)) for a in asked - {(c["family"], c["task"], c["method"], c["seed"]) for c in cells} if stage != "distill" or a[2] != "undistilled")
-        if cells and missing: raise FileNotFoundError(f"{Path(folder)/stage/missing[0]}.json is missing" + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else "") + ": run `dvc repro` to make it")
+        missing = sorted(
+            "-".join(map(str, a))
+            for a in asked - {(c["family"], c["task"], c["method"], c["seed"]) for c in cells}
+            if stage != "distill" or a[2] != "undistilled"
+        )
+        if cells and missing:
+            raise FileNotFoundError(
+                f"{Path(folder)/stage/missing[0]}.json is missing"
+                + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else "")
+                + ": run `dvc repro` to make it"
+            )
     if not cells: raise FileNotFoundError(f"no metrics in {Path(folder)/stage}: run `dvc repro` to make them")
     return cells
 
@@ -50,22 +62,42 @@ def _mean(values):
     values = [v for v in values if v is not None]
     return float(np.mean(values)) if values else None
 
-def _ends(cis, mean): return None if not (cis := [c for c in cis if c and None not in c]) else [mean([c[0] for c in cis]), mean([c[1] for c in cis])]
+
+def _ends(cis, mean):
+    return (
+        None
+        if not (cis := [c for c in cis if c and None not in c])
+        else [mean([c[0] for c in cis]), mean([c[1] for c in cis])]
+    )
 
 # %% ../../nbs/08_report/04_results.ipynb #f8019edb
 PARTS = ("trained", "held_out")
-NAMES = {"mean": "consistency", "spearman": "spearman_mean", "lin": "concordance_mean", "sign_agreement": "sign_agreement_mean", "interchange_accuracy": "iia_mean",
-         "iia_flipped": "iia_flipped", "n_nan": "n_undefined", "pearson": "pearson"}
+NAMES = {
+    "mean": "consistency",
+    "spearman": "spearman_mean",
+    "lin": "concordance_mean",
+    "sign_agreement": "sign_agreement_mean",
+    "interchange_accuracy": "iia_mean",
+    "iia_flipped": "iia_flipped",
+    "n_nan": "n_undefined",
+    "pearson": "pearson",
+}
 
 def summary(report: dict | None) -> dict:
     "What the paper needs of a `ConsistencyReport.to_dict()`; a dictionary with the paper's names passes unchanged."
     if report is None: return {}
     if "consistency" not in report: return report
     band = lambda null: {"mean": null.get("mean"), "band": [null.get("low"), null.get("high")]}
-    return {**{ours: report.get(theirs) for ours, theirs in NAMES.items()}, "ci": [report["low"], report["high"]], "null": band(report["null"]), "null_within": band(report["null_within"])}
+    return {
+        **{ours: report.get(theirs) for ours, theirs in NAMES.items()},
+        "ci": [report["low"], report["high"]],
+        "null": band(report["null"]),
+        "null_within": band(report["null_within"]),
+    }
 
 def method_rows(cells: list[dict]) -> list[dict]:
-    "One row per family, task and method, in the order of the paper; what `method_intervals`, `method_table` and the claims take."
+    """One row per family, task and method, in the order of the paper; what `method_intervals`, `method_table` and the
+    claims take."""
     rows = []
     for family, task in dict.fromkeys((c["family"], c["task"]) for c in cells):
         mine = [c for c in cells if (c["family"], c["task"]) == (family, task)]
@@ -74,15 +106,27 @@ def method_rows(cells: list[dict]) -> list[dict]:
             reports = {p: [summary(c["consistency"].get(p)) for c in seeds] for p in PARTS}
             report = lambda part, *keys: [_dig(r, *keys) for r in reports[part]]
             accuracy = [c["accuracy"].get("accuracy", c["accuracy"].get("clean")) for c in seeds]
-            row = {"family": family, "task": task, "method": method, "n_seeds": len(seeds), "accuracy": _mean(accuracy),
-                   "accuracy_ci": _ends([c["accuracy"].get("accuracy_ci", c["accuracy"].get("ci")) for c in seeds], _mean), "top1": _mean([c["accuracy"].get("top1") for c in seeds]), "perplexity": _mean([c.get("perplexity") for c in seeds]),
-                   "consistency": {p: fisher_mean(report(p, "mean")) for p in PARTS}, "consistency_ci": {p: _ends(report(p, "ci"), fisher_mean) for p in PARTS},
-                   "null": {p: _mean(report(p, "null", "mean")) for p in PARTS}, "null_band": {p: _ends(report(p, "null", "band"), _mean) for p in PARTS},
-                   "null_within_band": {p: _ends(report(p, "null_within", "band"), _mean) for p in PARTS},
-                   "n_nan": {p: sum(report(p, "n_nan")) if None not in report(p, "n_nan") else None for p in PARTS},
-                   "seeds": {"accuracy": accuracy, **{p: report(p, "mean") for p in PARTS}}}
-            for key in ("spearman", "lin", "sign_agreement", "interchange_accuracy", "iia_flipped"): row[key] = {p: _mean(report(p, key)) for p in PARTS}
-            back = [c["denoising"]["pearson"] for c in seeds if c.get("denoising")]      # one list: sites trained on, then held out
+            row = {
+                "family": family,
+                "task": task,
+                "method": method,
+                "n_seeds": len(seeds),
+                "accuracy": _mean(accuracy),
+                "accuracy_ci": _ends([c["accuracy"].get("accuracy_ci", c["accuracy"].get("ci")) for c in seeds], _mean),
+                "top1": _mean([c["accuracy"].get("top1") for c in seeds]),
+                "perplexity": _mean([c.get("perplexity") for c in seeds]),
+                "consistency": {p: fisher_mean(report(p, "mean")) for p in PARTS},
+                "consistency_ci": {p: _ends(report(p, "ci"), fisher_mean) for p in PARTS},
+                "null": {p: _mean(report(p, "null", "mean")) for p in PARTS},
+                "null_band": {p: _ends(report(p, "null", "band"), _mean) for p in PARTS},
+                "null_within_band": {p: _ends(report(p, "null_within", "band"), _mean) for p in PARTS},
+                "n_nan": {p: sum(report(p, "n_nan")) if None not in report(p, "n_nan") else None for p in PARTS},
+                "seeds": {"accuracy": accuracy, **{p: report(p, "mean") for p in PARTS}},
+            }
+            for key in ("spearman", "lin", "sign_agreement", "interchange_accuracy", "iia_flipped"):
+                row[key] = {p: _mean(report(p, key)) for p in PARTS}
+            # one list: sites trained on, then held out
+            back = [c["denoising"]["pearson"] for c in seeds if c.get("denoising")]
             n = len(seeds[0]["consistency"].get("trained", {}).get("pearson", ()))
             parts = {"trained": slice(n), "held_out": slice(n, None)}
             row["denoising"] = {p: fisher_mean([fisher_mean(b[part]) for b in back]) for p, part in parts.items()}
@@ -92,17 +136,30 @@ def method_rows(cells: list[dict]) -> list[dict]:
 def curves(cells: list[dict], task: str) -> dict:
     "Learning curves of the `distill` cells as `learning_curves` takes them."
     mine = [c for c in cells if c["task"] == task]
-    return {f: {m: [c["curve"] for c in mine if (c["family"], c["method"]) == (f, m)] for m in in_order(c["method"] for c in mine if c["family"] == f)} for f in dict.fromkeys(c["family"] for c in mine)}
+    return {
+        f: {
+            m: [c["curve"] for c in mine if (c["family"], c["method"]) == (f, m)]
+            for m in in_order(c["method"] for c in mine if c["family"] == f)
+        }
+        for f in dict.fromkeys(c["family"] for c in mine)
+    }
 
 def profiles(cells: list[dict], task: str, methods) -> dict:
-    "Layer profiles of the `evaluate` cells as `layer_profile` takes them, seeds averaged as Fisher z; held-out sites after the trained ones."
+    """Layer profiles of the `evaluate` cells as `layer_profile` takes them, seeds averaged as Fisher z; held-out sites
+    after the trained ones."""
     out = {}
     for c in cells:
-        if c["task"] == task and c["method"] in methods: out.setdefault(c["family"], {}).setdefault(c["method"], []).append(c["profile"])
+        if c["task"] == task and c["method"] in methods:
+            out.setdefault(c["family"], {}).setdefault(c["method"], []).append(c["profile"])
     def merged(runs):
         parts = [p for p in PARTS if p in runs[0]]
         mean = lambda rows: [fisher_mean(values) for values in zip(*rows)]
-        return {**{k: [x for p in parts for x in runs[0][p][k]] for k in ("sites", "mapped")}, "pearson": [mean([run[p]["pearson"][i] for run in runs]) for p in parts for i in range(len(runs[0][p]["sites"]))]}
+        return {
+            **{k: [x for p in parts for x in runs[0][p][k]] for k in ("sites", "mapped")},
+            "pearson": [
+                mean([run[p]["pearson"][i] for run in runs]) for p in parts for i in range(len(runs[0][p]["sites"]))
+            ],
+        }
     return {f: {m: merged(runs) for m, runs in by_method.items()} for f, by_method in out.items()}
 
 def _dig(d, *keys):
@@ -110,127 +167,304 @@ def _dig(d, *keys):
     return d
 
 # %% ../../nbs/08_report/04_results.ipynb #ca68424e
-EXP1 = [("standard_kd", "undistilled"), ("fitnets", "undistilled"), ("informed_fitnets", "undistilled"), ("fitnets", "standard_kd"), ("informed_fitnets", "standard_kd")]
-EXP2 = [("rcid", "standard_kd_pairs"), ("rcid", "standard_kd"), ("informed_fitnets", "fitnets"), ("rcid", "informed_fitnets"), ("rcid_identity", "rcid"), ("rcid", "rcid_shuffled"), ("rcid", "rcid_random_sites"), ("rcid", "rcid_random_w")]
+EXP1 = [
+    ("standard_kd", "undistilled"),
+    ("fitnets", "undistilled"),
+    ("informed_fitnets", "undistilled"),
+    ("fitnets", "standard_kd"),
+    ("informed_fitnets", "standard_kd"),
+]
+EXP2 = [
+    ("rcid", "standard_kd_pairs"),
+    ("rcid", "standard_kd"),
+    ("informed_fitnets", "fitnets"),
+    ("rcid", "informed_fitnets"),
+    ("rcid_identity", "rcid"),
+    ("rcid", "rcid_shuffled"),
+    ("rcid", "rcid_random_sites"),
+    ("rcid", "rcid_random_w"),
+]
 
-def run_tests(rows: list[dict], comparisons: list[tuple[str, str]], statistic, metrics=("accuracy", "trained", "held_out"), unit: str = "pairs") -> list[dict]:
+
+def run_tests(
+    rows: list[dict],
+    comparisons: list[tuple[str, str]],
+    statistic,
+    metrics=("accuracy", "trained", "held_out"),
+    unit: str = "pairs",
+) -> list[dict]:
     "All comparisons of an experiment, Holm-corrected together."
     tests = []
     for family, task in dict.fromkeys((r["family"], r["task"]) for r in rows):
         present = {r["method"] for r in rows if (r["family"], r["task"]) == (family, task)}
         for a, b in comparisons:
-            if {a, b} <= present: tests += [{"family": family, "task": task, "a": a, "b": b, "metric": m, "unit": unit, **statistic(family, task, a, b, m), "by_seed": _by_seed(rows, family, task, a, b, m)} for m in metrics]
+            if {a, b} <= present:
+                tests += [
+                    {
+                        "family": family,
+                        "task": task,
+                        "a": a,
+                        "b": b,
+                        "metric": m,
+                        "unit": unit,
+                        **statistic(family, task, a, b, m),
+                        "by_seed": _by_seed(rows, family, task, a, b, m),
+                    }
+                    for m in metrics
+                ]
     return holm(tests)
 
-def _by_seed(rows, family, task, a, b, metric) -> dict: # paired over seeds; undefined p with fewer than two, and its note says so
-    values = {r["method"]: r.get("seeds", {}).get(metric) or [] for r in rows if (r["family"], r["task"]) == (family, task)}
+
+def _by_seed(
+    rows, family, task, a, b, metric
+) -> dict:  # paired over seeds; undefined p with fewer than two, and its note says so
+    values = {
+        r["method"]: r.get("seeds", {}).get(metric) or [] for r in rows if (r["family"], r["task"]) == (family, task)
+    }
     n = min(len(values[a]), len(values[b]))
     pair = lambda m: [float("nan") if v is None else v for v in values[m][:n]]
     t = paired_test(pair(a), pair(b), n_boot=1000)
-    return {k: None if isinstance(v, float) and v != v else v for k, v in dict(n=t.n, diff=t.mean_difference, p_t=t.p_t, p_sign_flip=t.p_sign_flip, p_smallest=t.p_smallest, dz=t.dz, note=t.note).items()}
+    return {
+        k: None if isinstance(v, float) and v != v else v
+        for k, v in dict(
+            n=t.n,
+            diff=t.mean_difference,
+            p_t=t.p_t,
+            p_sign_flip=t.p_sign_flip,
+            p_smallest=t.p_smallest,
+            dz=t.dz,
+            note=t.note,
+        ).items()
+    }
 
 # %% ../../nbs/08_report/04_results.ipynb #0dc1b33d
 def against_claim(tests: list[dict], b: str = "undistilled", metric: str = "held_out") -> str:
     "How many methods lie above, below, or not detectably apart from `b`."
     mine = [t for t in tests if t["b"] == b and t["metric"] == metric]
     if not mine: return f"This run holds no comparison with {prose(b)}."
-    groups = {kind: [prose(t["a"]) + bracketed(place(t, mine)) for t in mine if outcome(t) == kind] for kind in ("higher", "same", "lower", "untested")}
-    words = {"higher": "is higher than for {} with", "same": "does not differ detectably from {} with", "lower": "is lower than for {} with", "untested": "could not be tested against {} with"}
+    groups = {
+        kind: [prose(t["a"]) + bracketed(place(t, mine)) for t in mine if outcome(t) == kind]
+        for kind in ("higher", "same", "lower", "untested")
+    }
+    words = {
+        "higher": "is higher than for {} with",
+        "same": "does not differ detectably from {} with",
+        "lower": "is lower than for {} with",
+        "untested": "could not be tested against {} with",
+    }
     parts = [words[k].format(prose(b)) + f" {listing(names)}" for k, names in groups.items() if names]
     return f"{METRICS[metric][0].upper()}{METRICS[metric][1:]} {'; it '.join(parts)}."
 
 def exp1_claims(rows: list[dict], tests: list[dict], bar: float = .9) -> dict[str, str]:
     "The sentences of experiment 1, by key."
-    return {"claim.exp1.competence": competence_claim(rows, bar), "claim.exp1.null": null_claim(rows),
-            "claim.exp1.undistilled": against_claim(tests), "claim.exp1.dissociation": dissociation_claim([t for t in tests if t["b"] != "undistilled"])}
+    return {
+        "claim.exp1.competence": competence_claim(rows, bar),
+        "claim.exp1.null": null_claim(rows),
+        "claim.exp1.undistilled": against_claim(tests),
+        "claim.exp1.dissociation": dissociation_claim([t for t in tests if t["b"] != "undistilled"]),
+    }
 
 def exp2_claims(tests: list[dict]) -> dict[str, str]:
     "The sentences of experiment 2, by key."
     say = lambda a, b, metric="held_out": compare_claim(a, b, tests, metric)
-    return {"claim.exp2.pairs": say("rcid", "standard_kd_pairs"), "claim.exp2.pairs_trained": say("rcid", "standard_kd_pairs", "trained"), "claim.exp2.kd": say("rcid", "standard_kd"),
-            "claim.exp2.place": say("informed_fitnets", "fitnets"), "claim.exp2.difference": say("rcid", "informed_fitnets"), "claim.exp2.identity": say("rcid_identity", "rcid"),
-            "claim.exp2.shuffled": say("rcid", "rcid_shuffled", "trained"), "claim.exp2.random_sites": say("rcid", "rcid_random_sites", "trained"),
-            "claim.exp2.accuracy": say("rcid", "standard_kd_pairs", "accuracy"), "claim.verdict": verdict_claim(tests)}
+    return {
+        "claim.exp2.pairs": say("rcid", "standard_kd_pairs"),
+        "claim.exp2.pairs_trained": say("rcid", "standard_kd_pairs", "trained"),
+        "claim.exp2.kd": say("rcid", "standard_kd"),
+        "claim.exp2.place": say("informed_fitnets", "fitnets"),
+        "claim.exp2.difference": say("rcid", "informed_fitnets"),
+        "claim.exp2.identity": say("rcid_identity", "rcid"),
+        "claim.exp2.shuffled": say("rcid", "rcid_shuffled", "trained"),
+        "claim.exp2.random_sites": say("rcid", "rcid_random_sites", "trained"),
+        "claim.exp2.accuracy": say("rcid", "standard_kd_pairs", "accuracy"),
+        "claim.verdict": verdict_claim(tests),
+    }
 
 # %% ../../nbs/08_report/04_results.ipynb #fe6467a1
 def methods_table(rows: list[dict]) -> str: return method_table(rows, MAIN_COLUMNS)
 def companions_table(rows: list[dict]) -> str: return method_table(rows, COMPANION_COLUMNS)
 
 def tests_table(tests: list[dict]) -> str:
-    "All comparisons, one line each with its three metrics; from three seeds on also a paired t test over them, at held-out sites."
+    """All comparisons, one line each with its three metrics; from three seeds on also a paired t test over them, at
+    held-out sites."""
     metrics = [m for m in METRICS if any(t["metric"] == m for t in tests)]
     heads = {"accuracy": "accuracy", "trained": "$r$, trained sites", "held_out": "$r$, held-out sites"}
-    body, several = [], any((t.get("by_seed") or {}).get("n", 0) > 2 for t in tests)     # fewer than three seeds test nothing
+    # fewer than three seeds test nothing
+    body, several = [], any((t.get("by_seed") or {}).get("n", 0) > 2 for t in tests)
     for family, task in dict.fromkeys((t["family"], t["task"]) for t in tests):
         mine = [t for t in tests if (t["family"], t["task"]) == (family, task)]
         body.append(label(family) + (f", {escape(label(task))}" if len({t["task"] for t in tests}) > 1 else ""))
         for a, b in dict.fromkeys((t["a"], t["b"]) for t in mine):
             found = {t["metric"]: t for t in mine if (t["a"], t["b"]) == (a, b)}
-            seeds = [p_value(t["by_seed"]["p_t"]).replace("p = ", "").replace("p < ", "<") if (t := found.get("held_out")) and t.get("by_seed") else "--"] if several else []
-            cells = [f"{number(t['diff'])} {interval(t['ci'])}, {p_value(t.get('p_holm', t['p'])).replace('p = ', '').replace('p < ', '<')}" if (t := found.get(m)) else "--" for m in metrics]
+            seeds = (
+                [
+                    (
+                        p_value(t["by_seed"]["p_t"]).replace("p = ", "").replace("p < ", "<")
+                        if (t := found.get("held_out")) and t.get("by_seed")
+                        else "--"
+                    )
+                ]
+                if several
+                else []
+            )
+            cells = [
+                (
+                    f"{number(t['diff'])} {interval(t['ci'])},"
+                    f" {p_value(t.get('p_holm', t['p'])).replace('p = ', '').replace('p < ', '<')}"
+                    if (t := found.get(m))
+                    else "--"
+                )
+                for m in metrics
+            ]
             body.append([rf"\quad {label(a)} $-$ {label(b)}", *cells, *seeds])
-    return tabular(["", *(heads[m] for m in metrics), *(["$p$, seeds"] if several else [])], body, "l" + "r" * (len(metrics) + several))
+    return tabular(
+        ["", *(heads[m] for m in metrics), *(["$p$, seeds"] if several else [])],
+        body,
+        "l" + "r" * (len(metrics) + several),
+    )
 
 def model_name(model: dict, file: str = "") -> str:
     "What a teacher is called: the weights file without its quantisation, or where it comes from."
     return re.sub(r"(\.Q\d\w*)?\.(gguf|safetensors)$", "", Path(file).name) or model["source"]
 
 def models_table(models: dict[str, dict], heals: dict[str, dict], files: dict[str, str] | None = None) -> str:
-    "Teacher and student of each family, from `metrics/models` and `metrics/heal`; `files` gives the weights file of a family."
+    """Teacher and student of each family, from `metrics/models` and `metrics/heal`; `files` gives the weights file of a
+    family."""
     body = []
     for family, t in models.items():
         s = heals[family]
         ppl, kept = s["perplexity"], s.get("kept_layers")
         shape = [count(t["d_model"]), f"{t['heads']} / {t['kv_heads']}", count(t["vocab"])] if kept else ["--"] * 3
-        body += [label(family), [r"\quad teacher", escape(model_name(t, (files or {}).get(family) or "")), count(t["layers"]), count(t["d_model"]), f"{t['heads']} / {t['kv_heads']}", count(t["vocab"]), number(t["parameters"] / 1e6, 1), number(ppl["teacher"], 1)],
-                 [r"\quad student", f"{count(s['layers'])} of its layers" if kept else "a model of its own", count(s["layers"]), *shape, number(s["parameters"] / 1e6, 1), f"{_short(ppl['pruned'])} to {number(ppl['healed'], 1)}"]]
-    return tabular(["", "model", "layers", "width", "Q / KV heads", "vocab.", "params. ($10^6$)", "perplexity"], body, "llrrrrrr")
+        body += [
+            label(family),
+            [
+                r"\quad teacher",
+                escape(model_name(t, (files or {}).get(family) or "")),
+                count(t["layers"]),
+                count(t["d_model"]),
+                f"{t['heads']} / {t['kv_heads']}",
+                count(t["vocab"]),
+                number(t["parameters"] / 1e6, 1),
+                number(ppl["teacher"], 1),
+            ],
+            [
+                r"\quad student",
+                f"{count(s['layers'])} of its layers" if kept else "a model of its own",
+                count(s["layers"]),
+                *shape,
+                number(s["parameters"] / 1e6, 1),
+                f"{_short(ppl['pruned'])} to {number(ppl['healed'], 1)}",
+            ],
+        ]
+    return tabular(
+        ["", "model", "layers", "width", "Q / KV heads", "vocab.", "params. ($10^6$)", "perplexity"], body, "llrrrrrr"
+    )
 
-def _short(x: float | None) -> str: return "--" if x is None else number(x, 1) if x < 1e4 else rf"${x / 10 ** int(np.log10(x)):.1f} \times 10^{{{int(np.log10(x))}}}$"
+
+def _short(x: float | None) -> str:
+    return (
+        "--"
+        if x is None
+        else number(x, 1) if x < 1e4 else rf"${x / 10 ** int(np.log10(x)):.1f} \times 10^{{{int(np.log10(x))}}}$"
+    )
+
 
 def models_sentence(models: dict[str, dict], files: dict[str, str] | None = None) -> str:
     "Where each teacher comes from; `files` (family to weights file) adds that quantised weights were dequantised."
     out = []
     for family, t in models.items():
         bits = re.search(r"\.(Q\d\w*)\.gguf$", (files or {}).get(family) or "")
-        if t["source"].startswith("trained here"): out.append(f"The {label(family)} teacher is a small model of that architecture, {t['source'].replace('here', 'in the pipeline')} on templated text.")
-        else: out.append(f"The {label(family)} teacher is a pretrained language model, {escape(model_name(t, (files or {}).get(family) or ''))} ({escape(t['source'])}" + (f", dequantised once from {escape(bits[1])} weights" if bits else "") + ").")
+        if t["source"].startswith("trained here"):
+            out.append(
+                f"The {label(family)} teacher is a small model of that architecture,"
+                f" {t['source'].replace('here', 'in the pipeline')} on templated text."
+            )
+        else:
+            out.append(
+                f"The {label(family)} teacher is a pretrained language model,"
+                f" {escape(model_name(t, (files or {}).get(family) or ''))} ({escape(t['source'])}"
+                + (f", dequantised once from {escape(bits[1])} weights" if bits else "")
+                + ")."
+            )
     return " ".join(out)
 
 def limits_sentence(models: dict[str, dict], cells: list[dict]) -> str:
     "What the size of this run leaves open."
     own = [f for f, t in models.items() if t["source"].startswith("trained here")]
     tasks, seeds = {c["task"] for c in cells}, {c["seed"] for c in cells if c["method"] != "undistilled"}
-    parts = [f"The {listing(map(label, own))} teacher{'s know' if len(own) > 1 else ' knows'} little beyond the task: {'they control' if len(own) > 1 else 'it controls'} for architecture, not for scale."] if own else []
+    parts = (
+        [
+            f"The {listing(map(label, own))} teacher{'s know' if len(own) > 1 else ' knows'} little beyond the task:"
+            f" {'they control' if len(own) > 1 else 'it controls'} for architecture, not for scale."
+        ]
+        if own
+        else []
+    )
     if len(models) - len(own) == 1: parts.append("There is one pretrained teacher, and its student is cut from it.")
-    parts.append(f"This run has {in_words(len(tasks))} task{'s' * (len(tasks) > 1)} and {in_words(len(seeds))} seed{'s' * (len(seeds) > 1)} per cell.")
+    parts.append(
+        f"This run has {in_words(len(tasks))} task{'s' * (len(tasks) > 1)} and {in_words(len(seeds))}"
+        f" seed{'s' * (len(seeds) > 1)} per cell."
+    )
     return " ".join(parts)
 
 def budget_table(cells: list[dict]) -> str:
     "Steps, tokens and floating-point operations of a training run, mean over seeds; cells of the `distill` stage."
-    rows = [{"family": f, "task": t, "method": m, **{k: _mean([c.get(k) for c in cells if (c["family"], c["task"], c["method"]) == (f, t, m)]) for k in ("steps", "tokens", "flops")}}
-            for f, t, m in dict.fromkeys((c["family"], c["task"], c["method"]) for c in cells)]
+    rows = [
+        {
+            "family": f,
+            "task": t,
+            "method": m,
+            **{
+                k: _mean([c.get(k) for c in cells if (c["family"], c["task"], c["method"]) == (f, t, m)])
+                for k in ("steps", "tokens", "flops")
+            },
+        }
+        for f, t, m in dict.fromkeys((c["family"], c["task"], c["method"]) for c in cells)
+    ]
     per = lambda key, unit: lambda r: "--" if r[key] is None else number(r[key] / unit, 2)
-    return method_table(rows, {"steps": lambda r: count(r["steps"]), "tokens ($10^3$)": per("tokens", 1e3), "operations ($10^{12}$)": per("flops", 1e12)})
+    return method_table(
+        rows,
+        {
+            "steps": lambda r: count(r["steps"]),
+            "tokens ($10^3$)": per("tokens", 1e3),
+            "operations ($10^{12}$)": per("flops", 1e12),
+        },
+    )
 
 def pilot_table(pilots: dict[str, dict]) -> str:
-    "`{family: metrics/pilot}` with `gates: {gate: {value, bound}}`; a gate is passed when its value is at least its bound."
+    """`{family: metrics/pilot}` with `gates: {gate: {value, bound}}`; a gate is passed when its value is at least its
+    bound."""
     body = []
     for family, pilot in pilots.items():
         body.append(label(family))
         for gate, g in pilot["gates"].items():
             name = escape(gate).replace("||d||", r"$\lVert d \rVert$")
-            body.append([rf"\quad {name}", f"{g['value']:.3g}", rf"$\ge {g['bound']:.3g}$", "passed" if g["value"] >= g["bound"] else r"\textbf{failed}"])
+            body.append(
+                [
+                    rf"\quad {name}",
+                    f"{g['value']:.3g}",
+                    rf"$\ge {g['bound']:.3g}$",
+                    "passed" if g["value"] >= g["bound"] else r"\textbf{failed}",
+                ]
+            )
     return tabular(["gate", "value", "bound", "outcome"], body, "lrrl")
 
 def pilot_claim(pilots: dict[str, dict]) -> str:
     "Which families passed."
     failed = [f for f, p in pilots.items() if any(g["value"] < g["bound"] for g in p["gates"].values())]
-    if not failed: return f"{'Both families pass' if len(pilots) == 2 else 'All families pass' if len(pilots) > 2 else 'The family passes'} all gates."
-    return f"The {listing(label(f) for f in failed)} famil{'y does' if len(failed) == 1 else 'ies do'} not pass and {'is' if len(failed) == 1 else 'are'} left out of what follows."
+    if not failed:
+        return (
+            f"{'Both families pass' if len(pilots) == 2 else 'All families pass' if len(pilots) > 2 else 'The family passes'}"
+            " all gates."
+        )
+    return (
+        f"The {listing(label(f) for f in failed)} famil{'y does' if len(failed) == 1 else 'ies do'} not pass and"
+        f" {'is' if len(failed) == 1 else 'are'} left out of what follows."
+    )
 
 def sites_table(sites: dict[str, dict], used: str) -> str:
-    "`{family: metrics/sites JSON}`: each selected and held-out site with its effect in both directions and its student layer under every map; the map `used` in bold."
+    """`{family: metrics/sites JSON}`: each selected and held-out site with its effect in both directions and its
+    student layer under every map; the map `used` in bold."""
     maps = list(dict.fromkeys(m for s in sites.values() for m in s["maps"]))
     body = []
     for family, s in sites.items():
@@ -238,18 +472,45 @@ def sites_table(sites: dict[str, dict], used: str) -> str:
         for kind, name in (("selected", "trained on"), ("held_out", "held out")):
             for layer, role in s.get(kind, []):
                 to = [s["maps"].get(m, {}).get(str(layer)) for m in maps]
-                body.append([rf"\quad layer {layer}, {label(role)}", name, *(number(s[k][layer][s["roles"].index(role)]) if k in s else "--" for k in ("score", "denoising")), *("--" if v is None else rf"\textbf{{{v}}}" if m == used else str(v) for m, v in zip(maps, to))])
-    return tabular(["site", "", r"mean $\left|\Delta\right|$ (logits)", "denoising", *(m.upper() if m == "cka" else m for m in maps)], body, "llrr" + "r" * len(maps))
+                body.append(
+                    [
+                        rf"\quad layer {layer}, {label(role)}",
+                        name,
+                        *(
+                            number(s[k][layer][s["roles"].index(role)]) if k in s else "--"
+                            for k in ("score", "denoising")
+                        ),
+                        *("--" if v is None else rf"\textbf{{{v}}}" if m == used else str(v) for m, v in zip(maps, to)),
+                    ]
+                )
+    return tabular(
+        [
+            "site",
+            "",
+            r"mean $\left|\Delta\right|$ (logits)",
+            "denoising",
+            *(m.upper() if m == "cka" else m for m in maps),
+        ],
+        body,
+        "llrr" + "r" * len(maps),
+    )
 
 # %% ../../nbs/08_report/04_results.ipynb #897751ea
 def setup_values(cells: list[dict], scale: str, **values: str | int) -> dict[str, str]:
-    "`setup.*` from the evaluated cells; further values (`k=6`, `steps=200`) are added under `setup.`, whole numbers formatted, `__` in a name read as a dot."
+    """`setup.*` from the evaluated cells; further values (`k=6`, `steps=200`) are added under `setup.`, whole numbers
+    formatted, `__` in a name read as a dot."""
     say = lambda n, noun, plural: f"{in_words(n)} {noun if n == 1 else plural}"
     trained = [c for c in cells if c["method"] != "undistilled"]
     families, seeds = list(dict.fromkeys(c["family"] for c in cells)), sorted({c["seed"] for c in trained})
     tasks = {"ioi": "indirect object identification (IOI)"}
-    out = {"scale": escape(scale), "tasks": listing(tasks.get(t, escape(label(t))) for t in dict.fromkeys(c["task"] for c in cells)), "families": listing(map(label, families)),
-           "n_families_word": say(len(families), "family", "families"), "n_methods": in_words(len({c["method"] for c in trained})),
-           "seeds_phrase": say(len(seeds), "seed", "seeds") + f" ({listing(map(str, seeds))})", "alpha": "0.05"}
+    out = {
+        "scale": escape(scale),
+        "tasks": listing(tasks.get(t, escape(label(t))) for t in dict.fromkeys(c["task"] for c in cells)),
+        "families": listing(map(label, families)),
+        "n_families_word": say(len(families), "family", "families"),
+        "n_methods": in_words(len({c["method"] for c in trained})),
+        "seeds_phrase": say(len(seeds), "seed", "seeds") + f" ({listing(map(str, seeds))})",
+        "alpha": "0.05",
+    }
     out |= {k.replace("__", "."): count(v) if isinstance(v, int) else v for k, v in values.items()}
     return {f"setup.{k}": v for k, v in out.items()}

@@ -21,23 +21,56 @@ from .tables import escape, in_words, interval, listing, number, p_value, percen
 def robustness_points(cells: list[dict], part: str = "held_out") -> list[dict]:
     "One point per evaluated student: consistency, mean degradation over the variants, and its group."
     nan = lambda v: float("nan") if v is None else v
-    return [dict(family=c["family"], task=c["task"], method=c["method"], seed=c["seed"], consistency=nan(c["consistency"][part]["consistency"]), degradation=nan(c["ood"]["mean_degradation"]),
-                 variants={v: d["degradation"] for v, d in c["ood"]["variants"].items()}) for c in cells if c["method"] != "undistilled"]
+    return [
+        dict(
+            family=c["family"],
+            task=c["task"],
+            method=c["method"],
+            seed=c["seed"],
+            consistency=nan(c["consistency"][part]["consistency"]),
+            degradation=nan(c["ood"]["mean_degradation"]),
+            variants={v: d["degradation"] for v, d in c["ood"]["variants"].items()},
+        )
+        for c in cells
+        if c["method"] != "undistilled"
+    ]
 
 def robustness_report(points: list[dict], n_shuffles: int = 10_000) -> RobustnessReport:
     "Pooled and within family, task and method."
-    return robustness_correlation([q["consistency"] for q in points], [q["degradation"] for q in points], [(q["family"], q["task"], q["method"]) for q in points], n_shuffles)
+    return robustness_correlation(
+        [q["consistency"] for q in points],
+        [q["degradation"] for q in points],
+        [(q["family"], q["task"], q["method"]) for q in points],
+        n_shuffles,
+    )
 
 # %% ../../nbs/08_report/09_studies.ipynb #885430dd
 def robustness_claims(report: RobustnessReport, alpha: float = .05) -> dict[str, str]:
     "The sentences of experiment 3."
     say = lambda c: f"$r = {number(c.r).strip('$')}$, 95\\% interval {interval((c.low, c.high))}, {p_value(c.p)}"
     known = lambda c: c.r == c.r
-    pooled = f"Pooled over {in_words(report.n_runs)} students, consistency and loss of accuracy correlate with {say(report.pooled)}." if known(report.pooled) else f"A pooled correlation is not defined: {report.note}."
-    if not known(report.within) or report.p_permutation != report.p_permutation: within = f"Within methods the question could not be tested: {escape(report.note)}."
+    pooled = (
+        f"Pooled over {in_words(report.n_runs)} students, consistency and loss of accuracy correlate with"
+        f" {say(report.pooled)}."
+        if known(report.pooled)
+        else f"A pooled correlation is not defined: {report.note}."
+    )
+    if not known(report.within) or report.p_permutation != report.p_permutation:
+        within = f"Within methods the question could not be tested: {escape(report.note)}."
     else:
-        kind = "no detectable relation" if report.p_permutation >= alpha else f"a {'negative' if report.within.r < 0 else 'positive'} relation: more consistent students lose {'less' if report.within.r < 0 else 'more'}"
-        within = f"Within family, task and method there is {kind} ({say(report.within)[:-len(p_value(report.within.p)) - 2]}, permutation {p_value(report.p_permutation)}, {in_words(report.n_within)} students in {in_words(report.n_groups)} groups)."
+        kind = (
+            "no detectable relation"
+            if report.p_permutation >= alpha
+            else (
+                f"a {'negative' if report.within.r < 0 else 'positive'} relation: more consistent students lose"
+                f" {'less' if report.within.r < 0 else 'more'}"
+            )
+        )
+        within = (
+            f"Within family, task and method there is {kind}"
+            f" ({say(report.within)[:-len(p_value(report.within.p)) - 2]}, permutation {p_value(report.p_permutation)},"
+            f" {in_words(report.n_within)} students in {in_words(report.n_groups)} groups)."
+        )
     return {"claim.exp3.pooled": pooled, "claim.exp3.within": within}
 
 # %% ../../nbs/08_report/09_studies.ipynb #f9b09ff1
@@ -50,9 +83,23 @@ def robustness_table(points: list[dict]) -> str:
         body.append(f"{label(family)}, {label(task)}")
         for m in in_order(q["method"] for q in mine):
             seeds = [q for q in mine if q["method"] == m]
-            lost = lambda v: np.mean([q["variants"][v] for q in seeds]) if all(v in q["variants"] for q in seeds) else None
-            body.append([rf"\quad {label(m)}", *(number(lost(v)) for v in variants), number(fisher_mean([None if q["consistency"] != q["consistency"] else q["consistency"] for q in seeds]))])
-    return tabular(["", *(label(v.removeprefix("ood_")) for v in variants), "$r$, held-out sites"], body, "l" + "r" * (len(variants) + 1))
+            lost = lambda v: (
+                np.mean([q["variants"][v] for q in seeds]) if all(v in q["variants"] for q in seeds) else None
+            )
+            body.append(
+                [
+                    rf"\quad {label(m)}",
+                    *(number(lost(v)) for v in variants),
+                    number(
+                        fisher_mean([None if q["consistency"] != q["consistency"] else q["consistency"] for q in seeds])
+                    ),
+                ]
+            )
+    return tabular(
+        ["", *(label(v.removeprefix("ood_")) for v in variants), "$r$, held-out sites"],
+        body,
+        "l" + "r" * (len(variants) + 1),
+    )
 
 def robustness_figure(points: list[dict]) -> Figure:
     "Consistency against loss of accuracy; a panel per family and task, a line joins the seeds of a method."
@@ -70,7 +117,13 @@ def robustness_figure(points: list[dict]) -> Figure:
         axes[0, 0].set_ylabel("accuracy lost out of\ndistribution (fraction)")
         fig.supxlabel("causal consistency $r$ at held-out sites", fontsize=7.5)
         shown = in_order(q["method"] for q in points)
-        fig.legend(handles=[Line2D([], [], **_look(m), ls="", ms=4, label=label(m)) for m in shown], loc="outside upper center", ncols=min(len(shown), 5), columnspacing=1.2, handletextpad=0.4)
+        fig.legend(
+            handles=[Line2D([], [], **_look(m), ls="", ms=4, label=label(m)) for m in shown],
+            loc="outside upper center",
+            ncols=min(len(shown), 5),
+            columnspacing=1.2,
+            handletextpad=0.4,
+        )
     return fig
 
 # %% ../../nbs/08_report/09_studies.ipynb #c3293181
@@ -80,31 +133,90 @@ def _defined(probes: dict[str, dict]): # (family, task, who, report) of the prob
             if "undefined" not in r: yield *name.split("-"), who, r
 
 def purity_rows(probes: dict[str, dict]) -> list[dict]:
-    "`{family-task: metrics/probe}` to one row per model: at how many sites d is more or less selective, or tells less of the template, its interval without 0; and the mean differences."
+    """`{family-task: metrics/probe}` to one row per model: at how many sites d is more or less selective, or tells less
+    of the template, its interval without 0; and the mean differences."""
     rows = []
     for family, task, who, r in _defined(probes):
         count = lambda cis, sign: sum(None not in ci and (ci[0] > 0 if sign > 0 else ci[1] < 0) for ci in cis)
         mean = lambda v: float(np.mean([x for x in v if x is not None])) if any(x is not None for x in v) else None
-        rows.append(dict(family=family, task=task, who=who, sites=len(r["sites"]), higher=count(r["difference_ci"], 1), lower=count(r["difference_ci"], -1), template_lower=count(r["template_difference_ci"], -1),
-                         template_higher=count(r["template_difference_ci"], 1), difference=mean(r["difference"]), template_difference=mean(r["template_difference"]), h=mean(r["h"]["selectivity"]), d=mean(r["d"]["selectivity"]),
-                         template_h=mean(r["h"]["template"]), template_d=mean(r["d"]["template"]), label=r["label"], pairs=r["n_pairs"], chance=r["chance"]))
+        rows.append(
+            dict(
+                family=family,
+                task=task,
+                who=who,
+                sites=len(r["sites"]),
+                higher=count(r["difference_ci"], 1),
+                lower=count(r["difference_ci"], -1),
+                template_lower=count(r["template_difference_ci"], -1),
+                template_higher=count(r["template_difference_ci"], 1),
+                difference=mean(r["difference"]),
+                template_difference=mean(r["template_difference"]),
+                h=mean(r["h"]["selectivity"]),
+                d=mean(r["d"]["selectivity"]),
+                template_h=mean(r["h"]["template"]),
+                template_d=mean(r["d"]["template"]),
+                label=r["label"],
+                pairs=r["n_pairs"],
+                chance=r["chance"],
+            )
+        )
     return rows
 
 def purity_claims(rows: list[dict]) -> dict[str, str]:
     "The sentences of experiment 4."
     teachers = [r for r in rows if r["who"] == "teacher"]
-    if not teachers: return {"claim.exp4.selectivity": "No probe could be made in this run.", "claim.exp4.template": "The nuisance of the template was not measured."}
+    if not teachers:
+        return {
+            "claim.exp4.selectivity": "No probe could be made in this run.",
+            "claim.exp4.template": "The nuisance of the template was not measured.",
+        }
     where = lambda r: bracketed(place(r, teachers))
-    selective = listing([f"higher at {in_words(r['higher'])} and lower at {in_words(r['lower'])} of {in_words(r['sites'])} sites" + where(r) for r in teachers])
+    selective = listing(
+        [
+            f"higher at {in_words(r['higher'])} and lower at {in_words(r['lower'])} of {in_words(r['sites'])} sites"
+            + where(r)
+            for r in teachers
+        ]
+    )
     measured = [r for r in teachers if r["template_d"] is not None]
-    template = listing([f"{percent(r['template_h'], 0)} of the templates can be read off $h$ and {percent(r['template_d'], 0)} off $d$ (less at {in_words(r['template_lower'])}, more at {in_words(r['template_higher'])} of {in_words(r['sites'])} sites)" + where(r) for r in measured])
-    return {"claim.exp4.selectivity": f"In the teachers the selectivity of $d$ is detectably {selective}.",
-            "claim.exp4.template": f"On average over sites, {template}." if measured else "The pairs of this run have one template each, so there is no nuisance to measure."}
+    template = listing(
+        [
+            f"{percent(r['template_h'], 0)} of the templates can be read off $h$ and {percent(r['template_d'], 0)} off"
+            f" $d$ (less at {in_words(r['template_lower'])}, more at {in_words(r['template_higher'])} of"
+            f" {in_words(r['sites'])} sites)"
+            + where(r)
+            for r in measured
+        ]
+    )
+    return {
+        "claim.exp4.selectivity": f"In the teachers the selectivity of $d$ is detectably {selective}.",
+        "claim.exp4.template": (
+            f"On average over sites, {template}."
+            if measured
+            else "The pairs of this run have one template each, so there is no nuisance to measure."
+        ),
+    }
 
 def purity_table(rows: list[dict]) -> str:
     "One line per model."
-    body = [[f"{label(r['family'])}, {label(r['task'])}, {r['who']}", escape(r["label"]), number(r["chance"]), number(r["h"]), number(r["d"]), f"{r['higher']} / {r['lower']} of {r['sites']}", number(r["template_h"]), number(r["template_d"])] for r in rows]
-    return tabular(["", "label", "chance", "$h$", "$d$", "sites $d$ higher / lower", "template, $h$", "template, $d$"], body, "llrrrrrr")
+    body = [
+        [
+            f"{label(r['family'])}, {label(r['task'])}, {r['who']}",
+            escape(r["label"]),
+            number(r["chance"]),
+            number(r["h"]),
+            number(r["d"]),
+            f"{r['higher']} / {r['lower']} of {r['sites']}",
+            number(r["template_h"]),
+            number(r["template_d"]),
+        ]
+        for r in rows
+    ]
+    return tabular(
+        ["", "label", "chance", "$h$", "$d$", "sites $d$ higher / lower", "template, $h$", "template, $d$"],
+        body,
+        "llrrrrrr",
+    )
 
 def purity_figure(probes: dict[str, dict], who: str = "teacher") -> Figure:
     "Selectivity of h and d, and how much of the template is left, over the layers; one column per family and task."
@@ -118,19 +230,49 @@ def purity_figure(probes: dict[str, dict], who: str = "teacher") -> Figure:
                 x = [r["sites"][i][0] for i in at]
                 for kind, colour in colours.items():
                     for ax, key in zip(column, ("selectivity", "template")):
-                        y, ci = ([np.nan if v is None else v for v in (r[kind][key][i] for i in at)], np.array([[np.nan if v is None else v for v in r[kind][f"{key}_ci"][i]] for i in at], float))
+                        y, ci = (
+                            [np.nan if v is None else v for v in (r[kind][key][i] for i in at)],
+                            np.array(
+                                [[np.nan if v is None else v for v in r[kind][f"{key}_ci"][i]] for i in at], float
+                            ),
+                        )
                         ax.plot(x, y, color=colour, marker="os^v"[j % 4], ms=3, lw=1, ls=("-", "--", ":", "-.")[j % 4])
                         ax.fill_between(x, ci[:, 0], ci[:, 1], color=colour, alpha=.12, lw=0)
             column[0].set_title(f"{label(family)}, {label(task)}")
             column[0].axhline(0, color="#bbbbbb", lw=.6, zorder=0)
-            if r["template_chance"] is not None: column[1].axhline(r["template_chance"], color="#777777", lw=.7, ls=":", zorder=0)
+            if r["template_chance"] is not None:
+                column[1].axhline(r["template_chance"], color="#777777", lw=0.7, ls=":", zorder=0)
             for ax in column: ax.grid(axis="y"); ax.xaxis.get_major_locator().set_params(integer=True)
-        axes[0, 0].set_ylabel("selectivity\n(accuracy $-$ control)"); axes[1, 0].set_ylabel("template read off\n(accuracy)")
+        axes[0, 0].set_ylabel("selectivity\n(accuracy $-$ control)")
+        axes[1, 0].set_ylabel("template read off\n(accuracy)")
         fig.supxlabel(f"{who} layer", fontsize=7.5)
         roles = list(dict.fromkeys(s[1] for _, _, r in shown for s in r["sites"]))
-        keys = [Line2D([], [], color=c, lw=1.2, label=name) for name, c in (("$h$, representation", colours["h"]), ("$d$, difference", colours["d"]))]
-        fig.legend(handles=keys + [Line2D([], [], color="#777777", lw=.7, ls=":", label="most frequent template")] + ([Line2D([], [], color="#333333", marker="os^v"[i % 4], ms=3, ls=("-", "--", ":", "-.")[i % 4], label=label(x)) for i, x in enumerate(roles)]),
-                   loc="outside upper center", ncols=6, columnspacing=1.2, handletextpad=0.4)
+        keys = [
+            Line2D([], [], color=c, lw=1.2, label=name)
+            for name, c in (("$h$, representation", colours["h"]), ("$d$, difference", colours["d"]))
+        ]
+        fig.legend(
+            handles=keys
+            + [Line2D([], [], color="#777777", lw=0.7, ls=":", label="most frequent template")]
+            + (
+                [
+                    Line2D(
+                        [],
+                        [],
+                        color="#333333",
+                        marker="os^v"[i % 4],
+                        ms=3,
+                        ls=("-", "--", ":", "-.")[i % 4],
+                        label=label(x),
+                    )
+                    for i, x in enumerate(roles)
+                ]
+            ),
+            loc="outside upper center",
+            ncols=6,
+            columnspacing=1.2,
+            handletextpad=0.4,
+        )
     return fig
 
 # %% ../../nbs/08_report/09_studies.ipynb #55bf51aa
@@ -144,25 +286,64 @@ def architecture_table(rows: list[dict], tests: list[dict], methods=("standard_k
         for family in dict.fromkeys(r["family"] for r in rows if r["task"] == task):
             mine = {r["method"]: r for r in rows if (r["family"], r["task"]) == (family, task)}
             for m in (m for m in methods if m in mine):
-                r, t = mine[m], next((t for t in tests if (t["family"], t["task"], t["a"], t["metric"]) == (family, task, m, "held_out")), None)
-                test = "" if t is None else f"{number(t['diff'])} {interval(t['ci'])}, {p_value(t.get('p_holm', t['p']))}"
-                body.append([rf"\quad {label(family)}, {label(m)}", number(r["accuracy"], 3), *(f"{number(r['consistency'][k])} {interval(r['consistency_ci'][k])}" for k in ("trained", "held_out")), test])
+                r, t = mine[m], next(
+                    (
+                        t
+                        for t in tests
+                        if (t["family"], t["task"], t["a"], t["metric"]) == (family, task, m, "held_out")
+                    ),
+                    None,
+                )
+                test = (
+                    "" if t is None else f"{number(t['diff'])} {interval(t['ci'])}, {p_value(t.get('p_holm', t['p']))}"
+                )
+                body.append(
+                    [
+                        rf"\quad {label(family)}, {label(m)}",
+                        number(r["accuracy"], 3),
+                        *(
+                            f"{number(r['consistency'][k])} {interval(r['consistency_ci'][k])}"
+                            for k in ("trained", "held_out")
+                        ),
+                        test,
+                    ]
+                )
     return tabular(["", "accuracy", "$r$, trained sites", "$r$, held-out sites", r"RCID $-$ StandardKD"], body, "lrrrr")
 
 def architecture_claim(tests: list[dict], metric: str = "held_out") -> str:
     "Does the answer depend on the family?"
     mine = [t for t in tests if (t["a"], t["b"], t["metric"]) == ("rcid", "standard_kd", metric)]
     if len({t["family"] for t in mine}) < 2: return "This run holds one family, so architectures cannot be compared."
-    words, parts = {"higher": "higher", "lower": "lower", "same": "not detectably different", "untested": "not testable"}, []
+    words, parts = {
+        "higher": "higher",
+        "lower": "lower",
+        "same": "not detectably different",
+        "untested": "not testable",
+    }, []
     for task in dict.fromkeys(t["task"] for t in mine):
         kinds = {label(t["family"]): words[outcome(t)] for t in mine if t["task"] == task}
-        parts.append(f"on {label(task)} it is {next(iter(kinds.values()))} in {'both' if len(kinds) == 2 else 'all'} families" if len(set(kinds.values())) == 1 else f"on {label(task)} it is " + listing([f"{k} in the {f} family" for f, k in kinds.items()]))
+        parts.append(
+            f"on {label(task)} it is {next(iter(kinds.values()))} in {'both' if len(kinds) == 2 else 'all'} families"
+            if len(set(kinds.values())) == 1
+            else f"on {label(task)} it is " + listing([f"{k} in the {f} family" for f, k in kinds.items()])
+        )
     agree = all(len({outcome(t) for t in mine if t["task"] == task}) == 1 for task in {t["task"] for t in mine})
-    return f"Consistency of {prose('rcid')} against {prose('standard_kd')} at held-out sites: {'; '.join(parts)}. " + ("The conclusion is the same on both architectures." if agree else "The conclusion depends on the architecture.")
+    return f"Consistency of {prose('rcid')} against {prose('standard_kd')} at held-out sites: {'; '.join(parts)}. " + (
+        "The conclusion is the same on both architectures." if agree else "The conclusion depends on the architecture."
+    )
 
 # %% ../../nbs/08_report/09_studies.ipynb #2de1fd5a
 def filter_claim(data: dict[str, dict]) -> str:
     "`{family: metrics/data}`: how many of the pairs drawn for testing the teacher had right, and how many were kept."
-    parts = [f"{label(family)}, {label(task)}: {right['kept']} of {right['kept'] + right['dropped']} pairs ({percent(right['kept'] / (right['kept'] + right['dropped']), 0)})"
-             for family, d in data.items() for task, splits in d["tasks"].items() if (right := splits["test"]["teacher_right"])]
-    return f"Of the pairs drawn for testing, the teacher had right in both directions: {'; '.join(parts)}." if parts else "No pair of this run was chosen by whether the teacher had it right."
+    parts = [
+        f"{label(family)}, {label(task)}: {right['kept']} of {right['kept'] + right['dropped']} pairs"
+        f" ({percent(right['kept'] / (right['kept'] + right['dropped']), 0)})"
+        for family, d in data.items()
+        for task, splits in d["tasks"].items()
+        if (right := splits["test"]["teacher_right"])
+    ]
+    return (
+        f"Of the pairs drawn for testing, the teacher had right in both directions: {'; '.join(parts)}."
+        if parts
+        else "No pair of this run was chosen by whether the teacher had it right."
+    )

@@ -23,7 +23,16 @@ from .tables import count, interval, listing, number, p_value, percent, tabular
 # %% ../../nbs/08_report/08_teachers_results.ipynb #c77ee421
 def say(setting: str) -> str:
     "What a setting is called in print."
-    special = {"none": "no teacher", "fixed": "fixed", "fixed_index": "fixed (hard index)", "fixed_cka": "fixed (CKA layers)", "fixed_three": "fixed (three teachers)", "govern": "gradient vote of three", "govern_teacher": "gradient vote of three (by teacher)", "fixed_zspace": "fixed (latent space)"}
+    special = {
+        "none": "no teacher",
+        "fixed": "fixed",
+        "fixed_index": "fixed (hard index)",
+        "fixed_cka": "fixed (CKA layers)",
+        "fixed_three": "fixed (three teachers)",
+        "govern": "gradient vote of three",
+        "govern_teacher": "gradient vote of three (by teacher)",
+        "fixed_zspace": "fixed (latent space)",
+    }
     if setting in special: return special[setting]
     if setting.startswith("single_"): return f"{label(setting[7:])} alone"
     name, _, how = setting.partition("_")
@@ -41,10 +50,12 @@ def read_students(settings: list[str], seeds: list[int], folder: str | Path = ".
         for seed in seeds:
             cell = read_json(Path(folder)/"metrics"/"kv_fuse"/f"{s}-{seed}.json")
             file = Path(folder)/"artifacts"/"kv_fuse"/f"{s}-{seed}"/"effects.safetensors"
-            if not file.exists(): raise FileNotFoundError(f"{file} is missing: run `dvc repro` (or `dvc checkout`) to make it")
+            if not file.exists():
+                raise FileNotFoundError(f"{file} is missing: run `dvc repro` (or `dvc checkout`) to make it")
             stored = load_file(file)
             cells.append(cell | dict(effects=stored["effects"].astype(float), right=stored["right"] > 0))
-    for seed in seeds: check_equal({c["setting"]: Budget(**c["budget"]) for c in cells if c["seed"] == seed})   # seeds differ in the problems they draw
+    # seeds differ in the problems they draw
+    for seed in seeds: check_equal({c["setting"]: Budget(**c["budget"]) for c in cells if c["seed"] == seed})
     return cells
 
 def read_voices(names: list[str], folder: str | Path = ".") -> dict[str, dict]:
@@ -54,35 +65,74 @@ def read_voices(names: list[str], folder: str | Path = ".") -> dict[str, dict]:
         plan = read_json(Path(folder)/"metrics"/"kv_teachers"/f"{n}.json")
         stored, roles = load_file(Path(folder)/"artifacts"/"kv_teachers"/n/"effects.safetensors"), plan["roles"]
         column = lambda layer, role: layer * len(roles) + roles.index(role)
-        out[n] = plan | dict(effects=stored["effects"][:, [column(*s) for s in plan["sites"]]].astype(float), clusters=stored["clusters"], columns=[column(plan["layer_map"][l], r) for l, r in plan["sites"]])
+        out[n] = plan | dict(
+            effects=stored["effects"][:, [column(*s) for s in plan["sites"]]].astype(float),
+            clusters=stored["clusters"],
+            columns=[column(plan["layer_map"][l], r) for l, r in plan["sites"]],
+        )
     return out
 
 def of_setting(cells: list[dict], setting: str) -> list[dict]: return [c for c in cells if c["setting"] == setting]
 
 # %% ../../nbs/08_report/08_teachers_results.ipynb #bfcbe51d
 def student_rows(cells: list[dict], voices: dict[str, dict], bench: dict[str, dict] | None = None) -> list[dict]:
-    "One row a setting, means over seeds: accuracy, consistency with and closeness to each teacher, weights, benchmarks."
+    """One row a setting, means over seeds: accuracy, consistency with and closeness to each teacher, weights,
+    benchmarks."""
     rows = []
     for s in dict.fromkeys(c["setting"] for c in cells):
         mine = of_setting(cells, s)
         mean = lambda f: float(np.mean([f(c) for c in mine]))
-        weights = {n: mean(lambda c: c["routing"]["weight"][c["routing"]["teachers"].index(n)]) for n in mine[0]["teachers"]}
-        scores = [next((v for k, v in b.items() if k != "n"), None) for c in mine for b in ((bench or {}).get(f"{s}-{c['seed']}") or {}).values()]
-        rows.append(dict(setting=s, seeds=len(mine), accuracy=mean(lambda c: c["top1"]), right=mean(lambda c: c["right"].mean()), weights=weights, bench=float(np.mean(scores)) if scores else None,
-            closeness={n: mean(lambda c: c["closeness"][n]) for n in voices}, consistency={n: consistency_with(v, mine) for n, v in voices.items()}))
+        weights = {
+            n: mean(lambda c: c["routing"]["weight"][c["routing"]["teachers"].index(n)]) for n in mine[0]["teachers"]
+        }
+        scores = [
+            next((v for k, v in b.items() if k != "n"), None)
+            for c in mine
+            for b in ((bench or {}).get(f"{s}-{c['seed']}") or {}).values()
+        ]
+        rows.append(
+            dict(
+                setting=s,
+                seeds=len(mine),
+                accuracy=mean(lambda c: c["top1"]),
+                right=mean(lambda c: c["right"].mean()),
+                weights=weights,
+                bench=float(np.mean(scores)) if scores else None,
+                closeness={n: mean(lambda c: c["closeness"][n]) for n in voices},
+                consistency={n: consistency_with(v, mine) for n, v in voices.items()},
+            )
+        )
     return rows
 
 def consistency_with(voice: dict, cells: list[dict], weights: np.ndarray | None = None):
     "Consistency of a setting's students with one teacher; with bootstrap weights (resample, pair) one value each."
     students = [c["effects"][:, voice["columns"]] for c in cells]
-    live = np.all([x.std(0) > 1e-3 for x in (voice["effects"], *students)], axis=0)              # logits; a constant effect has no correlation
+    # logits; a constant effect has no correlation
+    live = np.all([x.std(0) > 1e-3 for x in (voice["effects"], *students)], axis=0)
     ones = np.ones((1, len(voice["effects"])))
     w = ones if weights is None else weights
     with np.errstate(invalid="ignore"):
-        value = np.tanh(np.mean([fisher_z(weighted_pearson(voice["effects"][:, live], x[:, live], w)).mean(1) for x in students], 0)) if live.any() else np.full(len(w), np.nan)
+        value = (
+            np.tanh(
+                np.mean(
+                    [fisher_z(weighted_pearson(voice["effects"][:, live], x[:, live], w)).mean(1) for x in students], 0
+                )
+            )
+            if live.any()
+            else np.full(len(w), np.nan)
+        )
     return float(value[0]) if weights is None else value
 
-COMPARED = [("single", "none"), ("fixed", "single"), ("similarity", "fixed"), ("learnable", "fixed"), ("govern", "fixed_three"), ("fixed_three", "fixed"), ("fixed", "fixed_index"), ("fixed_cka", "fixed")]
+COMPARED = [
+    ("single", "none"),
+    ("fixed", "single"),
+    ("similarity", "fixed"),
+    ("learnable", "fixed"),
+    ("govern", "fixed_three"),
+    ("fixed_three", "fixed"),
+    ("fixed", "fixed_index"),
+    ("fixed_cka", "fixed"),
+]
 
 def comparisons(settings: list[str]) -> list[tuple[str, str]]:
     "The planned comparisons that this run can make; `single` stands for every single teacher."
@@ -90,16 +140,31 @@ def comparisons(settings: list[str]) -> list[tuple[str, str]]:
     return [(a, b) for x, y in COMPARED for a in many(x) for b in many(y)]
 
 def teacher_tests(cells: list[dict], voices: dict[str, dict], n: int = 10_000) -> list[dict]:
-    "Differences of accuracy and of the consistency with each teacher, and every setting's lean, Holm-corrected; across seeds where there are enough."
+    """Differences of accuracy and of the consistency with each teacher, and every setting's lean, Holm-corrected;
+    across seeds where there are enough."""
     clusters, tests = next(iter(voices.values()))["clusters"], []
     of = lambda s: of_setting(cells, s)
     for a, b in comparisons(list(dict.fromkeys(c["setting"] for c in cells))):
         right = lambda s: [c["right"] for c in of(s)]
-        seeds = paired_test([c["right"].mean() for c in of(a)], [c["right"].mean() for c in of(b)]) if len(of(a)) > 1 else None
-        tests.append(dict(a=a, b=b, metric="accuracy", p_seeds=seeds and seeds.p_t, **accuracy_difference(right(a), right(b), clusters, n)))
+        seeds = (
+            paired_test([c["right"].mean() for c in of(a)], [c["right"].mean() for c in of(b)])
+            if len(of(a)) > 1
+            else None
+        )
+        tests.append(
+            dict(
+                a=a,
+                b=b,
+                metric="accuracy",
+                p_seeds=seeds and seeds.p_t,
+                **accuracy_difference(right(a), right(b), clusters, n),
+            )
+        )
         for name, v in voices.items():
             effects = lambda s: [c["effects"][:, v["columns"]] for c in of(s)]
-            tests.append(dict(a=a, b=b, metric=name, **consistency_difference(v["effects"], effects(a), effects(b), clusters, n)))
+            tests.append(
+                dict(a=a, b=b, metric=name, **consistency_difference(v["effects"], effects(a), effects(b), clusters, n))
+            )
     if len(voices) > 1:
         (x, first), (y, second) = list(voices.items())[:2]
         for s in dict.fromkeys(c["setting"] for c in cells):
@@ -108,21 +173,39 @@ def teacher_tests(cells: list[dict], voices: dict[str, dict], n: int = 10_000) -
     return holm(tests)
 
 # %% ../../nbs/08_report/08_teachers_results.ipynb #7c297c42
-_VERB = {"higher": "was higher", "lower": "was lower", "same": "did not differ detectably", "untested": "could not be compared (too few observations)"}
+_VERB = {
+    "higher": "was higher",
+    "lower": "was lower",
+    "same": "did not differ detectably",
+    "untested": "could not be compared (too few observations)",
+}
 
-def _numbers(t) -> str: return f" (difference {number(t['diff'])} {interval(t['ci'])}, Holm-corrected {p_value(t['p_holm'])})" if t["p_holm"] is not None else ""
+
+def _numbers(t) -> str:
+    return (
+        f" (difference {number(t['diff'])} {interval(t['ci'])}, Holm-corrected {p_value(t['p_holm'])})"
+        if t["p_holm"] is not None
+        else ""
+    )
+
 
 def _pooled(group) -> str: # of tests that found nothing
     if len(group) == 1: return _numbers(group[0])
     low, high, p = min(t["diff"] for t in group), max(t["diff"] for t in group), min(t["p_holm"] for t in group)
-    span = f"differences from {number(low)} to {number(high)}" if number(low) != number(high) else f"difference {number(low)} each"
+    span = (
+        f"differences from {number(low)} to {number(high)}"
+        if number(low) != number(high)
+        else f"difference {number(low)} each"
+    )
     return f" ({span}, all Holm-corrected $p \\ge {np.floor(100 * p) / 100:.2f}$)"
 
 def _compared(mine: list[dict], what: str) -> str:
     if not mine: return f"{what[0].upper() + what[1:]} was not compared: this run lacks one of the settings."
     of = lambda *kinds: [t for t in mine if outcome(t) in kinds]
     between = lambda group: "between " + " or between ".join(f"{say(t['a'])} and {say(t['b'])}" for t in group)
-    parts = [f"{_VERB[outcome(t)]} with {say(t['a'])} than with {say(t['b'])}{_numbers(t)}" for t in of("higher", "lower")]
+    parts = [
+        f"{_VERB[outcome(t)]} with {say(t['a'])} than with {say(t['b'])}{_numbers(t)}" for t in of("higher", "lower")
+    ]
     if same := of("same"): parts.append(f"{_VERB['same']} {between(same)}{_pooled(same)}")
     if untested := of("untested"): parts.append(f"{_VERB['untested']} {between(untested)}")
     return f"{what[0].upper() + what[1:]} {'; it '.join(parts)}."
@@ -155,24 +238,64 @@ def teacher_claims(rows: list[dict], tests: list[dict], voices: dict[str, dict])
 def several_table(rows: list[dict], voices: dict[str, dict]) -> str:
     "A line a setting: accuracy, consistency with each teacher, weights; benchmarks where they were run."
     bench = any(r["bench"] is not None for r in rows)
-    header = ["", "accuracy", *(rf"$C$ {voice_name(n)}" for n in voices), *(rf"$w$ {voice_name(n)}" for n in voices), *(["benchmarks"] * bench)]
-    body = [[say(r["setting"]), number(r["accuracy"]), *(number(r["consistency"][n]) for n in voices), *(number(r["weights"].get(n)) for n in voices), *([number(r["bench"])] * bench)] for r in rows]
+    header = [
+        "",
+        "accuracy",
+        *(rf"$C$ {voice_name(n)}" for n in voices),
+        *(rf"$w$ {voice_name(n)}" for n in voices),
+        *(["benchmarks"] * bench),
+    ]
+    body = [
+        [
+            say(r["setting"]),
+            number(r["accuracy"]),
+            *(number(r["consistency"][n]) for n in voices),
+            *(number(r["weights"].get(n)) for n in voices),
+            *([number(r["bench"])] * bench),
+        ]
+        for r in rows
+    ]
     return tabular(header, body, "l" + "r" * (len(header) - 1))
 
 def teacher_tests_table(tests: list[dict], voices: dict[str, dict]) -> str:
-    "A line a comparison: difference and interval, starred where Holm-corrected p < 0.05, of accuracy and of the consistency with each teacher."
+    """A line a comparison: difference and interval, starred where Holm-corrected p < 0.05, of accuracy and of the
+    consistency with each teacher."""
     metrics, body = ["accuracy", *voices], []
     star = lambda t: "$^*$" if t["p_holm"] is not None and t["p_holm"] < .05 else ""
     for a, b in dict.fromkeys((t["a"], t["b"]) for t in tests if t["metric"] != "lean"):
         found = {t["metric"]: t for t in tests if (t["a"], t["b"]) == (a, b)}
-        body.append([f"{say(a)} $-$ {say(b)}", *(f"{number(t['diff'])} {interval(t['ci'])}{star(t)}" for t in (found[m] for m in metrics))])
+        body.append(
+            [
+                f"{say(a)} $-$ {say(b)}",
+                *(f"{number(t['diff'])} {interval(t['ci'])}{star(t)}" for t in (found[m] for m in metrics)),
+            ]
+        )
     return tabular(["", "accuracy", *(rf"$C$ {voice_name(n)}" for n in voices)], body, "l" + "r" * len(metrics))
 
 def voices_table(bases: dict[str, dict], voices: dict[str, dict]) -> str:
     "The models of experiment 7."
-    rope = lambda b: f"{b['rope']['rope_theta']:,.0f}".replace(",", r"\,") + ("" if b["rope"]["rope_type"] == "default" else f", {b['rope']['rope_type']} {b['rope'].get('factor', '')}")
-    row = lambda n, b: [n, str(b["layers"]), str(b["d_model"]), f"{b['heads']}/{b['kv_heads']}", str(b["head_dim"]), rope(b), count(b["vocab"]), b["style"], f"{number(b['accuracy'])} / {number(b['top1'])}"]
-    return tabular(["", "layers", "width", "heads", "head size", r"RoPE", "vocabulary", "reasoning", "accuracy"], [row("student" if n == "student" else f"{label(n)} teacher" + ("" if b["steps"] else ", pretrained"), b) for n, b in bases.items()], "lrrrrrrlr")
+    rope = lambda b: f"{b['rope']['rope_theta']:,.0f}".replace(",", r"\,") + (
+        "" if b["rope"]["rope_type"] == "default" else f", {b['rope']['rope_type']} {b['rope'].get('factor', '')}"
+    )
+    row = lambda n, b: [
+        n,
+        str(b["layers"]),
+        str(b["d_model"]),
+        f"{b['heads']}/{b['kv_heads']}",
+        str(b["head_dim"]),
+        rope(b),
+        count(b["vocab"]),
+        b["style"],
+        f"{number(b['accuracy'])} / {number(b['top1'])}",
+    ]
+    return tabular(
+        ["", "layers", "width", "heads", "head size", r"RoPE", "vocabulary", "reasoning", "accuracy"],
+        [
+            row("student" if n == "student" else f"{label(n)} teacher" + ("" if b["steps"] else ", pretrained"), b)
+            for n, b in bases.items()
+        ],
+        "lrrrrrrlr",
+    )
 
 def routing_figure(rows: list[dict], cells: list[dict], voices: dict[str, dict]) -> Figure:
     "Who teaches: weights of the teachers by fusion and operation; and whose mechanism the students have."
@@ -185,13 +308,26 @@ def routing_figure(rows: list[dict], cells: list[dict], voices: dict[str, dict])
             for j, kind in enumerate(kinds):
                 w, start = np.mean([c["routing"]["by_kind"][kind] for c in of_setting(cells, s)], 0), 0.
                 for n, x in zip(of_setting(cells, s)[0]["routing"]["teachers"], w):
-                    left.barh(i + .4 * (j - (len(kinds) - 1) / 2), x, .36, left=start, color=colours[names.index(n)]); start += x
-                left.annotate(kind.replace("-", "−"), (1.01, i + .4 * (j - (len(kinds) - 1) / 2)), va="center", fontsize=6)
-        left.set(yticks=range(len(shown)), yticklabels=[say(s) for s in shown], xlim=(0, 1.06), xlabel="weight of each teacher, by operation")
+                    left.barh(i + 0.4 * (j - (len(kinds) - 1) / 2), x, 0.36, left=start, color=colours[names.index(n)])
+                    start += x
+                left.annotate(
+                    kind.replace("-", "−"), (1.01, i + 0.4 * (j - (len(kinds) - 1) / 2)), va="center", fontsize=6
+                )
+        left.set(
+            yticks=range(len(shown)),
+            yticklabels=[say(s) for s in shown],
+            xlim=(0, 1.06),
+            xlabel="weight of each teacher, by operation",
+        )
         left.invert_yaxis()
         right.axvline(0, color="#bbbbbb", linewidth=.6, zorder=0)
-        for n, c, mark in zip(names, colours, "osD^v"): right.plot([r["consistency"][n] for r in rows], range(len(rows)), mark, color=c, markersize=4)
-        right.set(yticks=range(len(rows)), yticklabels=[say(r["setting"]) for r in rows], xlabel="causal consistency with each teacher")
+        for n, c, mark in zip(names, colours, "osD^v"):
+            right.plot([r["consistency"][n] for r in rows], range(len(rows)), mark, color=c, markersize=4)
+        right.set(
+            yticks=range(len(rows)),
+            yticklabels=[say(r["setting"]) for r in rows],
+            xlabel="causal consistency with each teacher",
+        )
         right.invert_yaxis()
         for n, c in zip(names, colours): left.plot([], [], "s", color=c, label=voice_name(n))
         fig.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=len(names))
@@ -200,5 +336,20 @@ def routing_figure(rows: list[dict], cells: list[dict], voices: dict[str, dict])
 def several_values(t, bases: dict[str, dict], voices: dict[str, dict], cells: list[dict]) -> dict[str, str]:
     "`several.*`: the sizes of the experiment."
     first = cells[0]["budget"]
-    return {f"several.{k}": v for k, v in dict(lessons=count(t.lessons), places=count(t.places), steps=count(t.steps), pairs=count(next(iter(voices.values()))["n_pairs"]), largest=count(t.largest), teachers=listing(voice_name(n) for n in voices),
-        cka=count(t.cka_problems), top_k=count(t.top_k), settings=count(len({c["setting"] for c in cells})), seeds=count(len({c["seed"] for c in cells})), tokens=count(first["tokens"]), student_accuracy=percent(bases["student"]["top1"])).items()}
+    return {
+        f"several.{k}": v
+        for k, v in dict(
+            lessons=count(t.lessons),
+            places=count(t.places),
+            steps=count(t.steps),
+            pairs=count(next(iter(voices.values()))["n_pairs"]),
+            largest=count(t.largest),
+            teachers=listing(voice_name(n) for n in voices),
+            cka=count(t.cka_problems),
+            top_k=count(t.top_k),
+            settings=count(len({c["setting"] for c in cells})),
+            seeds=count(len({c["seed"] for c in cells})),
+            tokens=count(first["tokens"]),
+            student_accuracy=percent(bases["student"]["top1"]),
+        ).items()
+    }

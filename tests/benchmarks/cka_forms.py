@@ -23,6 +23,16 @@ def gram_form(xs, ys, dtype=torch.float32, centre=False):
         if centre: zs = zs - zs.mean(1, keepdim=True)
         grams.append([(z @ z.T).fill_diagonal_(0) for z in zs])
     n = xs.shape[1]
-    def hsic(k, l): return ((k * l).sum() + k.sum() * l.sum() / ((n-1) * (n-2)) - 2 / (n-2) * (k.sum(0) * l.sum(0)).sum()) / (n * (n-3))
+    def hsic(k, l):
+        return ((k * l).sum() + k.sum() * l.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k.sum(0) * l.sum(0)).sum()) / (
+            n * (n - 3)
+        )
+
     own = [[hsic(k, k) for k in ks] for ks in grams]
-    return torch.tensor([[float(hsic(k, l) / (own[0][i] * own[1][j]).sqrt()) for j, l in enumerate(grams[1])] for i, k in enumerate(grams[0])], dtype=torch.float64)
+    return torch.tensor(
+        [
+            [float(hsic(k, l) / (own[0][i] * own[1][j]).sqrt()) for j, l in enumerate(grams[1])]
+            for i, k in enumerate(grams[0])
+        ],
+        dtype=torch.float64,
+    )

@@ -39,13 +39,23 @@ def of_torch_cka(xs, ys):
     return cka.export()["CKA"]
 
 
-def of_ckatorch(xs, ys): return torch.stack([torch.stack([cka_batch(x[None], y[None]) for y in ys]) for x in xs])   # as its CKA class does
+# as its CKA class does
+def of_ckatorch(xs, ys): return torch.stack([torch.stack([cka_batch(x[None], y[None]) for y in ys]) for x in xs])
 
 
 with torch.no_grad():
-    for n, used in ((512, 8), (2048, 1)):                                  # at 2048 one layer against eight, times eight
+    # at 2048 one layer against eight, times eight
+    for n, used in ((512, 8), (2048, 1)):
         xs, ys = features(n)
         for name, package, f in (("torch_cka", "torch-cka", of_torch_cka), ("ckatorch", "ckatorch", of_ckatorch)):
             cost, _, got = in_units_of(lambda: products(xs, ys), lambda: f(xs[:used], ys), 1 if n > 1000 else 3)
-            rows.append(dict(n=n, tool=f"{name} {version(package)}", cost=cost * 8 / used, error=float((got.double() - reference[str(n)][:used]).abs().max()), measured_pairs=8 * used))
+            rows.append(
+                dict(
+                    n=n,
+                    tool=f"{name} {version(package)}",
+                    cost=cost * 8 / used,
+                    error=float((got.double() - reference[str(n)][:used]).abs().max()),
+                    measured_pairs=8 * used,
+                )
+            )
 json.dump(rows, open(out, "w"))

@@ -5,7 +5,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer
 
 job = Job()
-lens = TransformerBridge.boot_transformers(job.path, hf_model=type(job.model).from_pretrained(job.path, dtype=torch.float32), tokenizer=AutoTokenizer.from_pretrained(job.path), device="cpu")
+lens = TransformerBridge.boot_transformers(
+    job.path,
+    hf_model=type(job.model).from_pretrained(job.path, dtype=torch.float32),
+    tokenizer=AutoTokenizer.from_pretrained(job.path),
+    device="cpu",
+)
 name = lambda layer: f"blocks.{layer}.hook_resid_post"
 
 

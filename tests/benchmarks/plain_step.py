@@ -12,8 +12,21 @@ def trained_parameters(student):
     return chosen
 
 
-def run(student, teacher, clean, corrupt, answer, lrs, everywhere=False, cached=False, joined=False, head_at_answer=False, fused=False):
-    "One step for each of `lrs`; the loss and the CPU seconds of each. `cached`: the teacher's last hidden states are known before."
+def run(
+    student,
+    teacher,
+    clean,
+    corrupt,
+    answer,
+    lrs,
+    everywhere=False,
+    cached=False,
+    joined=False,
+    head_at_answer=False,
+    fused=False,
+):
+    """One step for each of `lrs`; the loss and the CPU seconds of each. `cached`: the teacher's last hidden states are
+    known before."""
     batches = [torch.cat([clean, corrupt])] if joined else [clean, corrupt]
     answers = [answer.repeat(2)] if joined else [answer, answer]
     at = lambda x, a: x if everywhere else x[torch.arange(len(a)), a]
@@ -27,7 +40,12 @@ def run(student, teacher, clean, corrupt, answer, lrs, everywhere=False, cached=
     losses, seconds = [], []
     for lr in lrs:
         start = time.process_time()
-        with torch.no_grad(): wanted = [teacher.lm_head(h) for h in kept] if cached else [logits(teacher, ids, a) for ids, a in zip(batches, answers)]
+        with torch.no_grad():
+            wanted = (
+                [teacher.lm_head(h) for h in kept]
+                if cached
+                else [logits(teacher, ids, a) for ids, a in zip(batches, answers)]
+            )
         loss = 0.
         for ids, a, z in zip(batches, answers, wanted):
             log_q, log_p = F.log_softmax(logits(student, ids, a), -1), F.log_softmax(z, -1)

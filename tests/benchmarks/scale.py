@@ -2,6 +2,7 @@
 
 Reads .workspaces/gpu and writes tests/benchmarks/gpu.json: settings, models, experiments 1 to 5, stage times, machine, and the commit that its sources are. Refuses a run with stale stages or with sources
 of another commit. nbs/guides/gpu_scale.ipynb shows the file."""
+
 import json, os, subprocess, sys
 from collections import defaultdict
 from common import HERE, machine
@@ -14,21 +15,42 @@ SOURCES = ("rcid", "nbs/experiments", "dvc.yaml")
 
 def settings(p):
     "What the numbers depend on beside the code."
-    return dict(seeds=p.seeds, families=p.families, bootstrap=p.eval.bootstrap, **{k: getattr(p, k).model_dump() for k in ("core", "more", "data", "distill", "lm")})
+    return dict(
+        seeds=p.seeds,
+        families=p.families,
+        bootstrap=p.eval.bootstrap,
+        **{k: getattr(p, k).model_dump() for k in ("core", "more", "data", "distill", "lm")},
+    )
 
 
 def collect(scale, commit):
     folder = root()/".workspaces"/scale
     git = lambda *words: subprocess.run(["git", *words], cwd=root(), capture_output=True, text=True, check=True).stdout
-    if other := git(f"--work-tree={folder}", "diff", "--name-only", commit, "--", *SOURCES).split(): sys.exit(f"{folder}: {', '.join(other[:3])} are not those of commit {commit}")
-    stale = subprocess.run([sys.executable, "-m", "dvc", "status", "--with-deps", *EXPERIMENTS], cwd=folder, env={**os.environ, "RCID_ROOT": str(folder), "PYTHONPATH": str(folder)}, capture_output=True, text=True)
-    if stale.returncode or "up to date" not in stale.stdout: sys.exit(f"{folder} is not up to date:\n{stale.stdout[:600]}{stale.stderr[:600]}")
+    if other := git(f"--work-tree={folder}", "diff", "--name-only", commit, "--", *SOURCES).split():
+        sys.exit(f"{folder}: {', '.join(other[:3])} are not those of commit {commit}")
+    stale = subprocess.run(
+        [sys.executable, "-m", "dvc", "status", "--with-deps", *EXPERIMENTS],
+        cwd=folder,
+        env={**os.environ, "RCID_ROOT": str(folder), "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+    if stale.returncode or "up to date" not in stale.stdout:
+        sys.exit(f"{folder} is not up to date:\n{stale.stdout[:600]}{stale.stderr[:600]}")
     p, metrics = load_params(folder/"params.yaml"), folder/"metrics"
     seconds = defaultdict(list)
     for name, s in read_json(folder/"logs"/"launch"/"times.json").items(): seconds[name.split("@")[0]].append(s)
-    return dict(commit=git("rev-parse", "--short", commit).strip(), machine=machine(), settings=settings(p),
-        models={f: {kind: read_json(metrics/kind/f"{f}.json") for kind in ("models", "heal", "pilot")} for f in p.families},
-        experiments={e: read_json(metrics/f"{e}.json") for e in EXPERIMENTS}, seconds={k: dict(stages=len(v), mean=sum(v) / len(v)) for k, v in sorted(seconds.items())})
+    return dict(
+        commit=git("rev-parse", "--short", commit).strip(),
+        machine=machine(),
+        settings=settings(p),
+        models={
+            f: {kind: read_json(metrics / kind / f"{f}.json") for kind in ("models", "heal", "pilot")}
+            for f in p.families
+        },
+        experiments={e: read_json(metrics / f"{e}.json") for e in EXPERIMENTS},
+        seconds={k: dict(stages=len(v), mean=sum(v) / len(v)) for k, v in sorted(seconds.items())},
+    )
 
 
 if __name__ == "__main__": print(write_json(HERE/f"{sys.argv[1]}.json", collect(*sys.argv[1:3])))
