@@ -75,9 +75,7 @@ def map_layers(
     *,
     keep: list[int] | None = None,  # for `kept`: the teacher layers the student was made of
     cka: Float[Tensor, "n_teacher n_student"] | None = None,  # for `cka`, from `layer_cka(teacher, student, ...)`
-    effects: (
-        tuple[Float[Tensor, "n_teacher role"], Float[Tensor, "n_student role"]] | None
-    ) = None,  # for `effect`: mean effects of both, same roles
+    effects: tuple[Float[Tensor, "n_teacher role"], Float[Tensor, "n_student role"]] | None = None,  # for `effect`: mean effects of both, same roles
     top_k: int = 1,  # with `cka`: how many student layers a teacher layer maps to
     tie: float = 0.02,  # with `effect`: distances this close count as equal (1 = the largest effect)
 ) -> list:  # per teacher layer a student layer, or for top_k > 1 a list of (layer, weight)

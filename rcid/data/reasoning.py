@@ -130,9 +130,7 @@ def word_problems(
     steps: Sequence[int] = (2, 3),  # how many operations
     operations: str = "+-*/",  # which
     largest: int = 50,  # no number above it
-    people: (
-        str | None
-    ) = None,  # whose names, if not the split's: train | val | test | all (for a teacher, which is a language model)
+    people: str | None = None,  # whose names, if not the split's: train | val | test | all (for a teacher, which is a language model)
 ) -> Iterator[Problem]:
     "An endless stream of distinct problems; an error when these settings have no more."
     if split not in SPLITS: raise ValueError(f"unknown split {split!r}: there are {list(SPLITS)}")

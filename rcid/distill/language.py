@@ -30,9 +30,7 @@ def train_language(
     lr: float,
     teacher: nn.Module | None = None,  # None: cross-entropy on the text; else KL to this model
     bf16: bool = False,  # autocast the matrix products (about twice as fast on CPUs with AVX512-BF16)
-    focus: (
-        Int[Tensor, "block"] | None
-    ) = None,  # pretraining: a position a row whose token counts as much as all others together
+    focus: Int[Tensor, "block"] | None = None,  # pretraining: a position a row whose token counts as much as all others together
     train_embeddings: bool = True,
     seed: int = 0,
     desc: str = "train",

@@ -120,9 +120,7 @@ def step_flops(
     tokens: int,
     head_rows: int,  # the LM head runs only on these
     backward: bool,
-    last_rows: (
-        int | None
-    ) = None,  # the last layer runs only on these, its keys and values on all tokens; None = all tokens
+    last_rows: int | None = None,  # the last layer runs only on these, its keys and values on all tokens; None = all tokens
     trains_head: bool = False,  # a frozen head only passes gradients on
 ) -> float:
     "FLOPs of a step: 2 a weight and token forward, twice that backward."

@@ -95,9 +95,7 @@ def consistency(
     effects_s: Float[Tensor, "pair site"],  # of the mapped sites, logit units
     ld_t: tuple,
     ld_s: tuple,  # (LD clean, LD corrupt) of each pair, both as correct minus wrong of the clean prompt
-    clusters: (
-        Int[Tensor, "pair"] | None
-    ) = None,  # what the bootstrap resamples; None, or fewer than 2 different ones: every pair is its own
+    clusters: Int[Tensor, "pair"] | None = None,  # what the bootstrap resamples; None, or fewer than 2 different ones: every pair is its own
     groups: Int[Tensor, "pair"] | None = None,  # template of each pair, for `null_within`; None: the clusters
     sites: list | None = None,
     student_sites: list | None = None,

@@ -60,9 +60,7 @@ class MapProjectionAligner(nn.Module):
         teacher: KVShape,
         student: KVShape,
         mode: str = "structured",  # structured | flat
-        layer_map: (
-            Sequence | None
-        ) = None,  # see `layer_matrix`; none: proportional (flat: every teacher layer goes into the one matrix)
+        layer_map: Sequence | None = None,  # see `layer_matrix`; none: proportional (flat: every teacher layer goes into the one matrix)
         warper: TimeWarper | None = None,  # none: the two sequences have the same tokens
         parts: str = "kv",  # what is projected: kv | kvq
         share_dim_proj: bool = True,
@@ -220,9 +218,7 @@ def kv_attention(
     k: Float[Tensor, "batch layer kv_head seq_k head_dim"],
     mask: Bool[Tensor, "batch seq_k"],  # valid keys
     temperature: float = 1.0,  # > 0
-    visible: (
-        Bool[Tensor, "batch seq_q seq_k"] | None
-    ) = None,  # what a query may see; none: causal, queries are the last seq_q places
+    visible: Bool[Tensor, "batch seq_q seq_k"] | None = None,  # what a query may see; none: causal, queries are the last seq_q places
     log: bool = False,
 ) -> Float[Tensor, "batch layer head seq_q seq_k"]:
     "softmax(q k' / (sqrt(d) temperature)) in float32; a query that sees nothing gets zeros (log: -inf)."

@@ -104,14 +104,10 @@ def fuse(
     *,
     weights: Sequence[float] | None = None,  # fixed: one per teacher, none: equal
     features: Float[Tensor, "batch d"] | None = None,  # similarity, learnable: what a sample is
-    prototypes: (
-        Float[Tensor, "teacher d"] | None
-    ) = None,  # similarity, learnable: what a teacher is; see `teacher_prototype`
+    prototypes: Float[Tensor, "teacher d"] | None = None,  # similarity, learnable: what a teacher is; see `teacher_prototype`
     temperature: float = 0.1,  # similarity: > 0
     router: Router | None = None,  # learnable
-    student: (
-        Float[Tensor, "batch layer kv_head seq head_dim"] | None
-    ) = None,  # govern: the student's own keys (or values)
+    student: Float[Tensor, "batch layer kv_head seq head_dim"] | None = None,  # govern: the student's own keys (or values)
     vote: str = "coordinate",  # govern: coordinate | teacher
 ) -> Fused:
     "One target from several teachers; only a router receives gradients."

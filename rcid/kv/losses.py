@@ -133,9 +133,7 @@ def kv_regression(
     weights: Float[Tensor, "batch seq"] | None = None,
     kind: str = "mse",  # mse | smooth_l1
     layer_std: bool = False,  # differences in units of the target's standard deviation in that layer
-    std: (
-        Float[Tensor, "layer"] | None
-    ) = None,  # that deviation, where these rows are a part of a batch; None: of these rows
+    std: Float[Tensor, "layer"] | None = None,  # that deviation, where these rows are a part of a batch; None: of these rows
 ) -> Float[Tensor, ""]:
     "Squared or smooth L1 distance of keys (or values)."
     if kind not in ("mse", "smooth_l1"): raise ValueError(f"kv_regression: unknown kind={kind!r}, use mse or smooth_l1")
@@ -225,9 +223,7 @@ def cka_loss(
 def codi_loss(
     student: Float[Tensor, "batch layer d_model"],
     teacher: Float[Tensor, "batch layer d_model"],
-    std: (
-        Float[Tensor, "layer"] | None
-    ) = None,  # the teacher's standard deviation, where these rows are a part of a batch; None: of these rows
+    std: Float[Tensor, "layer"] | None = None,  # the teacher's standard deviation, where these rows are a part of a batch; None: of these rows
 ) -> Float[Tensor, ""]:
     """Smooth L1 of hidden states in units of the teacher's standard deviation, mean over layers (CODI, Shen et al.,
     2502.21074); `KVCourse` gives residuals after each layer, the last one before the final norm (CODI's code: after

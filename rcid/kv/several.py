@@ -85,9 +85,7 @@ def make_lessons(
     thought: ReasoningDataset,
     heard: dict[str, Heard],  # by teacher, on the same problems
     time: str = "segment",  # see `place_matrices`
-    layer_maps: (
-        dict[str, list] | None
-    ) = None,  # by teacher, per student layer a teacher layer or (layer, weight) pairs; None: proportional
+    layer_maps: dict[str, list] | None = None,  # by teacher, per student layer a teacher layer or (layer, weight) pairs; None: proportional
     projection: str = "structured",  # structured: heads and dimensions of each teacher, fitted to the initial student | zspace: one latent space of all teachers
     tokenizer=None,
     tokenizers: dict | None = None,  # the student's and, by teacher, the teachers': for last, soft and iou

@@ -78,9 +78,7 @@ class ModelAdapter:
     def trunk(
         self,
         input_ids: Int[Tensor, "batch seq"],
-        attention_mask: (
-            Int[Tensor, "batch seq"] | Bool[Tensor, "batch 1 seq seq"] | None
-        ) = None,  # 1 = token, 0 = padding on the right | who sees whom
+        attention_mask: Int[Tensor, "batch seq"] | Bool[Tensor, "batch 1 seq seq"] | None = None,  # 1 = token, 0 = padding on the right | who sees whom
         position_ids: Int[Tensor, "batch seq"] | None = None,  # None: 0, 1, 2 ...
     ) -> Float[Tensor, "batch seq d_model"]:
         "Final hidden states after the final norm, without the LM head."
