@@ -127,10 +127,10 @@ def pairs(tokenizers) -> dict:
 
 TINY = (
     "tasks=[ioi,factual]",
-    "core.methods=[standard_kd_pairs,fitnets,informed_fitnets,rcid]",
-    "more.families=[qwen3]",
-    "more.tasks=[factual]",
-    "more.methods=[rcid]",
+    "main_matrix.methods=[standard_kd_pairs,fitnets,informed_fitnets,rcid]",
+    "extra_matrix.families=[qwen3]",
+    "extra_matrix.tasks=[factual]",
+    "extra_matrix.methods=[rcid]",
     "seeds=[42]",
     "models.llama.heal_steps=30",
     "models.qwen3.heal_steps=30",

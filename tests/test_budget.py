@@ -76,8 +76,8 @@ def test_budget_of_a_run(shapes, pairs, method):
 
 def test_a100_is_36_and_12_runs(a100):
     count = lambda b: len(b.families) * len(b.tasks) * len(b.methods) * len(a100.seeds)
-    assert count(a100.core) == 36 and count(a100.more) == 12 and len(set(a100.cells)) == 48
-    assert a100.core.families == ["qwen3"] and a100.more.families == ["llama"] and a100.distill.bf16
+    assert count(a100.main_matrix) == 36 and count(a100.extra_matrix) == 12 and len(set(a100.cells)) == 48
+    assert a100.main_matrix.families == ["qwen3"] and a100.extra_matrix.families == ["llama"] and a100.distill.bf16
     for family in a100.models.values():
         for side in (family.teacher, family.student): assert len(side["revision"]) == 40 and side["hub"] in SHAPES
 

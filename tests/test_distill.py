@@ -10,7 +10,7 @@ from rcid.distill import (
     METHODS,
     RCID,
     DistillConfig,
-    Wanted,
+    SignalRequest,
     distill,
     get_method,
     model_hash,
@@ -71,19 +71,19 @@ def test_cached_targets_equal_the_plain_loop(toy, method, kl_at):
 
 def test_targets_are_read_back_and_damage_is_noticed(toy, tmp_path, monkeypatch):
     teacher, pairs = toy
-    wanted = Wanted(corrupt=True, sites=SITES)
+    request = SignalRequest(corrupt=True, sites=SITES)
     # out of the mapped file, which is damaged below
-    first = {k: v.clone() for k, v in teacher_targets(teacher, pairs, wanted, tmp_path).items()}
+    first = {k: v.clone() for k, v in teacher_targets(teacher, pairs, request, tmp_path).items()}
     (file,) = tmp_path.iterdir()
     def refuse(*_): raise AssertionError("the teacher ran again")
     monkeypatch.setattr(targets, "_code_hash", lambda code=targets._code_hash(): code)
     # not by a hook: a teacher with hooks is another one, and is never looked up
     monkeypatch.setattr(targets, "hidden_signals", refuse)
-    again = teacher_targets(teacher, pairs, wanted, tmp_path)
+    again = teacher_targets(teacher, pairs, request, tmp_path)
     monkeypatch.undo()
     assert first.keys() == again.keys() and all(torch.equal(first[k], again[k]) for k in first)
     blob = bytearray(file.read_bytes()); blob[-5] ^= 0x40; file.write_bytes(blob)
-    again = teacher_targets(teacher, pairs, wanted, tmp_path)
+    again = teacher_targets(teacher, pairs, request, tmp_path)
     assert all(torch.equal(first[k], again[k]) for k in first)
 
 
@@ -99,9 +99,9 @@ def test_recomputed_activations_and_buckets_change_no_loss(toy, kl_at):
 
 @pytest.mark.parametrize("dtype, tolerance", ((torch.float16, 2e-3), (torch.bfloat16, 1e-2)))
 def test_targets_in_sixteen_bits(toy, tmp_path, dtype, tolerance):
-    wanted = Wanted(corrupt=True, sites=SITES)
-    half, whole = teacher_targets(*toy, wanted, tmp_path / "half", dtype=dtype), teacher_targets(
-        *toy, wanted, tmp_path / "whole"
+    request = SignalRequest(corrupt=True, sites=SITES)
+    half, whole = teacher_targets(*toy, request, tmp_path / "half", dtype=dtype), teacher_targets(
+        *toy, request, tmp_path / "whole"
     )
     size = lambda name: sum(f.stat().st_size for f in (tmp_path/name).iterdir())
     assert size("half") < 0.6 * size("whole")
@@ -112,21 +112,21 @@ def test_targets_in_sixteen_bits(toy, tmp_path, dtype, tolerance):
 
 def test_kept_targets_are_mapped_and_belong_to_model_data_and_code(toy, tmp_path, monkeypatch):
     teacher, pairs = toy
-    wanted, names = Wanted(corrupt=True), lambda: {f.name for f in tmp_path.iterdir()}
-    teacher_targets(teacher, pairs, wanted, tmp_path)
-    kept = teacher_targets(teacher, pairs, wanted, tmp_path)
+    request, names = SignalRequest(corrupt=True), lambda: {f.name for f in tmp_path.iterdir()}
+    teacher_targets(teacher, pairs, request, tmp_path)
+    kept = teacher_targets(teacher, pairs, request, tmp_path)
     (first,) = names()
     # `kept` is alive: its rows stay on disk until they are used
     if sys.platform == "linux": assert first in open("/proc/self/maps").read() and kept
     for change in (
-        lambda: teacher_targets(teacher, pairs[:8], wanted, tmp_path),
-        lambda: teacher_targets(teacher, pairs, Wanted(), tmp_path),
-        lambda: teacher_targets(shrink(teacher, 2), pairs, wanted, tmp_path),
-        lambda: teacher_targets(teacher, pairs, wanted, tmp_path, dtype=torch.bfloat16),
+        lambda: teacher_targets(teacher, pairs[:8], request, tmp_path),
+        lambda: teacher_targets(teacher, pairs, SignalRequest(), tmp_path),
+        lambda: teacher_targets(shrink(teacher, 2), pairs, request, tmp_path),
+        lambda: teacher_targets(teacher, pairs, request, tmp_path, dtype=torch.bfloat16),
     ):
         before = names(); change(); assert len(names() - before) == 1
     monkeypatch.setattr(targets, "_code_hash", lambda: "other code")
-    before = names(); teacher_targets(teacher, pairs, wanted, tmp_path); assert len(names() - before) == 1
+    before = names(); teacher_targets(teacher, pairs, request, tmp_path); assert len(names() - before) == 1
 
 
 @pytest.mark.parametrize("method", ("standard_kd", "fitnets", "rcid"))
@@ -215,7 +215,7 @@ def initial(toy):
     teacher, pairs = toy
     for model, layers in ((shrink(teacher, 2), CONFIG.layer_map), (teacher, {i: i for i in range(4)})):
         h = teacher_targets(
-            model, pairs, Wanted(corrupt=True, sites=tuple(Site(layers[s.layer], s.role) for s in SITES))
+            model, pairs, SignalRequest(corrupt=True, sites=tuple(Site(layers[s.layer], s.role) for s in SITES))
         )
         yield {k: h[k].transpose(0, 1) for k in ("sites", "sites_corrupt")}
 

@@ -308,8 +308,8 @@ def test_commit_refuses_half_a_notebook(clone):
 
 @pytest.mark.parametrize("edited", ("notebook", "module"))
 def test_commit_refuses_a_stale_module(clone, edited):
-    if edited == "module": (clone/MODULE).write_text((clone/MODULE).read_text().replace("SEAL = ", "SEAL  = "))
-    else: change(clone/EDITED, append("SEAL = ", "x = 1"))
+    if edited == "module": (clone/MODULE).write_text((clone/MODULE).read_text().replace("CHECKSUMS = ", "CHECKSUMS  = "))
+    else: change(clone/EDITED, append("CHECKSUMS = ", "x = 1"))
     git(clone, "add", "-A")
     done = commit(clone)
     assert done.returncode, "committed a module that is not what its notebook exports"
@@ -320,7 +320,7 @@ def test_commit_refuses_a_stale_module(clone, edited):
     git(clone, "add", "-A")
     done = commit(clone)
     assert done.returncode == 0, output_of(done)
-    assert ("SEAL  = " if edited == "module" else "\nx = 1") in (clone/MODULE).read_text()
+    assert ("CHECKSUMS  = " if edited == "module" else "\nx = 1") in (clone/MODULE).read_text()
 
 
 def test_commit_cleans_what_is_staged(clone):
@@ -358,7 +358,7 @@ def test_commit_of_outputs_only_is_no_commit(clone, words):
 def test_a_merge_commit_is_checked(clone):
     "A branch brings a module that stays behind its notebook."
     git(clone, "checkout", "-q", "-b", "stale")
-    staged_edit(clone, EDITED, append("SEAL = ", "x = 1"))
+    staged_edit(clone, EDITED, append("CHECKSUMS = ", "x = 1"))
     assert commit(clone, "--no-verify").returncode == 0
     git(clone, "checkout", "-q", "main")
     (clone/"CONTRIBUTING.md").write_text("more\n")
@@ -379,7 +379,7 @@ def test_a_rebase_of_notebook_and_module(clone):
     edit("def sha256(", "topic = 1")
     assert git(clone, "commit", "-q", "-m", "The student's floor").returncode == 0
     git(clone, "checkout", "-q", "main")
-    edit("SEAL = ", "main = 1")
+    edit("CHECKSUMS = ", "main = 1")
     assert git(clone, "commit", "-q", "-m", "ours").returncode == 0
     git(clone, "checkout", "-q", "topic")
     done = git(clone, "rebase", "-q", "main")

@@ -354,7 +354,7 @@ def test_broken_claims_of_a_killed_dvc(folder, undisturbed):
 @pytest.mark.slow
 def test_damaged_model_and_targets(tmp_path, make_model, tokenizers, pairs):
     from rcid.core.hardware import seed_all
-    from rcid.distill.targets import model_hash, teacher_targets, Wanted
+    from rcid.distill.targets import model_hash, teacher_targets, SignalRequest
     from rcid.models import load_model, save_model
     seed_all(0)
     model, rng = make_model("llama"), random.Random(3)
@@ -370,7 +370,7 @@ def test_damaged_model_and_targets(tmp_path, make_model, tokenizers, pairs):
             ) as e:
                 load_model(str(saved))
             note(f"model {how}", "refused")
-        want = Wanted(True)
+        want = SignalRequest(True)
         whole = teacher_targets(model, pairs["llama"]["equal"], want)
         for _ in range(8 if how == "bit flipped" else 2):
             teacher_targets(model, pairs["llama"]["equal"], want, tmp_path/"targets")

@@ -13,7 +13,7 @@ from rcid.data.reasoning_pairs import reasoning_rows
 from rcid.distill import DistillConfig, distill, model_hash
 from rcid.eval import causal_consistency, task_accuracy
 from rcid.eval.decode import greedy_decode, solve
-from rcid.kv import KV_METHODS, KVCourse, KVMethod, LatentModel, forward_kv, with_latents
+from rcid.kv import KV_METHODS, KVObjective, KVMethod, LatentModel, forward_kv, with_latents
 from rcid.models import load_model, train_tokenizer
 
 CONFIG = DistillConfig(steps=8, batch=8, lr=3e-3, log_every=1, checkpoint_every=4, seed=0)
@@ -112,16 +112,16 @@ def test_greedy_decoding_is_argmax_step_by_step(world, arch):
 def test_gradients_reach_the_student_only(world, name):
     _, data, teacher, student = world
     before, s = model_hash(teacher), student()
-    course = KVCourse(SMALL[name], s, teacher, data, CONFIG)
-    state = course.start()
-    base, own, parts = course.terms(torch.arange(8), 0, state)
+    objective = KVObjective(SMALL[name], s, teacher, data, CONFIG)
+    state = objective.start()
+    base, own, parts = objective.terms(torch.arange(8), 0, state)
     (base + (0 if own is None else own)).backward()
     grads = {n for n, p in s.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert any(n.endswith("k_proj.weight") for n in grads) and all(x.isfinite() for x in parts.values())
     assert model_hash(teacher) == before and all(p.grad is None for p in teacher.parameters())
     if state is not None:
         assert all(not p.requires_grad and p.grad is None for p in state.parameters()) and not any(
-            t.requires_grad for t in course.targets.values()
+            t.requires_grad for t in objective.targets.values()
         )
 
 
@@ -182,11 +182,11 @@ def test_nan_stops(world, tmp_path):
 def test_padded_batch_gives_the_loss_of_its_rows(world):
     _, data, teacher, student = world
     for name in ("kv_structured", "kava"):
-        course = KVCourse(replace(SMALL[name], a_codi=0.), student(), teacher, data, CONFIG)
-        state = course.start()
+        objective = KVObjective(replace(SMALL[name], a_codi=0.), student(), teacher, data, CONFIG)
+        state = objective.start()
         rows = [0, 1, 2]
         with torch.no_grad():
-            together, alone = course.parts(rows, 0, state), [course.parts([r], 0, state) for r in rows]
+            together, alone = objective.parts(rows, 0, state), [objective.parts([r], 0, state) for r in rows]
         for part in ("kv_k", "kv_v") if name == "kv_structured" else ():
             assert abs(together[part] - sum(a[part] for a in alone) / 3) < 1e-4
 
@@ -246,7 +246,7 @@ def test_bad_input(world):
     ]:
         with pytest.raises(ValueError, match=message): KVMethod(**method)
     with pytest.raises(ValueError, match="pass LatentModel"):
-        KVCourse(SMALL["kava"], student().plain[0], teacher, data, CONFIG)
+        KVObjective(SMALL["kava"], student().plain[0], teacher, data, CONFIG)
     with pytest.raises(ValueError, match="occurs in a problem"): with_latents(data, 2, int(data.input_ids[0, 3]))
     with pytest.raises(ValueError, match="begins with a latent place"):
         student()(torch.full((1, 3), tokenizer.bos_token_id))
@@ -255,10 +255,10 @@ def test_bad_input(world):
         greedy_decode(teacher, data.input_ids, data.attention_mask.flip(1), 2)
     broken = load_model(dict(arch="llama", vocab=len(tokenizer), seed=3), dtype="float32", device="cpu")[0]
     with torch.no_grad(): broken.model.layers[1].self_attn.v_proj.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match="NaN or inf"): KVCourse(SMALL["kava"], student(), broken, data, CONFIG).start()
+    with pytest.raises(ValueError, match="NaN or inf"): KVObjective(SMALL["kava"], student(), broken, data, CONFIG).start()
     # more than padding
     other = load_model(dict(arch="llama", vocab=len(tokenizer) + 1031), dtype="float32", device="cpu")[0]
-    with pytest.raises(ValueError, match="vocabulary mismatch"): KVCourse(SMALL["kava"], student(), other, data, CONFIG)
+    with pytest.raises(ValueError, match="vocabulary mismatch"): KVObjective(SMALL["kava"], student(), other, data, CONFIG)
 
 
 def test_solve_counts_right_numbers(world):

@@ -71,7 +71,7 @@ def test_declared_params_are_the_ones_read(stage):
     p, top = r"\b(?:p|load_params\(\))\.", {d.split(".")[0] for d in declared}
     used = set(re.findall(p + r"(\w+)", code)) - {"models"}
     # what the property is made of
-    if "cells" in used: used = used - {"cells"} | {"core", "more", "seeds"}
+    if "cells" in used: used = used - {"cells"} | {"main_matrix", "extra_matrix", "seeds"}
     for key in used: assert key in top, f"{key} is read and not declared"
     for key in re.findall(p + r"models\[family\]\.(\w+)", code):
         assert f"models.${{item.family}}.{key}" in declared, f"models.{key} is read and not declared"
@@ -79,7 +79,7 @@ def test_declared_params_are_the_ones_read(stage):
         assert any(
             d == "kv" or d.startswith((f"kv.{key}", "kv.${item.")) for d in declared
         ), f"kv.{key} is read and not declared"
-    for section, key in re.findall(p + r"(eval|sites|data|lm|distill|purity|core|more)\.(\w+)", code):
+    for section, key in re.findall(p + r"(eval|sites|data|lm|distill|purity|main_matrix|extra_matrix)\.(\w+)", code):
         assert {section, f"{section}.{key}"} & declared, f"{section}.{key} is read and not declared"
 
 
@@ -110,7 +110,7 @@ def test_every_experiment_notebook_is_a_stage():
 def test_outputs_have_one_maker_and_inputs_exist():
     made = {o for s in STAGES.values() for o in names([*s.get("outs", []), *s.get("metrics", []), *s.get("plots", [])])}
     concrete = [o for kind in ("outs", "metrics", "plots") for o in expected(ROOT, kind)]
-    # `core` and `more` share a pattern and no student
+    # `main_matrix` and `extra_matrix` share a pattern and no student
     assert len(concrete) > 100 and len(concrete) == len(set(concrete))
     shape = lambda text: re.sub(r"\$\{item\.\w+\}", "*", text)
     folders = {shape(m) for m in made}

@@ -27,13 +27,13 @@ from rcid.data import (
     pack_blocks,
     pad_sentences,
     story_pairs,
-    told_problems,
+    styled_problems,
 )
 from rcid.data.pairs import ContrastiveDataset
 from rcid.data.reasoning import encode_problems, exact_match, extract_number, load_reasoning, number
 from rcid.data.reasoning_pairs import reasoning_rows
 from rcid.data.sources import read_rows
-from rcid.distill.targets import Wanted, hidden_signals
+from rcid.distill.targets import SignalRequest, hidden_signals
 from rcid.eval import keep_correct, perplexity, stats, task_accuracy
 from rcid.eval.bench import run_bench
 from rcid.eval.consistency import consistency
@@ -131,7 +131,7 @@ def test_packed_prompts_see_what_the_model_sees(short_sighted, everywhere):
     pairs, row = long_pairs(), torch.arange(4)
     sites = (Site(1, "changed"), Site(2, "end"))
     with torch.no_grad():
-        got = hidden_signals(short_sighted, pairs, Wanted(corrupt=True, sites=sites, everywhere=everywhere))
+        got = hidden_signals(short_sighted, pairs, SignalRequest(corrupt=True, sites=sites, everywhere=everywhere))
         for ids, final, at in (
             (pairs.clean_ids, "final", "sites"),
             (pairs.corrupt_ids, "final_corrupt", "sites_corrupt"),
@@ -371,7 +371,7 @@ def test_an_appended_end_changes_nothing_that_is_measured(kind, around, same, ma
         assert all(problem_prompts(a, upto)[0].equal(problem_prompts(b, upto)[0]) for upto in ("prompt", "cue"))
     a, b = (build_pairs(reasoning_rows(t, steps=(1, 2), largest=9), t, 6).content_hash() for t in (with_end, without))
     assert a == b
-    told = told_problems(n=40, steps=(1,), largest=9)
+    told = styled_problems(n=40, steps=(1,), largest=9)
     try:
         a, b = (story_pairs(told, {"x": Reader(t)})["x"].content_hash() for t in (with_end, without))
     except ValueError:
@@ -393,7 +393,7 @@ def test_a_drawn_reasoning_follows_the_question(make_model):
         tokenizer = tokenizer_of("gpt2", around)
         model = make_model("llama", vocab=len(tokenizer))
         model.generate = lambda ids, **kw: seen.append(ids.tolist()) or torch.cat([ids, ids[:, :1]], 1)
-        Teacher("s", "", sample=1).read(told_problems(n=2), model, tokenizer)
+        Teacher("s", "", sample=1).read(styled_problems(n=2), model, tokenizer)
     assert seen[:2] == seen[2:] and tokenizer.eos_token_id not in seen[2][0]
 
 
@@ -456,7 +456,7 @@ def test_drawing_is_as_asked_whatever_the_models_settings(make_model):
         for k, v in settings.items():
             setattr(other.generation_config, k, v)
         own, before = other.generation_config, other.generation_config.to_dict()
-        Teacher("s", "", sample=3, longest=8).read(told_problems(n=2), other, ear)
+        Teacher("s", "", sample=3, longest=8).read(styled_problems(n=2), other, ear)
         drawn.append(ear.decoded)
         assert other.generation_config is own and own.to_dict() == before
     assert all(d == drawn[0] for d in drawn), [s for s, d in zip(leaks, drawn) if d != drawn[0]]
@@ -753,13 +753,13 @@ def test_the_companions_show_the_consistency_of_both_directions():
 
 
 def test_a_seal_holds_whatever_a_file_is_called(tmp_path):
-    from rcid.core.paths import broken_seal, seal
+    from rcid.core.paths import broken_checksums, write_checksums
 
     (tmp_path / f"a{STRANGE}b.txt").write_text("x")
-    seal(tmp_path)
-    assert broken_seal(tmp_path) == []
+    write_checksums(tmp_path)
+    assert broken_checksums(tmp_path) == []
     (tmp_path / f"a{STRANGE}b.txt").write_text("y")
-    assert broken_seal(tmp_path) == [f"a{STRANGE}b.txt"]
+    assert broken_checksums(tmp_path) == [f"a{STRANGE}b.txt"]
 
 
 # 27. what selectivity compares

@@ -10,12 +10,12 @@ from rcid.align import align_tokens, hsic1, layer_cka
 from rcid.align.tokens import cross_kl, shared_vocabulary
 from rcid.causal import Site, capture, write
 from rcid.data import load_pairs
-from rcid.data.holdout import told_problems
+from rcid.data.holdout import styled_problems
 from rcid.data.reasoning import encode_problems
 from rcid.distill import (
     METHODS,
     DistillConfig,
-    Wanted,
+    SignalRequest,
     distill,
     divergence,
     model_hash,
@@ -27,7 +27,7 @@ from rcid.distill.methods import DIITO, Signals
 from rcid.kv import (
     KV_METHODS,
     KVCache,
-    KVCourse,
+    KVObjective,
     LatentModel,
     codi_loss,
     diagnose_losses,
@@ -38,8 +38,8 @@ from rcid.kv import (
 from rcid.kv.aligner import AlignedKV
 from rcid.kv.compress import decode_score
 from rcid.kv.losses import attention_kl
-from rcid.kv.several import Lessons
-from rcid.kv.teachers import Teacher, listen, recall
+from rcid.kv.several import FusionTargets
+from rcid.kv.teachers import Teacher, record_teacher, load_recording
 from rcid.models import common_vocab, get_adapter, load_model, save_model, shrink, train_tokenizer
 
 SITES = (Site(0, "s2"), Site(1, "end"))
@@ -66,7 +66,7 @@ def toy(make_model, tokenizers):
 @pytest.fixture(scope="module")
 def thinking():
     "Tokenizer, forty problems, a teacher and a maker of students that think in places."
-    problems = [p.styled("equation") for p in told_problems(n=40, steps=(1, 2), operations="+-", largest=20)]
+    problems = [p.styled("equation") for p in styled_problems(n=40, steps=(1, 2), operations="+-", largest=20)]
     tokenizer = train_tokenizer([p.text for p in problems], vocab=500)
     make = lambda **sizes: load_model(dict(vocab=len(tokenizer), d_mlp=64) | sizes, dtype="float32", device="cpu")[0]
     teacher = make(arch="qwen3", layers=4, d_model=48, heads=4, kv_heads=4, head_dim=16, seed=1)
@@ -88,12 +88,12 @@ from accelerate import PartialState
 from rcid.causal import Site
 from rcid.core import embedded, seed_all
 from rcid.data import load_pairs
-from rcid.data.holdout import told_problems
+from rcid.data.holdout import styled_problems
 from rcid.data.reasoning import encode_problems
 from rcid.distill import DistillConfig, distill
 from rcid.kv import KV_METHODS, LatentModel, with_latents
 from rcid.kv.aligner import AlignedKV
-from rcid.kv.several import FusedKV, Lessons
+from rcid.kv.several import KVFusion, FusionTargets
 from rcid.models import load_model, shrink, train_tokenizer
 torch.set_num_threads(1)
 seed_all(0)
@@ -119,7 +119,7 @@ for name, data, method, config in (("rcid", short, "rcid", replace(c, batch=2)),
         ("kl at all tokens", mixed, "standard_kd", replace(c, kl_at="all")), ("kl on pairs at all tokens", mixed, "standard_kd_pairs", replace(c, kl_at="all")), ("fitnets", mixed, "fitnets", c),
         ("micro-batches", mixed, "fitnets", replace(c, kl_at="all", batch=8, micro_batch=3)), ("five pairs for a batch of eight", mixed[:5], "standard_kd", replace(c, batch=8)), ("cka", mixed, "cka", c)):
     case(name, shrink(teacher, 2), teacher, data, method, config)
-problems = [p.styled("equation") for p in told_problems(n=40, steps=(1, 2, 3), operations="+-", largest=400)]
+problems = [p.styled("equation") for p in styled_problems(n=40, steps=(1, 2, 3), operations="+-", largest=400)]
 words = train_tokenizer([p.text for p in problems], vocab=320)
 data = encode_problems(problems, words)
 make = lambda **sizes: load_model(dict(vocab=len(words), d_mlp=64) | sizes, dtype="float32", device="cpu")[0]
@@ -129,16 +129,16 @@ for name in ("latent_sft", "latent_kd", "kava", "kv_structured"): case(name, stu
 case("kv cka", student(), thinker, data, replace(KV_METHODS["latent_sft"], latents=4, a_cka=0.05), c)
 plain, g = make(arch="qwen3", layers=2, d_model=32, heads=4, kv_heads=2, head_dim=8, seed=3), torch.Generator().manual_seed(0)
 thought = with_latents(data[:12], 4, words.bos_token_id)
-def lessons(*have): # two teachers, each there for the problems of its list
+def fusion_targets(*have): # two teachers, each there for the problems of its list
     n, seq = len(thought), thought.input_ids.shape[1]
     targets = {}
     for name, there in zip("ab", have):
         mask = thought.attention_mask.bool() & torch.tensor([i in there for i in range(n)])[:, None]
         targets[name] = AlignedKV(*(torch.randn(n, 2, 2, seq, 8, generator=g) * mask[:, None, None, :, None] for _ in "kv"), mask)
-    return Lessons(thought, targets, torch.randn(n, 16, generator=g), {name: torch.randn(16, generator=g) for name in targets})
+    return FusionTargets(thought, targets, torch.randn(n, 16, generator=g), {name: torch.randn(16, generator=g) for name in targets})
 for name, have, how in (("fixed", (range(12), range(12)), {}), ("some taught", ((0, 1, 2, 3, 4, 7, 9), (0, 2, 4, 5, 9)), {}), ("govern", (range(12), range(12)), dict(fusion="govern")),
         ("router", (range(12), range(0, 12, 2)), dict(fusion="learnable", load=5., entropy=.1)), ("a share without teachers", ((1,), (1, 5)), dict(fusion="learnable", load=5.))):
-    case(name, copy.deepcopy(plain), plain, lessons(*have), FusedKV(**how), c)
+    case(name, copy.deepcopy(plain), plain, fusion_targets(*have), KVFusion(**how), c)
 results["processes"] = state.num_processes
 keep()
 if state.num_processes > 1: state.destroy_process_group()
@@ -277,9 +277,9 @@ def test_other_entry_points_take_padded_heads(toy, thinking):
         shrink(teacher, 2), pairs.clean_ids, pairs.attention_mask, teacher=t, steps=2, batch=4, lr=1e-3
     )
     tokenizer, data, thinker, student = thinking
-    course = lambda t: KVCourse(replace(KV_METHODS["latent_kd"], latents=3), student(), t, data, CONFIG)
+    objective = lambda t: KVObjective(replace(KV_METHODS["latent_kd"], latents=3), student(), t, data, CONFIG)
     with without_complaint():
-        same_losses, a, b = language(padded(teacher, 64)), course(padded(thinker, 64)), course(thinker)
+        same_losses, a, b = language(padded(teacher, 64)), objective(padded(thinker, 64)), objective(thinker)
     assert same_losses == pytest.approx(language(teacher), rel=1e-5)
     parts = [{k: v.item() for k, v in x.parts([0, 1, 2], 0, x.start()).items()} for x in (a, b)]
     assert parts[0] == pytest.approx(parts[1], rel=1e-5)
@@ -376,10 +376,10 @@ STATES = (
 def test_targets_of_a_changed_teacher_are_its_own(toy, tmp_path, how):
     teacher, pairs = toy
     teacher = copy.deepcopy(teacher)
-    wanted = Wanted(corrupt=False, layers=(1,))
+    request = SignalRequest(corrupt=False, layers=(1,))
     def targets(folder):
         torch.manual_seed(0)
-        return {k: v.clone() for k, v in teacher_targets(teacher, pairs, wanted, folder).items()}
+        return {k: v.clone() for k, v in teacher_targets(teacher, pairs, request, folder).items()}
     plain = targets(tmp_path)
     with changed(teacher, how, pairs): fresh, got = targets(None), targets(tmp_path)
     assert not torch.equal(fresh["final"], plain["final"]) and all(torch.equal(got[k], fresh[k]) for k in fresh)
@@ -390,15 +390,15 @@ def test_targets_of_a_changed_teacher_are_its_own(toy, tmp_path, how):
 def test_another_attention_kernel_or_number_format_is_another_file(toy, tmp_path):
     teacher, pairs = toy
     files = lambda: len(list(tmp_path.iterdir()))
-    teacher_targets(teacher, pairs, Wanted(), tmp_path)
+    teacher_targets(teacher, pairs, SignalRequest(), tmp_path)
     kernel = teacher.config._attn_implementation
     try:
         teacher.config._attn_implementation = "eager" if kernel != "eager" else "sdpa"
-        teacher_targets(teacher, pairs, Wanted(), tmp_path)
+        teacher_targets(teacher, pairs, SignalRequest(), tmp_path)
     finally: teacher.config._attn_implementation = kernel
     assert files() == 2
-    teacher_targets(copy.deepcopy(teacher).to(torch.bfloat16), pairs, Wanted(), tmp_path)
-    teacher_targets(teacher, pairs, Wanted(), tmp_path)
+    teacher_targets(copy.deepcopy(teacher).to(torch.bfloat16), pairs, SignalRequest(), tmp_path)
+    teacher_targets(teacher, pairs, SignalRequest(), tmp_path)
     assert files() == 3
 
 
@@ -406,8 +406,8 @@ def test_hooks_of_the_libraries_do_not_count(toy, tmp_path):
     teacher, pairs = toy
     teacher = copy.deepcopy(teacher)
     teacher(pairs.clean_ids[:2], output_hidden_states=True)                # transformers leaves hooks that record
-    teacher_targets(teacher, pairs, Wanted(), tmp_path)
-    teacher_targets(teacher, pairs, Wanted(), tmp_path)
+    teacher_targets(teacher, pairs, SignalRequest(), tmp_path)
+    teacher_targets(teacher, pairs, SignalRequest(), tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -415,9 +415,9 @@ def test_kv_targets_of_a_changed_teacher_are_its_own(thinking, tmp_path):
     _, data, teacher, student = thinking
     method = replace(KV_METHODS["latent_kd"], latents=3, a_kl=1.0)
     def final(folder):
-        course = KVCourse(method, student(), teacher, data, replace(CONFIG, targets_dir=folder))
-        course.start()
-        return course.targets["final"].clone()
+        objective = KVObjective(method, student(), teacher, data, replace(CONFIG, targets_dir=folder))
+        objective.start()
+        return objective.targets["final"].clone()
     plain = final(str(tmp_path))
     with hooked(teacher.model.layers[1].mlp, "hook"): fresh, got = final(None), final(str(tmp_path))
     assert torch.equal(got, fresh) and not torch.equal(got, plain) and torch.equal(final(str(tmp_path)), plain)
@@ -449,14 +449,14 @@ def test_a_checkpoint_of_the_plain_teacher_is_not_taken_by_a_changed_one(toy, tm
 
 
 def test_a_teacher_with_another_config_or_tokenizer_is_heard_again(tmp_path):
-    problems = told_problems(n=4, steps=(1,), operations="+-", largest=20)
+    problems = styled_problems(n=4, steps=(1,), operations="+-", largest=20)
     texts = [p.styled("equation").text for p in problems]
     tokenizer, other = train_tokenizer(texts, vocab=400), train_tokenizer(texts[::-1], vocab=300)
     model, _ = load_model(dict(arch="qwen3", layers=2, vocab=len(tokenizer)), dtype="float32", device="cpu")
-    teacher, path = Teacher("a", str(tmp_path/"model")), tmp_path/"heard.safetensors"
+    teacher, path = Teacher("a", str(tmp_path/"model")), tmp_path/"recording.safetensors"
     def keys(tokenizer):
         save_model(model, tokenizer, tmp_path/"model")
-        return recall(teacher, listen(teacher, problems, path), tokenizer).cache.k
+        return load_recording(teacher, record_teacher(teacher, problems, path), tokenizer).cache.k
     first, rope = keys(tokenizer), model.config.rope_parameters
     model.config.rope_parameters = rope | dict(rope_theta=50.)
     turned = keys(tokenizer)
@@ -471,7 +471,7 @@ def test_lessons_are_known_by_all_that_is_learnt_from(thinking):
     zeros = torch.zeros(len(data), 2, 2, thought.input_ids.shape[1], 8)
     target = AlignedKV(zeros, zeros, thought.attention_mask.bool())
     hashes = {
-        Lessons(thought, {"a": target}, features, {"a": prototype}).content_hash()
+        FusionTargets(thought, {"a": target}, features, {"a": prototype}).content_hash()
         for features in (torch.zeros(40, 4), torch.ones(40, 4))
         for prototype in (torch.zeros(4), torch.ones(4))
     }
@@ -598,17 +598,17 @@ def test_diito_uses_the_temperature(toy):
 
 def test_the_kl_of_latent_kd_uses_the_temperature(thinking):
     _, data, teacher, student = thinking
-    course = KVCourse(
+    objective = KVObjective(
         replace(KV_METHODS["latent_kd"], latents=3), student(), teacher, data, replace(CONFIG, temperature=3.0)
     )
-    state, rows = course.start(), [0, 1, 2]
+    state, rows = objective.start(), [0, 1, 2]
     with torch.no_grad():
-        got, thought = course.parts(rows, 0, state)["kl"], course.thought[rows]
-        final = course.of_student(thought)[0]
+        got, thought = objective.parts(rows, 0, state)["kl"], objective.thought[rows]
+        final = objective.of_student(thought)[0]
         logits = [
             (
-                get_adapter(course.student).lm_head(final[i, a - 1 : e - 1]),
-                get_adapter(teacher).lm_head(course.targets["final"][i, : e - a]),
+                get_adapter(objective.student).lm_head(final[i, a - 1 : e - 1]),
+                get_adapter(teacher).lm_head(objective.targets["final"][i, : e - a]),
             )
             for i, (_, _, a, e) in enumerate(thought.segments.tolist())
         ]
@@ -636,11 +636,11 @@ def test_keys_are_compared_with_keys(loss, layer_std):
 
 def test_codi_reads_the_residual_before_the_final_norm(thinking):
     _, data, teacher, student = thinking
-    course = KVCourse(replace(KV_METHODS["latent_sft"], latents=3, a_codi=1.0), student(), teacher, data, CONFIG)
-    course.start()
+    objective = KVObjective(replace(KV_METHODS["latent_sft"], latents=3, a_codi=1.0), student(), teacher, data, CONFIG)
+    objective.start()
     with torch.no_grad(), capture(teacher) as hidden:
         final = get_adapter(teacher).trunk(data.input_ids, data.attention_mask)
-    at, last = torch.arange(len(data)), course.targets["hidden"][:, -1]
+    at, last = torch.arange(len(data)), objective.targets["hidden"][:, -1]
     assert torch.allclose(last, hidden[get_adapter(teacher).n_layers - 1][at, data.cue_pos], atol=1e-5)
     assert torch.allclose(
         get_adapter(teacher).final_norm(last), final[at, data.cue_pos], atol=1e-4

@@ -5,7 +5,7 @@ import pytest, torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from rcid.align.cka import layer_cka
 from rcid.causal import causal_effects, naive_effects, read, score_sites, Site
-from rcid.distill import Wanted, model_hash, teacher_targets
+from rcid.distill import SignalRequest, model_hash, teacher_targets
 from rcid.eval import perplexity, task_accuracy
 from rcid.eval.decode import greedy_decode
 from rcid.kv import LatentModel, forward_kv
@@ -164,7 +164,7 @@ def measured(model, pairs, ids):
         cka=layer_cka(model, model, [dict(input_ids=ids)]), text=greedy_decode(model, ids, ones, 4),
         keys=forward_kv(model, ids, ones, pre_rope=True)[1].k,
         latent=LatentModel(model, int(ids[0, 5]), 2)(ids).logits.detach())
-    targets = teacher_targets(model, pairs, Wanted(corrupt=True, sites=tuple(sites)))
+    targets = teacher_targets(model, pairs, SignalRequest(corrupt=True, sites=tuple(sites)))
     return out | {f"targets_{k}": v for k, v in targets.items()}
 
 

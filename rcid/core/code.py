@@ -10,7 +10,7 @@ __all__ = ['MENTION', 'INSIDE', 'QUIET', 'as_python', 'parsed', 'code_view', 're
 import ast, json, re
 from functools import cache
 from pathlib import Path
-from .paths import root, sha256, whole_file
+from .paths import root, sha256, atomic_file
 
 # %% ../../nbs/00_core/07_code.ipynb #c744f416
 def as_python(source: str) -> str:
@@ -164,4 +164,4 @@ def write_code_views(target: str | Path = "artifacts/code"):
         code = code_view(notebook)
         files = [*module_deps(code), *tables_read(code)]
         lines = [f"\n# {sha256(root()/f) if (root()/f).exists() else 'is not here'}  {f}" for f in files]
-        with whole_file(root()/target/f"{notebook.stem}.py") as f: f.write(code + "".join(lines) + "\n")
+        with atomic_file(root()/target/f"{notebook.stem}.py") as f: f.write(code + "".join(lines) + "\n")

@@ -13,7 +13,7 @@ from .code import code_view, module_deps, write_code_views
 from .commands import CommandFailed, run_command
 from .environment import kernel_command, stage_environment
 from .params import load_params
-from .paths import root, whole_file, writing
+from .paths import root, atomic_file, writing
 
 # %% ../../nbs/00_core/03_run.ipynb #e917b87a
 def redact(text: str) -> str:
@@ -133,9 +133,9 @@ def run_notebook(
     except DeadKernelError:
         raise RuntimeError(f"{name} {label}: its kernel was killed: too little memory?") from None
     except papermill.PapermillExecutionError as e:
-        with whole_file(draft) as f: f.write(redact(draft.read_text(encoding="utf-8")))
+        with atomic_file(draft) as f: f.write(redact(draft.read_text(encoding="utf-8")))
         raise RuntimeError(f"{name} {label}: {e.ename}: {redact(e.evalue)} (see {draft.relative_to(root())})") from None
-    with whole_file(record) as f:
+    with atomic_file(record) as f:
         f.write(
             json.dumps(
                 strip_notebook(json.loads(draft.read_text(encoding="utf-8")), str(root())),

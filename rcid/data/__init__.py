@@ -15,5 +15,5 @@ from .winogrande import winogrande_rows, real_twins
 from .arithmetic import arithmetic_rows
 from .splits import TASKS, load_pairs, check_disjoint, variants_of
 from .world import task_sentences, world_sentences
-from .holdout import Told, check_parts, load_parts, save_parts, share_out, told_problems
+from .holdout import StyledProblem, check_parts, load_parts, save_parts, split_problems, styled_problems
 from .stories import Reader, story_pairs

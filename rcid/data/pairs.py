@@ -15,7 +15,7 @@ from typing import Iterable, NamedTuple
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from ..core.paths import read_json, sha256, whole_file, write_json
+from ..core.paths import read_json, sha256, atomic_file, write_json
 
 # %% ../../nbs/02_data/00_pairs.ipynb #b345d9dc
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def save_pairs(pairs: ContrastiveDataset, folder: str | Path) -> Path:
     "Writes a dataset; `load_saved_pairs` reads it back and checks it."
     from safetensors.torch import save
     folder = Path(folder)
-    with whole_file(folder / "pairs.safetensors", "wb") as f:
+    with atomic_file(folder / "pairs.safetensors", "wb") as f:
         f.write(save({k: v.contiguous() for k, v in _tensors(pairs).items()}))
     return write_json(
         folder / "pairs.json",

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from ..core.paths import broken_seal, read_json, seal, whole_folder, write_json
+from ..core.paths import broken_checksums, read_json, write_checksums, atomic_folder, write_json
 from .corpus import general_text, without_test_entities
 from ..models.adapters import model_device
 
@@ -83,16 +83,16 @@ def healing_text(
 
 def save_text(texts: dict[str, list[str]], folder: str | Path):
     "Writes `train.json` and `test.json` with their hashes."
-    with whole_folder(folder) as new:
+    with atomic_folder(folder) as new:
         for split, docs in texts.items(): write_json(new/f"{split}.json", docs)
-        seal(new)
+        write_checksums(new)
 
 def saved_text(folder: str | Path, split: str) -> list[str]:
     "The documents of a split; refuses a folder whose files are not what was written."
     folder = Path(folder)
     if not (folder / f"{split}.json").exists():
         raise FileNotFoundError(f"no {split} text in {folder}: run `dvc repro` (stage text) to make it")
-    if bad := broken_seal(folder):
+    if bad := broken_checksums(folder):
         raise ValueError(
             f"{', '.join(bad)} in {folder} does not match its SHA-256: delete the folder and run `dvc repro`"
         )

@@ -8,7 +8,7 @@ __all__ = ['Reader', 'story_row', 'story_pairs']
 # %% ../../nbs/02_data/12_stories.ipynb #20351d09
 import random, re
 from typing import NamedTuple, Sequence
-from .holdout import SPELLED, Told
+from .holdout import SPELLED, StyledProblem
 from .pairs import ContrastiveDataset, Row, build_pairs
 from .reasoning import CUE
 
@@ -22,7 +22,7 @@ class Reader(NamedTuple):
 _NUMBER = rf"\d+|\b(?:{'|'.join(SPELLED)})\b"
 def _number(word: str) -> int: return int(word) if word.isdigit() else SPELLED.index(word)
 
-def story_row(problem: Told, before: str = "", between: str = "", largest: int = 50, seed: int = 0) -> Row | None:
+def story_row(problem: StyledProblem, before: str = "", between: str = "", largest: int = 50, seed: int = 0) -> Row | None:
     "The pair of a problem of one step; None where there is no other number with another answer up to `largest`."
     numbers = list(re.finditer(_NUMBER, problem.prompt))
     if problem.kind not in ("+", "-") or len(numbers) != 2: return None
@@ -50,7 +50,7 @@ def story_row(problem: Told, before: str = "", between: str = "", largest: int =
     )
 
 def story_pairs(
-    problems: Sequence[Told],
+    problems: Sequence[StyledProblem],
     readers: dict[str, Reader],     # by model
     n: int | None = None,           # pairs; an error when there are fewer
     largest: int = 50, seed: int = 0

@@ -15,7 +15,7 @@ from ..causal.hooks import Site
 from ..causal.sites import excluded_sites
 from ..data.pairs import ContrastiveDataset
 from .methods import get_method
-from .targets import Wanted
+from .targets import SignalRequest
 from ..models.adapters import get_adapter
 
 # %% ../../nbs/05_distill/05_plan.ipynb #ce781802
@@ -80,7 +80,7 @@ def random_sites(
 # %% ../../nbs/05_distill/05_plan.ipynb #cebabbdb
 def plan_signals(
     student: nn.Module, teacher: nn.Module, pairs: ContrastiveDataset, method, c: DistillConfig
-) -> tuple[Wanted, Wanted]:
+) -> tuple[SignalRequest, SignalRequest]:
     "What the teacher and the student are asked for."
     method = get_method(method)
     sites, reads = [Site(*s) for s in c.sites], method.reads
@@ -97,7 +97,7 @@ def plan_signals(
     # for each student layer the deepest teacher layer it stands for
     if reads == "layers":
         deepest = {s: max(t for t, m in c.layer_map.items() if m == s) for s in sorted(set(c.layer_map.values()))}
-        return Wanted(corrupt, layers=tuple(deepest.values()), everywhere=everywhere), Wanted(
+        return SignalRequest(corrupt, layers=tuple(deepest.values()), everywhere=everywhere), SignalRequest(
             corrupt, layers=tuple(deepest), everywhere=everywhere
         )
     if reads == "nothing": sites = []
@@ -111,7 +111,7 @@ def plan_signals(
         raise ValueError(f"layer_map points past the student's {n_s} layers")
     own = [Site(c.layer_map[s.layer], s.role) for s in sites]
     return tuple(
-        Wanted(corrupt, tuple(x), everywhere=everywhere, swaps=tuple(x) if method.swaps else ()) for x in (sites, own)
+        SignalRequest(corrupt, tuple(x), everywhere=everywhere, swaps=tuple(x) if method.swaps else ()) for x in (sites, own)
     )
 
 # %% ../../nbs/05_distill/05_plan.ipynb #f1464591

@@ -18,8 +18,8 @@ from .losses import uniform_weights
 from .losses import kv_regression, kv_cosine, cka_loss, codi_loss, diagnose_losses, LossDiagnosis
 from .fusion import fuse, Fused, Router, router_regulariser, routing_report, teacher_prototype
 from .latent import LatentModel, with_latents
-from .methods import KV_METHODS, KVMethod, KVCourse, kv_method
+from .methods import KV_METHODS, KVMethod, KVObjective, kv_method
 from .places import Places, place_matrices, overlap_rows
-from .teachers import Teacher, Heard, listen, recall
+from .teachers import Teacher, TeacherRecording, record_teacher, load_recording
 from .zspace import ZSpace, fit_zspace
-from .several import FusedKV, Lessons, make_lessons, layer_cka_at_places, routing
+from .several import KVFusion, FusionTargets, make_fusion_targets, layer_cka_at_places, routing

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from ..core.paths import whole_file
+from ..core.paths import atomic_file
 from .rope import Rope, rope_of, rotate_keys, unrotate_keys
 from ..models.adapters import get_adapter
 
@@ -253,7 +253,7 @@ def save_kv(cache: KVCache, path: str | Path) -> Path:
     "Writes a cache, whole or not at all."
     from safetensors.torch import save
     # one entry: safetensors shuffles several, and the file is hashed
-    with whole_file(path, "wb") as f:
+    with atomic_file(path, "wb") as f:
         f.write(save(_parts(cache), {"cache": json.dumps(dict(pre_rope=cache.pre_rope, sha256=cache_hash(cache)))}))
     return Path(path)
 

@@ -226,7 +226,7 @@ def codi_loss(
     std: Float[Tensor, "layer"] | None = None,  # the teacher's standard deviation, where these rows are a part of a batch; None: of these rows
 ) -> Float[Tensor, ""]:
     """Smooth L1 of hidden states in units of the teacher's standard deviation, mean over layers (CODI, Shen et al.,
-    2502.21074); `KVCourse` gives residuals after each layer, the last one before the final norm (CODI's code: after
+    2502.21074); `KVObjective` gives residuals after each layer, the last one before the final norm (CODI's code: after
     it)."""
     if student.shape != teacher.shape or student.ndim != 3:
         raise ValueError(

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from scipy.optimize import linear_sum_assignment
 from ..align.cka import linear_cka
-from ..core.paths import whole_file
+from ..core.paths import atomic_file
 
 # %% ../../nbs/06_kv/03_project.ipynb #a3a455fb
 def uniform_head_weights(
@@ -86,7 +86,7 @@ class _Projector(nn.Module):
                 dict(kind=type(self).__name__, settings=dict(self.settings, frozen=self.frozen)), sort_keys=True
             )
         }
-        with whole_file(path, "wb") as f:
+        with atomic_file(path, "wb") as f:
             f.write(save({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, header))
         return Path(path)
 

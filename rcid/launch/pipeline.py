@@ -11,7 +11,7 @@ import hashlib, json, os, re, shutil
 from contextlib import ExitStack, chdir, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from ..core.paths import mind_git, read_yaml, whole_file
+from ..core.paths import mind_git, read_yaml, atomic_file
 
 # %% ../../nbs/09_launch/00_pipeline.ipynb #9a51c741
 LOCK_HEAD = "schema: '2.0'\nstages:\n"
@@ -31,7 +31,7 @@ def put_block(blocks: dict[str, str], name: str, block: str, rank: dict[str, int
     return LOCK_HEAD + "".join({**blocks, name: block}[n] for n in names)
 
 # %% ../../nbs/09_launch/00_pipeline.ipynb #1740c9b3
-# names of `whole_file` and `whole_folder`, and of DVC, before they are whole
+# names of `atomic_file` and `atomic_folder`, and of DVC, before they are whole
 LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}|\.[\w-]{22}\.tmp")
 
 def md5(file: str | Path) -> str:
@@ -86,7 +86,7 @@ def _moved_away(paths: list[str]):
     except BaseException:
         for p, blob in kept.items():
             if not os.path.exists(p):
-                with whole_file(p, "wb") as f: f.write(blob)
+                with atomic_file(p, "wb") as f: f.write(blob)
         raise
 
 class Pipeline:
@@ -231,4 +231,4 @@ class Pipeline:
         blocks = lock_blocks(file.read_text(encoding="utf-8") if file.exists() else LOCK_HEAD)
         if blocks is None or "\n" in stage.name: return stage.dump(update_pipeline=False)
         block = dumps_yaml({"stages": to_lockfile(stage)}).removeprefix("stages:\n")
-        with whole_file(file) as f: f.write(put_block(blocks, stage.name, block, self.rank))
+        with atomic_file(file) as f: f.write(put_block(blocks, stage.name, block, self.rank))

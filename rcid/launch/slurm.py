@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from ..core.commands import CommandFailed, run_command
 from ..core.params import Launch
-from ..core.paths import read_json, read_yaml, whole_file, write_json
+from ..core.paths import read_json, read_yaml, atomic_file, write_json
 from .pipeline import Job
 
 # %% ../../nbs/09_launch/03_slurm.ipynb #b7fe1ef8
@@ -46,7 +46,7 @@ class Command:
                 stderr=subprocess.STDOUT,
             ).returncode
         if code < 0 or code > 128: os._exit(1)                            # killed: no mark
-        with whole_file(self.mark) as f: f.write(str(code))
+        with atomic_file(self.mark) as f: f.write(str(code))
 
 # %% ../../nbs/09_launch/03_slurm.ipynb #d594bac3
 def queued() -> set[str]:

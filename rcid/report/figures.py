@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from ..core.paths import whole_file
+from ..core.paths import atomic_file
 
 # %% ../../nbs/08_report/00_figures.ipynb #cfb3c3a8
 WIDTH, HALF = 6.5, 3.2   # inches: the text width of the paper (letter paper, one-inch margins), and half of it
@@ -97,9 +97,9 @@ def save_figure(fig: Figure, path: str | Path, png: bool = False) -> Path:
     "Writes `path` as PDF without dates (the same figure is the same bytes); `png=True` adds a PNG beside it."
     path = Path(path).with_suffix(".pdf")
     with style():
-        with whole_file(path, "wb") as f: fig.savefig(f, format="pdf", metadata={"CreationDate": None})
+        with atomic_file(path, "wb") as f: fig.savefig(f, format="pdf", metadata={"CreationDate": None})
         if png:
-            with whole_file(path.with_suffix(".png"), "wb") as f:
+            with atomic_file(path.with_suffix(".png"), "wb") as f:
                 fig.savefig(f, format="png", dpi=200, metadata={"Software": None})
     return path
 

@@ -10,7 +10,7 @@ __all__ = ['USE', 'ENGINES', 'PaperError', 'read_source', 'keys_used', 'fill', '
 import argparse, os, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
 from ..core.commands import CommandFailed, last_words, run_command
-from ..core.paths import root, whole_file
+from ..core.paths import root, atomic_file
 from .tables import read_values
 
 # %% ../../nbs/08_report/05_paper.ipynb #8e2f3e74
@@ -186,7 +186,7 @@ def build_paper(folder: str | Path | None = None, engine: str = "typst", values:
     folder = Path(folder or root()/"paper").resolve()
     if engine not in ENGINES: raise PaperError([f"unknown engine {engine!r}: choose one of {sorted(ENGINES)}"])
     pdf = ENGINES[engine](fill(folder, read_values(folder/"values.tex") if values is None else values), folder)
-    with whole_file(folder/"main.pdf", "wb") as f: f.write(pdf)
+    with atomic_file(folder/"main.pdf", "wb") as f: f.write(pdf)
     return folder/"main.pdf"
 
 # %% ../../nbs/08_report/05_paper.ipynb #cfff1bb6

@@ -10,7 +10,7 @@ __all__ = ['WORDS', 'MAIN_COLUMNS', 'COMPANION_COLUMNS', 'HEAD', 'KEY', 'number'
 # %% ../../nbs/08_report/01_tables.ipynb #6e285b90
 import re
 from pathlib import Path
-from ..core.paths import whole_file
+from ..core.paths import atomic_file
 from .figures import in_order, label
 
 # %% ../../nbs/08_report/01_tables.ipynb #aa741151
@@ -145,7 +145,7 @@ def write_values(values: dict[str, str], path: str | Path) -> Path:
             )
         if text.count("{") != text.count("}") or "\n" in text:
             raise ValueError(f"value {key!r} = {text!r}: one line with balanced braces is needed")
-    with whole_file(path) as f: f.write(HEAD + "".join(f"\\defval{{{k}}}{{{values[k]}}}\n" for k in sorted(values)))
+    with atomic_file(path) as f: f.write(HEAD + "".join(f"\\defval{{{k}}}{{{values[k]}}}\n" for k in sorted(values)))
     return Path(path)
 
 def read_values(path: str | Path) -> dict[str, str]:
@@ -156,5 +156,5 @@ def read_values(path: str | Path) -> dict[str, str]:
 # %% ../../nbs/08_report/01_tables.ipynb #cb8aed17
 def write_text(text: str, path: str | Path) -> Path:
     "Writes a table (or any text) whole or not at all."
-    with whole_file(path) as f: f.write(text)
+    with atomic_file(path) as f: f.write(text)
     return Path(path)

@@ -7,7 +7,7 @@ PACE = float(os.environ.get("TOY_PACE", "0.1"))
 
 def write(path: str, text: str):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    # as rcid.core.paths.whole_file
+    # as rcid.core.paths.atomic_file
     handle, new = tempfile.mkstemp(dir=Path(path).parent, prefix=f".{Path(path).name}.")
     try:
         with open(handle, "w") as f: f.write(text)
