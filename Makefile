@@ -19,7 +19,7 @@ export RCID_THREADS ?= 1
 export OMP_NUM_THREADS ?= $(RCID_THREADS)
 export PYTHONWARNINGS ?= ignore
 # WORKERS: one per GPU, or what cores and memory allow, unless given. EXECUTOR: local or slurm. SET: params unlike the scale's.
-LAUNCH = python -m rcid.launch$(if $(EXECUTOR), --executor $(EXECUTOR))$(if $(WORKERS), --workers $(WORKERS))
+LAUNCH = python -m rcid.pipeline$(if $(EXECUTOR), --executor $(EXECUTOR))$(if $(WORKERS), --workers $(WORKERS))
 say = @echo "== $(1)"
 
 # README.md is rendered from nbs/index.ipynb, whose links start in nbs/.
@@ -35,7 +35,7 @@ setup: .venv/.ready
 	$(call say,merge driver and commit check in .git; embedded data)
 	@$(BIN)/python -m rcid.core.commits install
 	@git rev-parse --git-dir >/dev/null 2>&1 || $(BIN)/dvc config --local core.no_scm true
-	@$(BIN)/python -m rcid.core.workspace tables
+	@$(BIN)/python -m rcid.pipeline.workspace tables
 
 repro: setup
 ifeq ($(SCALE),laptop)
@@ -46,8 +46,8 @@ ifeq ($(SCALE),laptop)
 	$(call say,done: paper/main.pdf)
 else
 	$(call say,scale $(SCALE) runs in .workspaces/$(SCALE); the committed results stay as they are)
-	@"$(BIN)/python" -m rcid.core.workspace $(SCALE) $(SET)
-	cd .workspaces/$(SCALE) && export RCID_ROOT="$$PWD" PYTHONPATH="$$PWD" && python -m rcid.core.workspace tables && $(LAUNCH) pilot && $(LAUNCH)
+	@"$(BIN)/python" -m rcid.pipeline.workspace $(SCALE) $(SET)
+	cd .workspaces/$(SCALE) && export RCID_ROOT="$$PWD" PYTHONPATH="$$PWD" && python -m rcid.pipeline.workspace tables && $(LAUNCH) pilot && $(LAUNCH)
 	$(call say,done: .workspaces/$(SCALE)/paper/main.pdf)
 endif
 
@@ -87,7 +87,7 @@ check: .venv/.ready
 
 docs: setup
 	$(call say,HTML of the library notebooks and the executed experiments in _docs/)
-	$(BIN)/python -m rcid.report.docs
+	$(BIN)/python -m rcid.pipeline.docs
 
 readme: setup
 	$(BIN)/jupyter nbconvert --to markdown --stdout nbs/index.ipynb --TagRemovePreprocessor.enabled=True \
@@ -98,7 +98,7 @@ tokenizers: setup
 	$(BIN)/dvc repro tokenizers
 
 params: setup
-	$(BIN)/python -m rcid.core.workspace params scale=laptop
+	$(BIN)/python -m rcid.pipeline.workspace params scale=laptop
 
 clean:
 	rm -rf .workspaces _docs _proc logs build .pytest_cache artifacts/checkpoints

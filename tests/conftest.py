@@ -145,10 +145,10 @@ TINY = (
 @pytest.fixture(scope="session")
 def workspace() -> Path:
     "A fresh workspace `.workspaces/test` in which the whole pipeline has run at tiny scale, without network."
-    from rcid.core.workspace import make_workspace
+    from rcid.pipeline.workspace import make_workspace
     shutil.rmtree(ROOT/".workspaces"/"test", ignore_errors=True)
     folder = make_workspace("tiny", *TINY, name="test")
-    for command in (("dvc", "pull", "data.dvc"), ("rcid.launch", "--workers", "2")):
+    for command in (("dvc", "pull", "data.dvc"), ("rcid.pipeline", "--workers", "2")):
         done = run(
             folder,
             sys.executable,

@@ -5,7 +5,7 @@ from conftest import ROOT, output_of, run
 from rcid.causal import Site, all_sites, causal_effects, score_sites, select_sites
 from rcid.core import embedded, load_params, read_json, sha256, atomic_file, atomic_folder, write_json
 from rcid.core.paths import data_dir, workspace_path
-from rcid.core.workspace import compose_params, make_workspace
+from rcid.pipeline.workspace import compose_params, make_workspace
 from rcid.data import load_pairs
 from rcid.data.pairs import Row, build_pairs
 from rcid.distill import DistillConfig, distill
@@ -368,7 +368,7 @@ def one_line(done, *words):
 )
 def test_command_line(copy, arguments, words):
     before = left(copy)
-    one_line(run(copy, sys.executable, "-m", "rcid.core.run", *arguments), *words)
+    one_line(run(copy, sys.executable, "-m", "rcid.pipeline.stage", *arguments), *words)
     assert [
         n for n in left(copy) if n not in before and n not in ("logs", "__pycache__") and not n.endswith(".pyc")
     ] == []
@@ -378,6 +378,6 @@ def test_command_line(copy, arguments, words):
 def test_stage_with_bad_input(copy, case):
     if case == "unknown key": (copy/"params.yaml").write_text(PARAMS + "bogus: 1\n", encoding="utf-8")
     family = "nosuch" if case == "unknown family" else "qwen3"
-    done = run(copy, sys.executable, "-m", "rcid.core.run", "models", f"family={family}", HF_HUB_OFFLINE="1")
+    done = run(copy, sys.executable, "-m", "rcid.pipeline.stage", "models", f"family={family}", HF_HUB_OFFLINE="1")
     one_line(done, *(["bogus", "params.yaml"] if case == "unknown key" else ["nosuch", "famil"]))
     assert not (copy/"metrics").exists() and not (copy/"runs").exists() and not (copy/"artifacts"/"models").exists()

@@ -62,7 +62,7 @@ def scale_run(): return json.loads((ROOT/"tests"/"benchmarks"/"gpu.json").read_t
 def test_scale_run_has_the_settings_of_its_scale(scale_run, tmp_path):
     from scale import settings
     from rcid.core.params import load_params
-    from rcid.core.workspace import compose_params
+    from rcid.pipeline.workspace import compose_params
     compose_params(tmp_path/"params.yaml", "scale=gpu")
     now, then = settings(load_params(tmp_path/"params.yaml")), json.loads(json.dumps(scale_run["settings"]))
     # that run's text: the page says so, until the run is made again

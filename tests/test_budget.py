@@ -5,7 +5,7 @@ import pytest, torch
 from conftest import output_of, run
 from rcid.causal import Site
 from rcid.core import load_params
-from rcid.core.workspace import compose_params
+from rcid.pipeline.workspace import compose_params
 from rcid.distill import DistillConfig
 from rcid.models import get_adapter, to_qwen3
 from rcid.report.budget import SHAPES, layer_bytes, parameters, run_budget, shaped_model, training_memory
@@ -89,7 +89,7 @@ def test_a100_resolves_in_dvc(copy):
     for options in (("--force",), ("--force", "--allow-missing")):
         done = run(copy, sys.executable, "-m", "dvc", "repro", "--dry", *options)
         assert done.returncode == 0, output_of(done)
-        cells = [l for l in done.stdout.splitlines() if l.startswith("> python -m rcid.core.run distill ")]
+        cells = [l for l in done.stdout.splitlines() if l.startswith("> python -m rcid.pipeline.stage distill ")]
         assert len(cells) == len(set(cells)) == 48 and sum("family=llama" in c for c in cells) == 12
         assert {c.replace("run distill", "run evaluate") for c in cells} <= set(done.stdout.splitlines())
 

@@ -626,7 +626,7 @@ def test_default_coordinates_are_of_the_default_run(notebook):
     for c in code_cells(notebook):
         if "parameters" in c["metadata"].get("tags", []): exec("".join(c["source"]), given)
     words = [f"{k}={v}" for k, v in given.items() if k != "__builtins__"]
-    plain = f"python -m rcid.core.run {notebook.stem}"
+    plain = f"python -m rcid.pipeline.stage {notebook.stem}"
     assert {plain, " ".join([plain, *words])} & set(names.values())
 
 

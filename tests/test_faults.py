@@ -7,7 +7,7 @@ import json, os, random, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, toy
 from conftest import ROOT, output_of, run
-from rcid.launch.local import end_all, marked
+from rcid.pipeline.local import end_all, marked
 
 TABLE = ROOT/"tests"/"faults.json"
 ROWS = {}                                        # fault -> outcomes
@@ -128,7 +128,7 @@ def test_killed_at_random_moments(folder, undisturbed):
             if (folder/part).is_file(): (folder/part).unlink()
         hits += kill_at_random(
             folder,
-            (sys.executable, "-m", "rcid.launch", "--workers", "4"),
+            (sys.executable, "-m", "rcid.pipeline", "--workers", "4"),
             toy.environment(folder, TOY_PACE="0.05"),
             24 - hits,
             2.5,
@@ -183,7 +183,7 @@ def test_two_at_once(folder, undisturbed, first, second):
     command = lambda what: [
         sys.executable,
         "-m",
-        *(("rcid.launch", "--workers", "2") if what == "launch" else ("dvc", "repro")),
+        *(("rcid.pipeline", "--workers", "2") if what == "launch" else ("dvc", "repro")),
     ]
     processes = []
     for what in (first, second):
@@ -454,13 +454,13 @@ def test_a_notebook_that_raises(copy):
     nb["cells"] = [c for c in nb["cells"] if "parameters" in c["metadata"].get("tags", []) or c["id"] == "trouble1"]
     notebook.write_text(json.dumps(nb), encoding="utf-8")
     (copy / "dvc.yaml").write_text(
-        "stages:\n  a: {cmd: python -m rcid.core.run tokenizers, deps: [params.yaml], outs:"
+        "stages:\n  a: {cmd: python -m rcid.pipeline.stage tokenizers, deps: [params.yaml], outs:"
         " [runs/tokenizers/tokenizers.ipynb]}\n  b: {cmd: echo > b.txt, deps: [runs/tokenizers/tokenizers.ipynb], outs:"
         " [b.txt]}\n  c: {cmd: echo > c.txt, deps: [params.yaml], outs: [c.txt]}\n"
     )
     (copy/"dvc.lock").unlink(missing_ok=True)
     (copy/".dvc"/"config.local").write_text("[core]\n    no_scm = true\n")
-    done = run(copy, sys.executable, "-m", "rcid.launch", "--workers", "2")
+    done = run(copy, sys.executable, "-m", "rcid.pipeline", "--workers", "2")
     said = done.stdout + done.stderr
     assert (
         done.returncode == 1
@@ -490,7 +490,7 @@ def kill_stages(workspace: Path, folder: Path, kills: int, seed: int = 11) -> li
     """In a copy of a finished workspace: takes stages of every kind, last ones first, runs each again and kills at a
     random moment; returns those that were hit."""
     from conftest import environment
-    from rcid.launch import Pipeline
+    from rcid.pipeline import Pipeline
     shutil.copytree(workspace, folder, ignore=shutil.ignore_patterns("cache", "tmp", "logs", "__pycache__"))
     pipeline, rng, hit, kinds = Pipeline(folder), random.Random(seed), [], {}
     for name in pipeline.stages:
@@ -505,7 +505,7 @@ def kill_stages(workspace: Path, folder: Path, kills: int, seed: int = 11) -> li
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         with open(folder/"killed.log", "a") as log:
             process = subprocess.Popen(
-                (sys.executable, "-m", "rcid.launch", "--workers", "2", name),
+                (sys.executable, "-m", "rcid.pipeline", "--workers", "2", name),
                 cwd=folder,
                 env=environment(folder, **QUIET),
                 stdout=log,
@@ -536,7 +536,7 @@ def test_real_pipeline_killed_at_random_moments(workspace, tmp_path):
     "Enough kills to meet every kind of stage."
     folder, wanted = tmp_path/"faults", 24
     hit = kill_stages(workspace, folder, wanted)
-    done = run(folder, sys.executable, "-m", "rcid.launch", "--workers", "2", **QUIET)
+    done = run(folder, sys.executable, "-m", "rcid.pipeline", "--workers", "2", **QUIET)
     assert done.returncode == 0, output_of(done)
     a, b = lasting(folder), lasting(workspace)
     for _ in hit: note("kill -9 of launcher, worker or all, real pipeline at tiny scale", "same" if a == b else "wrong")

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT, environment, output_of, run
 from ruamel.yaml import YAML
 from rcid.core import load_params, read_json
-from rcid.core.run import code_view, module_deps, write_code_views
+from rcid.pipeline.stage import code_view, module_deps, write_code_views
 from rcid.report.paper import PaperError, fill, keys_used
 from rcid.report.tables import read_values
 
@@ -15,7 +15,7 @@ STAGES = yaml.load((ROOT/"dvc.yaml").read_text(encoding="utf-8"))["stages"]
 NOTEBOOK = {
     name: m[1]
     for name, s in STAGES.items()
-    if (m := re.match(r"python -m rcid\.core\.run (\w+)", s["cmd"])) and m[1] != "code"
+    if (m := re.match(r"python -m rcid\.pipeline\.stage (\w+)", s["cmd"])) and m[1] != "code"
 }
 EXPERIMENTS = ROOT/"nbs"/"experiments"
 DVC = (sys.executable, "-m", "dvc")
@@ -86,7 +86,7 @@ def test_declared_params_are_the_ones_read(stage):
 @pytest.mark.parametrize("scale", sorted(f.stem for f in (ROOT/"conf"/"scale").glob("*.yaml")))
 def test_declared_params_are_written_down(scale, tmp_path):
     # a default of the schema is invisible to DVC: every key that a stage declares stands in conf/
-    from rcid.core.workspace import compose_params
+    from rcid.pipeline.workspace import compose_params
     compose_params(tmp_path/"params.yaml", f"scale={scale}")
     p = yaml.load((tmp_path/"params.yaml").read_text(encoding="utf-8"))
     load_params(tmp_path/"params.yaml")
@@ -306,7 +306,7 @@ def set_params(folder, section, **values):
 @pytest.mark.slow
 def test_killed_stage_goes_on_from_its_checkpoint(broken):
     name = "qwen3-ioi-rcid-42"
-    command = (sys.executable, "-m", "rcid.core.run", "distill", "family=qwen3", "task=ioi", "method=rcid", "seed=42")
+    command = (sys.executable, "-m", "rcid.pipeline.stage", "distill", "family=qwen3", "task=ioi", "method=rcid", "seed=42")
     metrics, student, record, checkpoint = (
         broken / x
         for x in (
@@ -372,7 +372,7 @@ def test_failing_gate_of_a_required_family_stops(broken):
     set_params(broken, "eval", gate_names=1000)
     record, metrics = broken/"runs"/"pilot"/"qwen3.ipynb", broken/"metrics"/"pilot"/"qwen3.json"
     before = record.read_bytes()
-    done = run(broken, sys.executable, "-m", "rcid.core.run", "pilot", "family=qwen3")
+    done = run(broken, sys.executable, "-m", "rcid.pipeline.stage", "pilot", "family=qwen3")
     lines = [l for l in done.stderr.splitlines() if l.startswith("rcid:")]
     assert (
         done.returncode

@@ -9,9 +9,9 @@ from rcid.core import load_params
 from rcid.core.commits import ADVICE
 from rcid.core.notebooks import cleaned, marks
 from rcid.core.params import Params
-from rcid.core.workspace import DEFAULT_SCALE, compose_params
+from rcid.pipeline.workspace import DEFAULT_SCALE, compose_params
 
-FLOORS = ("core", "models", "data", "causal", "align", "distill", "kv", "eval", "report", "launch")
+FLOORS = ("core", "models", "data", "causal", "align", "distill", "kv", "eval", "report", "pipeline")
 # every module but the generated index
 MODULES = [
     m
@@ -189,8 +189,8 @@ def test_other_settings_for_a_scale():
     "`SET` reaches the workspace of a scale; the committed params of the default scale cannot be overridden in passing."
     dry = lambda *words: subprocess.run(["make", "-n", "repro", *words], cwd=ROOT, capture_output=True, text=True)
     done = dry("SCALE=gpu", "SET=distill.steps=60 seeds=[42]")
-    assert done.returncode == 0 and "rcid.core.workspace gpu distill.steps=60 seeds=[42]" in done.stdout, done.stderr
+    assert done.returncode == 0 and "rcid.pipeline.workspace gpu distill.steps=60 seeds=[42]" in done.stdout, done.stderr
     refused = dry("SET=distill.steps=60")
     assert (
-        refused.returncode and "SET is for the other scales" in refused.stderr and "rcid.launch" not in refused.stdout
+        refused.returncode and "SET is for the other scales" in refused.stderr and "rcid.pipeline" not in refused.stdout
     )

@@ -5,7 +5,7 @@ import pytest
 from conftest import ROOT, output_of, run
 from pydantic import BaseModel
 from rcid.core.params import Params, load_params
-from rcid.core.run import redact, strip_notebook
+from rcid.pipeline.stage import redact, strip_notebook
 
 SECRET = "hf_" + "Zx9" * 8
 
@@ -116,7 +116,7 @@ def test_paths_of_params_stay_in_the_workspace(tmp_path, path, spec):
 
 @pytest.mark.parametrize("word", ("family=../../x", "family=a/b", "seed=$(id)", "task=a;id", "task=-rf"))
 def test_coordinates_are_plain_words(word):
-    from rcid.core.run import coordinates_of
+    from rcid.pipeline.stage import coordinates_of
     with pytest.raises(ValueError, match="plain word|unknown family"): coordinates_of([word])
 
 
@@ -160,7 +160,7 @@ def test_a_token_never_gets_into_an_executed_notebook(copy, fails):
         "nbformat_minor": 5,
     }
     (copy/"nbs"/"experiments"/"leak.ipynb").write_text(json.dumps(nb))
-    done = run(copy, sys.executable, "-m", "rcid.core.run", "leak", HF_TOKEN=SECRET)
+    done = run(copy, sys.executable, "-m", "rcid.pipeline.stage", "leak", HF_TOKEN=SECRET)
     written = [p for part in ("runs", "logs") for p in (copy/part).rglob("*.ipynb")]
     assert bool(done.returncode) == fails and len(written) == 1, output_of(done)
     assert (
@@ -171,5 +171,5 @@ def test_a_token_never_gets_into_an_executed_notebook(copy, fails):
 
 
 def test_check_does_not_show_a_token():
-    done = run(ROOT, sys.executable, "-m", "rcid.launch", "check", HF_TOKEN=SECRET)
+    done = run(ROOT, sys.executable, "-m", "rcid.pipeline", "check", HF_TOKEN=SECRET)
     assert SECRET not in done.stdout + done.stderr and "HF_TOKEN is set" in done.stdout

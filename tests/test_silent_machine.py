@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest, toy
 from conftest import ROOT, environment, output_of, run
 from rcid.core import load_params
-from rcid.core.workspace import compose_params
-from rcid.launch.local import memory, sensible_workers, visible_gpus
+from rcid.pipeline.workspace import compose_params
+from rcid.pipeline.local import memory, sensible_workers, visible_gpus
 
 GB = 10**9
 
@@ -151,7 +151,7 @@ def test_workers_are_what_a_control_group_leaves(groups, files, cores):
 
 def test_check_counts_the_cores_that_it_may_use():
     one = f"import os; os.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}})"
-    command = f"{one}; from rcid.launch.check import check; print(*check()[0], sep='\\n')"
+    command = f"{one}; from rcid.pipeline.check import check; print(*check()[0], sep='\\n')"
     done = run(ROOT, sys.executable, "-c", command, CUDA_VISIBLE_DEVICES="", RCID_THREADS="1")
     assert re.search(r"devices +1 cores?, no GPU; 1 worker", done.stdout), output_of(done)
 
@@ -181,7 +181,7 @@ def test_check_says_that_nvidia_smi_fails(tmp_path):
         if k != "CUDA_VISIBLE_DEVICES"
     }
     done = subprocess.run(
-        [sys.executable, "-m", "rcid.launch", "check"], cwd=ROOT, env=env, capture_output=True, text=True
+        [sys.executable, "-m", "rcid.pipeline", "check"], cwd=ROOT, env=env, capture_output=True, text=True
     )
     assert (
         done.returncode == 1
@@ -266,7 +266,7 @@ def test_an_archive_without_git_in_a_folder_with_spaces(tracked, tmp_path):
         text=True,
         timeout=300,
     )
-    done = go(folder, "-m", "rcid.core.workspace", "tiny")
+    done = go(folder, "-m", "rcid.pipeline.workspace", "tiny")
     assert done.returncode == 0 and done.stdout.strip() == str(folder / ".workspaces" / "tiny"), output_of(done)
     done = go(folder, "-c", "from rcid.core import embedded; print(len(embedded('names')['first_names']) > 10)")
     assert done.returncode == 0 and "True" in done.stdout, output_of(done)
@@ -274,10 +274,10 @@ def test_an_archive_without_git_in_a_folder_with_spaces(tracked, tmp_path):
     assert {p.name for p in (work / "conf" / "scale").iterdir()} == {
         p.name for p in (ROOT / "conf" / "scale").iterdir()
     } and not (work / "metrics").exists()
-    done = go(folder, "-m", "rcid.core.run", "kv_parts")
+    done = go(folder, "-m", "rcid.pipeline.stage", "kv_parts")
     record = folder / "runs" / "kv_parts" / "kv_parts.ipynb"
     assert done.returncode == 0 and str(folder) not in record.read_text(), output_of(done)
-    done = go(folder, "-m", "rcid.launch", "status")
+    done = go(folder, "-m", "rcid.pipeline", "status")
     assert done.returncode == 0 and "up to date" in done.stdout, output_of(done)
 
 
@@ -321,7 +321,7 @@ def test_a_long_folder_for_temporary_files_with_spaces(small, tmp_path):
     "Names of sockets may have 107 bytes."
     long = tmp_path / ("a long name " * 8)
     long.mkdir()
-    done = run(small, sys.executable, "-m", "rcid.core.run", "toy", TMPDIR=str(long), timeout=120)
+    done = run(small, sys.executable, "-m", "rcid.pipeline.stage", "toy", TMPDIR=str(long), timeout=120)
     assert done.returncode == 0 and "all well" in done.stdout, output_of(done)
 
 
@@ -332,11 +332,11 @@ def test_no_home(small):
     as_nobody = "import os, pwd, runpy, sys\npwd.getpwuid = lambda uid: (_ for _ in ()).throw(KeyError(uid))\n"
     (small / "run_it.py").write_text(
         as_nobody
-        + "sys.argv = ['rcid.core.run', 'toy']\n"
-        + "runpy.run_module('rcid.core.run', run_name='__main__', alter_sys=False)\n"
+        + "sys.argv = ['rcid.pipeline.stage', 'toy']\n"
+        + "runpy.run_module('rcid.pipeline.stage', run_name='__main__', alter_sys=False)\n"
     )
     (small / "check_it.py").write_text(
-        as_nobody + "from rcid.launch.check import check\nprint(*check()[0], sep='\\n')\n"
+        as_nobody + "from rcid.pipeline.check import check\nprint(*check()[0], sep='\\n')\n"
     )
     go = lambda name: subprocess.run(
         [sys.executable, name], cwd=small, env=env, capture_output=True, text=True, timeout=120
@@ -357,12 +357,12 @@ def test_a_clone_that_may_not_be_written(small, tmp_path):
         subprocess.run(["mount", "-o", "remount,ro,bind", where], check=True)
         shutil.copyfile(ROOT / ".gitignore", small / ".gitignore")
         for words in (
-            ("rcid.core.run", "toy"),
-            ("rcid.core.run", "code"),
-            ("rcid.core.workspace", "tiny"),
-            ("rcid.core.workspace", "params"),
-            ("rcid.launch",),
-            ("rcid.launch", "status"),
+            ("rcid.pipeline.stage", "toy"),
+            ("rcid.pipeline.stage", "code"),
+            ("rcid.pipeline.workspace", "tiny"),
+            ("rcid.pipeline.workspace", "params"),
+            ("rcid.pipeline",),
+            ("rcid.pipeline", "status"),
         ):
             one_line(
                 run(where, sys.executable, "-m", *words, PYTHONDONTWRITEBYTECODE="1"),
@@ -374,7 +374,7 @@ def test_a_clone_that_may_not_be_written(small, tmp_path):
 
 def test_a_workspace_that_is_no_folder(tmp_path):
     one_line(
-        run(ROOT, sys.executable, "-m", "rcid.core.run", "exp1", RCID_ROOT=str(tmp_path / "nowhere")),
+        run(ROOT, sys.executable, "-m", "rcid.pipeline.stage", "exp1", RCID_ROOT=str(tmp_path / "nowhere")),
         "RCID_ROOT names no folder: .*nowhere",
     )
 
@@ -407,9 +407,9 @@ def test_broken_params_are_named_with_their_line(tmp_path, old, new, line):
 @pytest.mark.parametrize(
     "file, command",
     (
-        ("params.yaml", ("rcid.core.run", "toy", "family=llama")),
-        ("params.yaml", ("rcid.launch",)),
-        ("conf/config.yaml", ("rcid.core.workspace", "params")),
+        ("params.yaml", ("rcid.pipeline.stage", "toy", "family=llama")),
+        ("params.yaml", ("rcid.pipeline",)),
+        ("conf/config.yaml", ("rcid.pipeline.workspace", "params")),
     ),
 )
 def test_commands_name_broken_settings(small, file, command, old, new, line):
@@ -423,7 +423,7 @@ def test_a_broken_pipeline_is_named_with_its_line(small):
     (small / ".dvc").mkdir()
     (small / "dvc.yaml").write_text((small / "dvc.yaml").read_text().replace("\n  exp2:\n", "\n  exp1:\n", 1))
     one_line(
-        run(small, sys.executable, "-m", "rcid.launch"), r"dvc\.yaml: line \d+, column \d+: .*duplicate key \"exp1\""
+        run(small, sys.executable, "-m", "rcid.pipeline"), r"dvc\.yaml: line \d+, column \d+: .*duplicate key \"exp1\""
     )
 
 

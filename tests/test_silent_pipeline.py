@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest, toy
 from conftest import ROOT, environment, output_of, run
 from ruamel.yaml import YAML
-from rcid.core.run import code_view, coordinates_of, module_deps, strip_notebook, write_code_views
+from rcid.pipeline.stage import code_view, coordinates_of, module_deps, strip_notebook, write_code_views
 
 EXPERIMENTS = ROOT / "nbs" / "experiments"
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
@@ -150,14 +150,14 @@ if LOG:
 @pytest.mark.parametrize("name", ("kv_parts", "kv_data"))
 def test_tables_read_at_run_time_are_in_the_view(copy, name):
     "Every table that a kernel opens, seen by an audit hook, is in the code view of its notebook."
-    from rcid.core.workspace import compose_params
+    from rcid.pipeline.workspace import compose_params
 
     (copy / "rcid" / "__init__.py").write_text((copy / "rcid" / "__init__.py").read_text() + READS)
     compose_params(copy / "params.yaml", "scale=tiny")
     log = copy / "reads.txt"
-    done = run(copy, sys.executable, "-m", "rcid.core.run", name, RCID_TEST_READS=str(log), RCID_THREADS="1")
+    done = run(copy, sys.executable, "-m", "rcid.pipeline.stage", name, RCID_TEST_READS=str(log), RCID_THREADS="1")
     assert done.returncode == 0, output_of(done)
-    done = run(copy, sys.executable, "-m", "rcid.core.run", "code")
+    done = run(copy, sys.executable, "-m", "rcid.pipeline.stage", "code")
     view = (copy / "artifacts" / "code" / f"{name}.py").read_text(encoding="utf-8")
     read = {Path(line).name for line in log.read_text().split()} & {f.name for f in (copy / "data").glob("*.json")}
     assert read and [t for t in read if not re.search(rf"(?m)^# [0-9a-f]{{64}}  data/{t}$", view)] == [], output_of(
@@ -210,7 +210,7 @@ def test_params_are_read_in_ways_that_the_declared_ones_are_compared_with():
 )
 def test_magics_are_what_ipython_makes_of_them(bare, magic):
     put(bare, "toy", magic, "from rcid.eval.stats import sign_test")
-    done = run(bare, sys.executable, "-m", "rcid.core.run", "code")
+    done = run(bare, sys.executable, "-m", "rcid.pipeline.stage", "code")
     view = bare / "artifacts" / "code" / "toy.py"
     assert done.returncode == 0 and "Traceback" not in done.stderr, output_of(done)
     assert (
@@ -232,7 +232,7 @@ def test_magics_are_what_ipython_makes_of_them(bare, magic):
 )
 def test_a_broken_notebook_is_named_with_its_cell(bare, text, line):
     (bare / "nbs" / "experiments" / "broken.ipynb").write_text(text)
-    done = run(bare, sys.executable, "-m", "rcid.core.run", "code")
+    done = run(bare, sys.executable, "-m", "rcid.pipeline.stage", "code")
     assert done.returncode and re.fullmatch(rf"rcid: .*{line}.*", done.stderr.strip()), output_of(done)
 
 
@@ -242,7 +242,7 @@ def test_a_broken_notebook_is_named_with_its_cell(bare, text, line):
 @pytest.mark.slow
 def test_a_parameter_may_be_called_name(bare):
     put(bare, "toy", 'name = "a"\nsource = "b"\nself = "c"', "print(name, source, self)", tags=("parameters",))
-    done = run(bare, sys.executable, "-m", "rcid.core.run", "toy", "name=one", "source=two", "self=three")
+    done = run(bare, sys.executable, "-m", "rcid.pipeline.stage", "toy", "name=one", "source=two", "self=three")
     assert (
         done.returncode == 0 and "one two three" in (bare / "runs" / "toy" / "one-two-three.ipynb").read_text()
     ), output_of(done)
@@ -340,7 +340,7 @@ def test_the_users_configuration_changes_no_record(bare, tmp_path):
     )
     records = []
     for more in ({}, mine):
-        done = run(bare, sys.executable, "-m", "rcid.core.run", "toy", **more)
+        done = run(bare, sys.executable, "-m", "rcid.pipeline.stage", "toy", **more)
         assert done.returncode == 0, output_of(done)
         records.append((bare / "runs" / "toy" / "toy.ipynb").read_text(encoding="utf-8"))
         (bare / "runs" / "toy" / "toy.ipynb").unlink()
@@ -365,7 +365,7 @@ def test_what_a_stage_needs_still_passes(bare):
         CUDA_VISIBLE_DEVICES="",
         RCID_EXE=sys.executable,
     )
-    done = run(bare, sys.executable, "-m", "rcid.core.run", "toy", **given)
+    done = run(bare, sys.executable, "-m", "rcid.pipeline.stage", "toy", **given)
     assert "data-folder hub-folder a-proxy an-index 77  True" in done.stdout, output_of(done)
 
 
@@ -453,7 +453,7 @@ def test_dvc_itself_leaves_no_deletion_when_a_stage_fails(bare):
         "from pathlib import Path\nPath('metrics').mkdir(exist_ok=True)\nPath('metrics/toy.json').write_text('1')",
     )
     (bare / "dvc.yaml").write_text(
-        "stages:\n  toy:\n    cmd: python -m rcid.core.run toy\n    deps: [nbs/experiments/toy.ipynb]\n"
+        "stages:\n  toy:\n    cmd: python -m rcid.pipeline.stage toy\n    deps: [nbs/experiments/toy.ipynb]\n"
         "    outs: [runs/toy/toy.ipynb]\n    metrics:\n      - metrics/toy.json: {cache: false}\n"
     )
     (bare / "data.dvc").unlink()

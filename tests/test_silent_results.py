@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, output_of, run
 from rcid.core import load_params, read_json, sha256
 from rcid.core.params import Lm
-from rcid.core.workspace import compose_params
+from rcid.pipeline.workspace import compose_params
 from rcid.data import general_text
 from ruamel.yaml import YAML
 
@@ -53,7 +53,7 @@ def test_nothing_reads_what_ships_inside_python():
 
 def test_general_text_enters_by_one_stage():
     "Every stage whose notebook reads general text depends on the text that the stage `text` wrote, and so on its hash."
-    readers = {s for s, d in DVC["stages"].items() if (m := re.search(r"core\.run (\w+) family=", d["cmd"]))
+    readers = {s for s, d in DVC["stages"].items() if (m := re.search(r"pipeline\.stage (\w+) family=", d["cmd"]))
                and re.search(r"general_text|saved_text", code_of(ROOT/"nbs"/"experiments"/f"{m[1]}.ipynb"))}
     assert {"heal", "baseline", "evaluate", "evaluate_extra"} <= readers
     for stage in readers:
@@ -200,7 +200,7 @@ def one_page(tmp_path: Path, source: str):
     cell = dict(cell_type="code", id="one", metadata={}, source=source, outputs=[], execution_count=None)
     (folder/"page.ipynb").write_text(json.dumps(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)))
     code = (
-        "from pathlib import Path; from rcid.report.docs import execute; nb ="
+        "from pathlib import Path; from rcid.pipeline.docs import execute; nb ="
         f" execute(Path({str(folder/'page.ipynb')!r}), Path({str(tmp_path/'cache')!r})); print([o['data'] for c in"
         " nb['cells'] for o in c['outputs'] if 'data' in o])"
     )

@@ -34,9 +34,9 @@ def environment(folder: Path, **more: str) -> dict:
 
 
 def start(folder: Path, *args: str, **more: str) -> subprocess.Popen:
-    "`python -m rcid.launch ...` in the background, in a session of its own."
+    "`python -m rcid.pipeline ...` in the background, in a session of its own."
     return subprocess.Popen(
-        [sys.executable, "-m", "rcid.launch", *args],
+        [sys.executable, "-m", "rcid.pipeline", *args],
         cwd=folder,
         env=environment(folder, **more),
         stdout=subprocess.PIPE,

@@ -12,4 +12,3 @@ from .params import Params, load_params
 from .hardware import pick_device, pick_dtype, seed_all
 from .commands import CommandFailed, run_command
 from .environment import stage_environment
-from .code import code_view, module_deps, tables_read

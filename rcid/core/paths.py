@@ -140,7 +140,7 @@ def write_checksums(folder: str | Path):
         f.writelines(f"{sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files)
 
 def broken_checksums(folder: str | Path) -> list[str]:
-    "Files of a sealed folder that are missing or not what they were; nothing is said of a folder without a seal."
+    "Files of a folder with checksums that are missing or not what they were; nothing is said of a folder without such a list."
     folder = Path(folder)
     if not (folder/CHECKSUMS).exists(): return []
     text = (folder/CHECKSUMS).read_text(encoding="utf-8", errors="replace").removesuffix("\n")

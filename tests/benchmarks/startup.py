@@ -20,7 +20,7 @@ def run(folder, name):
     spent = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     before, start = spent(), time.time()
     subprocess.run(
-        [sys.executable, "-m", "rcid.core.run", name],
+        [sys.executable, "-m", "rcid.pipeline.stage", name],
         cwd=folder,
         check=True,
         capture_output=True,
