@@ -20,7 +20,7 @@ from rcid.distill import (
     teacher_targets,
 )
 from rcid.distill import targets
-from rcid.distill.methods import Signals
+from rcid.distill.method import Signals
 from rcid.models import shrink
 
 SITES = (Site(0, "s2"), Site(1, "end"), Site(2, "end"))

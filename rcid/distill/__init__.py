@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/05_distill/index.ipynb #75af51d0
+from .method import Method, Objective, PairMethod, Signals
 from .methods import METHODS, StandardKD, FitNets, InformedFitNets, RCID, get_method
 from .losses import divergence, rcid_loss, rcid_floor, relative_error
 from .targets import SignalRequest, teacher_targets, model_hash

@@ -145,7 +145,7 @@ def run_cost(
     both = clean + float((pairs.answer_pos - first_difference(pairs) + 1).float().mean()) if method.pairs else clean
     swaps = clean * len(want_t.swaps)
     tokens, head = both + min(swaps, clean), (
-        (both if want_s.everywhere else 2) if method.corrupt_kl else (clean if want_s.everywhere else 1)
+        (both if want_s.everywhere else 2) if method.corrupt_kl() else (clean if want_s.everywhere else 1)
     )
     maps = (
         get_adapter(student).d_model
@@ -162,7 +162,7 @@ def run_cost(
     fits = (
         0
         if method.reads == "nothing"
-        else 1 + method.fits_late + ((c.steps - 1) // c.refit_every if c.refit_every and method.fits_w else 0)
+        else 1 + method.fits_late() + ((c.steps - 1) // c.refit_every if c.refit_every and method.fits_w() else 0)
     )
     rows = len(pairs) if method.reads == "sites" else min(64, len(pairs))
     fit = step_flops(student, tokens * rows, head * rows, False) + step_flops(teacher, 0, head * rows, False)

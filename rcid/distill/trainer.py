@@ -9,7 +9,6 @@ __all__ = ['DistillResult', 'batch_rows', 'whole_batch', 'lr_at', 'PairObjective
 import hashlib, json, math, shutil, sys, time
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Callable
 import torch
@@ -21,12 +20,12 @@ from ..causal.effects import first_difference
 from ..causal.engine import evaluating
 from ..core.paths import CHECKSUMS, broken_checksums, read_json, write_checksums, atomic_folder, write_json
 from ..data.pairs import ContrastiveDataset
-from .methods import Signals, get_method
-from .plan import DistillConfig, budget_steps, plan_signals, run_cost
+from .method import Method, Objective, Signals
+from .methods import get_method
+from .plan import DistillConfig, plan_signals, run_cost
 from .targets import computes_hash, hidden_signals, model_hash, teacher_targets
 from .training import training
 from ..models.adapters import common_vocab, get_adapter, model_device
-
 
 # %% ../../nbs/05_distill/03_trainer.ipynb #f0736458
 @dataclass
@@ -86,7 +85,7 @@ def _signals(
         if corrupt is not None: corrupt = corrupt[(t + first < mask.sum(1, keepdim=True))[:, :corrupt.shape[1]]]
     rows = [
         clean,
-        *([corrupt] if method.corrupt_kl else []),
+        *([corrupt] if method.corrupt_kl() else []),
         *([hidden["swapped"][:, 0]] if "swapped" in hidden else []),
     ]
     # one call: its weights are read once
@@ -99,7 +98,7 @@ def _signals(
     by_site = lambda key: hidden[key].transpose(0, 1) if key in hidden else None
     return Signals(
         logits[0],
-        logits[1] if method.corrupt_kl else None,
+        logits[1] if method.corrupt_kl() else None,
         shared,
         by_site("sites"),
         by_site("sites_corrupt"),
@@ -159,15 +158,15 @@ def _ids_of(pairs):
     )
 
 
-class PairObjective:
+class PairObjective(Objective):
     """The objective on contrastive pairs: the student's signals on a batch, the teacher's cached ones, and the method's
     losses of both."""
-    base = "kl"                          # what the loss at the answer is called in the learning curve
+    splits = True
 
     def __init__(self, method, student: nn.Module, teacher: nn.Module, pairs: ContrastiveDataset, c: DistillConfig):
         from accelerate import PartialState
         self.method, self.student, self.teacher, self.pairs, self.c = method, student, teacher, pairs, c
-        if c.micro_batch and method.whole_batch:
+        if c.micro_batch and (method.whole_batch() or method.shuffled):
             raise ValueError("this method compares the pairs of a batch with one another: leave micro_batch unset")
         if method.shuffled and min(c.batch, len(pairs)) < 2:
             raise ValueError(
@@ -181,7 +180,7 @@ class PairObjective:
         # the others find them in `targets_dir`
         with PartialState().main_process_first():
             self.targets = teacher_targets(teacher, pairs, self.want_t, c.targets_dir)
-        sides = ["final", *(["final_corrupt"] if method.corrupt_kl else [])]
+        sides = ["final", *(["final_corrupt"] if method.corrupt_kl() else [])]
         # 256 MB of float32: there, reading logits is cheaper than the head
         if (
             self.device.type == "cpu"
@@ -263,7 +262,7 @@ def distill(
     student: nn.Module,                  # trained in place and returned in the result
     teacher: nn.Module,                  # only read
     pairs: ContrastiveDataset,           # training pairs, or whatever data the method has a objective for
-    method,                              # a name of METHODS or a method object
+    method: str | Method,                # a name of METHODS or a method object
     config: DistillConfig,
     probe: Callable[[nn.Module, int], dict] | None = None # measured at every point of the learning curve
 ) -> DistillResult:
@@ -281,7 +280,7 @@ def _train(student, teacher, pairs, method, c, probe, trained: dict[str, nn.Para
     world = PartialState(cpu=device.type == "cpu")
     if c.batch % world.num_processes:
         raise ValueError(f"distill.batch is {c.batch} pairs for {world.num_processes} processes: make it a multiple")
-    if world.num_processes > 1 and getattr(method, "whole_batch", False) and not getattr(method, "shuffled", False):
+    if world.num_processes > 1 and method.whole_batch():
         raise ValueError(
             f"this method compares the pairs of a batch with one another, and {world.num_processes} processes would"
             " each compare their own share: start it with one process"
@@ -289,14 +288,11 @@ def _train(student, teacher, pairs, method, c, probe, trained: dict[str, nn.Para
     if len(pairs) < world.num_processes:
         raise ValueError(f"{len(pairs)} pairs for {world.num_processes} processes: start at most as many processes")
     total = (lambda x: reduce(x, "sum")) if world.num_processes > 1 else lambda x: x
-    if c.flops is not None:
-        if hasattr(method, "objective"):
-            raise ValueError("a budget of FLOPs is for methods that learn from pairs: give this method steps")
-        c = replace(c, steps=budget_steps(student, teacher, pairs, method, c))
-    objective = getattr(method, "objective", partial(PairObjective, method))(student, teacher, pairs, c)
-    if c.micro_batch and not hasattr(objective, "shares"):
+    if c.flops is not None: c = replace(c, steps=method.affordable_steps(student, teacher, pairs, c))
+    objective = method.objective(student, teacher, pairs, c)
+    if c.micro_batch and not objective.splits:
         raise ValueError("this method's batches cannot be split: leave micro_batch unset")
-    later, shares = method.fits_late, getattr(objective, "shares", lambda some, whole: (len(some) / len(whole),) * 2)
+    later = method.fits_late()
     bf16 = device.type != "cpu" if c.bf16 is None else c.bf16
     cast = lambda: torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
@@ -323,14 +319,14 @@ def _train(student, teacher, pairs, method, c, probe, trained: dict[str, nn.Para
     bar = tqdm(range(step0, c.steps), initial=step0, total=c.steps, desc="distil", mininterval=2)
     parts = {}
     for step in bar:
-        refit = c.refit_every and method.fits_w and step and step % c.refit_every == 0
+        refit = c.refit_every and method.fits_w() and step and step % c.refit_every == 0
         if refit or (later and step == round(c.w_warmup * c.steps)): state.load_state_dict(begin().state_dict())
         whole = batch_rows(step, len(pairs), c.batch, c.seed, objective.lengths, c.buckets)
         rows = whole[world.process_index::world.num_processes]
         on, parts = not (later and step < round(c.w_warmup * c.steps)), {}
         for some in rows.split(c.micro_batch or len(rows)):
             # over all parts in all processes they sum to 1
-            share, own_share = shares(some, whole) if len(some) < len(whole) else (1., 1.)
+            share, own_share = objective.shares(some, whole) if len(some) < len(whole) else (1., 1.)
             with cast(): base, own, log = objective.terms(some, step, state)
             loss = c.kl_weight * base * share + (c.method_weight * own * own_share if own is not None and on else 0)
             loss.backward()
@@ -371,11 +367,10 @@ def _train(student, teacher, pairs, method, c, probe, trained: dict[str, nn.Para
             _save_checkpoint(folder, fingerprint, done, history, trained, optimizer, state)
 
     staleness = None
-    if method.fits_w and c.steps:
+    if method.fits_w() and c.steps:
         staleness = map_angle(state.w, begin().w)
     if folder and world.is_main_process: shutil.rmtree(folder, ignore_errors=True)
     return DistillResult(student, history, c.steps, time.time() - start, *objective.budget(), staleness)
-
 
 # %% ../../nbs/05_distill/03_trainer.ipynb #03132476
 def plain_distill(student, teacher, pairs, method, config) -> list[float]:
