@@ -110,12 +110,12 @@ class PairMethod(Method):
 
     def objective(self, student, teacher, data, config):
         "The objective on contrastive pairs."
-        from rcid.distill.trainer import PairObjective  # imported here: its module knows this one
+        from rcid.distill.objective import PairObjective  # imported here: its module knows this one
         return PairObjective(self, student, teacher, data, config)
 
     def affordable_steps(self, student, teacher, data, config):
         "As many steps as `config.flops` pays for."
-        from rcid.distill.plan import budget_steps
+        from rcid.distill.cost import budget_steps
         return budget_steps(student, teacher, data, self, config)
 
     def corrupt_kl(self) -> bool:

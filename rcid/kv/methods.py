@@ -18,9 +18,10 @@ from ..causal.hooks import capture
 from ..data.reasoning import ReasoningDataset
 from ..distill.losses import divergence
 from ..distill.method import Method, Objective
-from ..distill.targets import changed_by_hand, code_hash, computes_hash, kept_tensors, model_hash
-from ..distill.plan import DistillConfig, step_flops
-from ..distill.trainer import whole_batch
+from ..distill.teacher_cache import changed_by_hand, code_hash, computes_hash, kept_tensors, model_hash
+from ..distill.config import DistillConfig
+from ..distill.cost import step_flops
+from ..distill.schedule import whole_batch
 from .aligner import AlignedKV, KVShape, MapProjectionAligner, kv_attention, pretrain_aligner
 from .cache import KVCache, forward_kv
 from .compress import compress_kv
@@ -185,7 +186,7 @@ class KVState(nn.Module):
         for name, value in codi.items(): self.register_buffer(f"codi_{name}", value)
 
 class KVObjective(Objective):
-    "The objective on reasoning problems, see `rcid.distill.trainer.PairObjective`."
+    "The objective on reasoning problems, see `rcid.distill.objective.PairObjective`."
     base = "ce"
 
     def __init__(

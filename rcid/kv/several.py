@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ..align.cka import linear_cka
 from ..align.layers import map_layers
 from ..data.reasoning import ReasoningDataset
-from ..distill.budget import Budget, planned
+from ..distill.cost import Budget, planned
 from ..distill.method import Method, Objective
-from ..distill.plan import DistillConfig
-from ..distill.trainer import whole_batch
+from ..distill.config import DistillConfig
+from ..distill.schedule import whole_batch
 from .aligner import AlignedKV, KVShape, MapProjectionAligner, pretrain_aligner
 from .cache import forward_kv
 from .fusion import Router, fuse, router_regulariser, teacher_prototype
@@ -187,7 +187,7 @@ class KVFusion(Method):
     def objective(self, student, teacher, fusion_targets, c): return FusionObjective(self, student, fusion_targets, c)
 
 class FusionObjective(Objective):
-    "The objective on fusion targets, see `rcid.distill.trainer.PairObjective`; the teachers are not needed any more."
+    "The objective on fusion targets, see `rcid.distill.objective.PairObjective`; the teachers are not needed any more."
     base = "ce"
 
     def __init__(self, method: KVFusion, student: nn.Module, fusion_targets: FusionTargets, c: DistillConfig):
