@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FLOORS', 'Found', 'metrics_files', 'find_value', 'Stage', 'stages_by_output', 'notebook_of', 'Line', 'lines_of',
-           'Origin', 'where', 'all_keys', 'told', 'main']
+           'artifacts', 'find_artifact', 'Origin', 'last_commit', 'where', 'all_keys', 'told', 'origins_tex', 'main']
 
 # %% ../../nbs/09_pipeline/10_provenance.ipynb #ab100003
-import ast, json, re, sys
+import ast, difflib, json, re, sys
 from pathlib import Path
 from typing import Iterator, NamedTuple
 from ..core.commands import CommandFailed, run_command
@@ -101,14 +101,14 @@ def _given(node: ast.AST) -> list[tuple[ast.AST, int]]:
     return []
 
 def _pattern(node: ast.AST) -> tuple[str, int]:
-    "What a text may be as a regular expression ({} of an f-string is anything), and how many letters of it are written out."
+    "A text as a regular expression ({} of an f-string is anything), and how many letters of it are written out."
     if isinstance(node, ast.Constant) and isinstance(node.value, str): return re.escape(node.value), len(node.value)
     if not isinstance(node, ast.JoinedStr): return "", 0
     parts = [p.value if isinstance(p, ast.Constant) else None for p in node.values]
     return "".join(".+" if p is None else re.escape(p) for p in parts), sum(len(p or "") for p in parts)
 
 def _lines_of(file: str, code: str, names: list[str], cell: int | None = None) -> list[tuple[int, bool, Line]]:
-    "(letters of a name that are written out, is it read only?, line) for the lines of a code that say one of the names."
+    "(letters of a name that are written out, only read?, line) for the lines of a code that say one of the names."
     found, shown = {}, code.splitlines()
     def visit(node, function):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)): function = node.name
@@ -128,7 +128,8 @@ def _names_of(path: tuple) -> list[list[str]]:
     words = [p for p in path if isinstance(p, str)]
     if words[0] != "values": return [[w] for w in (words[1:] if len(path) > 1 and isinstance(path[1], int) else words)]
     tails = [".".join(words[-1].split(".")[i:]) for i in range(words[-1].count(".") + 1)]
-    return [[*tails, *(t.replace(".", "__") for t in tails if "." in t)]]
+    spelled = [t.replace(".", "__") for t in tails if "." in t]
+    return [[*tails, *spelled, *(f"{words[-1]}{end}" for end in (".tex", ".pdf") if "/" in words[-1])]]
 
 def lines_of(found: Found, notebook: str) -> list[Line]:
     """The lines that name a value, the likeliest first: the more of its key is written out the better; then given before
@@ -147,6 +148,29 @@ def lines_of(found: Found, notebook: str) -> list[Line]:
     return [line for *_, line in sorted(ranked, key=lambda x: x[:5])]
 
 
+# %% ../../nbs/09_pipeline/10_provenance.ipynb #ab100016
+def artifacts() -> dict[str, str]:
+    "Every table and figure that the paper takes in, by its name and by its label (`tab:exp2`)."
+    found, folder = {}, root()/"paper"
+    for section in sorted(folder.glob("sections/*.tex")):
+        text, names = section.read_text(encoding="utf-8"), []
+        for m in re.finditer(r"\\input\{(tables/[^}]+)\}|\\includegraphics[^{]*\{(figures/[^}]+)\}|\\end\{(?:table|figure)\}", text):
+            if m[0].startswith("\\end"):
+                start = text.rfind("\\begin{" + m[0][5:], 0, m.start())
+                labels = re.findall(r"\\label\{([^}]+)\}", text[start:m.start()])
+                found |= {label: found[name] for label in labels for name in names[:1]}
+                names = []
+            else:
+                file = m[1] + ".tex" if m[1] else m[2]
+                names.append(file.rsplit(".", 1)[0])
+                found[names[-1]] = f"paper/{file}"
+    return found
+
+def find_artifact(key: str) -> list[Found]:
+    "The file of a table or figure; its path is what the code calls it."
+    file = artifacts().get(key)
+    return [Found(file, ("values", file.rsplit(".", 1)[0]), None)] if file else []
+
 # %% ../../nbs/09_pipeline/10_provenance.ipynb #ab100011
 class Origin(NamedTuple):
     "Where a value of the paper comes from."
@@ -160,7 +184,7 @@ class Origin(NamedTuple):
     lines: list[Line]
     commit: str
 
-def _commit(file: str) -> str:
+def last_commit(file: str) -> str:
     "The commit that last changed a file; '' where there is none."
     try: return run_command(["git", "log", "-1", "--format=%h %ad", "--date=short", "--", file], "", cwd=root()).stdout.strip()
     except CommandFailed: return ""
@@ -168,17 +192,17 @@ def _commit(file: str) -> str:
 def where(key: str, commit: bool = True) -> list[Origin]:
     "The origins of a key; an error that says what there is where it leads nowhere."
     stages, origins = stages_by_output(), []
-    for found in find_value(key):
+    for found in find_artifact(key) or find_value(key):
         stage = stages.get(found.file, Stage("", ""))
         page = notebook_of(stage.command)
         lines = lines_of(found, page) if page else []
         command = f"dvc repro --single-item --force {stage.name}" if stage.name else "make repro"
-        said = _commit(found.file) if commit else ""
+        said = last_commit(found.file) if commit else ""
         origins.append(Origin(key, found.value, found.file, found.path, stage.name, command, page, lines, said))
     if origins: return origins
-    first = key.split(".")[0]
-    near = [k for k in all_keys() if first in k][:8] or sorted(metrics_files())[:8]
-    raise KeyError(f"nothing is called {key!r}: try one of {', '.join(near)}")
+    known = [*all_keys(), *artifacts(), *metrics_files()]
+    near = difflib.get_close_matches(key, known, n=6, cutoff=0.3) or known[:6]
+    raise KeyError(f"nothing is called {key!r}; something like it: {', '.join(near)}")
 
 def all_keys() -> dict[str, str]:
     "Every key that the paper may print, and its metrics file."
@@ -192,15 +216,33 @@ def all_keys() -> dict[str, str]:
 def told(o: Origin) -> str:
     "An origin in a few lines."
     value = o.value if isinstance(o.value, str) else json.dumps(o.value, ensure_ascii=False)
-    path = ".".join(str(p) for p in o.path)
+    path = ".".join(str(p) for p in o.path if o.file.endswith(".json"))
     first, *others = o.lines[:3] or [None]
     def at(x): return f"{x.file}" + (f", cell {x.cell}" if x.cell else "") + f", {x.function or 'top'}, line {x.line}"
-    rows = [("value", value if len(value) < 400 else value[:400] + " ..."), ("metrics", f"{o.file}: {path}")]
+    rows = [("value", value if len(value) < 400 else value[:400] + " ...")] if o.value is not None else []
+    rows += [("file", f"{o.file}: {path}" if path else o.file)]
     rows += [("stage", o.stage or "not in dvc.lock"), ("page", o.page)]
     if first: rows += [("line", f"{at(first)}: {first.text}")] + [("or", f"{at(x)}: {x.text}") for x in others]
     rows += [("commit", o.commit or "not committed"), ("again", o.command)]
     return "\n".join(f"{name:8}{text}" for name, text in rows)
 
+# %% ../../nbs/09_pipeline/10_provenance.ipynb #ab100019
+def _tt(text: str) -> str:
+    "Plain text in typewriter letters as LaTeX."
+    return r"\texttt{" + re.sub(r"([_#%&$])", r"\\\1", text) + "}"
+
+def origins_tex(keys: list[str]) -> str:
+    "A LaTeX list of where each key comes from, every line with an anchor `where.KEY`."
+    lines = []
+    for key in keys:
+        o = where(key, commit=False)[0]
+        first = o.lines[0] if o.lines else None
+        at = f", cell {first.cell}" if first and first.cell else f", {_tt(first.file)}" if first else ""
+        function = f", {_tt(first.function)}" if first and first.function else ""
+        lines.append(rf"\hypertarget{{where.{key}}}{{{_tt(key)}}}: {_tt(o.file)}, page {_tt(Path(o.page).stem)}{at}{function}")
+    return "\\\\\n".join(lines) + "\n"
+
+# %% ../../nbs/09_pipeline/10_provenance.ipynb #ab100021
 def main(argv: list[str]):
     "`python -m rcid.pipeline.provenance KEY`, or without a key the list of all keys."
     if not argv: return print("\n".join(f"{k:44}{f}" for k, f in all_keys().items()))
