@@ -232,15 +232,18 @@ def _tt(text: str) -> str:
     return r"\texttt{" + re.sub(r"([_#%&$])", r"\\\1", text) + "}"
 
 def origins_tex(keys: list[str]) -> str:
-    "A LaTeX list of where each key comes from, every line with an anchor `where.KEY`."
+    "A LaTeX list of where each key comes from, a paragraph each with an anchor `where.KEY`."
     lines = []
     for key in keys:
-        o = where(key, commit=False)[0]
-        first = o.lines[0] if o.lines else None
-        at = f", cell {first.cell}" if first and first.cell else f", {_tt(first.file)}" if first else ""
-        function = f", {_tt(first.function)}" if first and first.function else ""
-        lines.append(rf"\hypertarget{{where.{key}}}{{{_tt(key)}}}: {_tt(o.file)}, page {_tt(Path(o.page).stem)}{at}{function}")
-    return "\\\\\n".join(lines) + "\n"
+        origin = where(key, commit=False)[0]
+        first = origin.lines[0] if origin.lines else None
+        place = [f"page {_tt(Path(origin.page).stem)}"]
+        if first and first.cell: place.append(f"cell {first.cell}")
+        elif first: place.append(_tt(first.file))
+        if first and first.function: place.append(_tt(first.function))
+        lines.append(rf"{_tt(key)}\hypertarget{{where.{key}}}{{:}} {', '.join(place)}")
+    return "\n\n".join(lines) + "\n"
+
 
 # %% ../../nbs/09_pipeline/10_provenance.ipynb #ab100021
 def main(argv: list[str]):
