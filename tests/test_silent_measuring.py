@@ -30,7 +30,8 @@ from rcid.data import (
     styled_problems,
 )
 from rcid.data.pairs import ContrastiveDataset
-from rcid.data.reasoning import encode_problems, exact_match, extract_number, load_reasoning, number
+from rcid.data.problems import load_reasoning
+from rcid.data.reasoning import encode_problems, exact_match, extract_number, number
 from rcid.data.reasoning_pairs import reasoning_rows
 from rcid.data.sources import read_rows
 from rcid.distill.targets import SignalRequest, hidden_signals

@@ -126,8 +126,7 @@ def step_flops(
     "FLOPs of a step: 2 a weight and token forward, twice that backward."
     a = get_adapter(model)
     size = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())
-    last, attention = a.layers[-1], a.attention(a.n_layers - 1)
-    rest = size(last) - size(attention.k_proj, attention.v_proj)
+    rest = size(a.layers[-1]) - size(*a.key_value_projections(a.n_layers - 1))
     trunk = (size(a.layers) - rest) * tokens + rest * (tokens if last_rows is None else last_rows)
     return 2.0 * trunk * (3 if backward else 1) + 2.0 * a.vocab * a.d_model * head_rows * (
         1 + backward * (1 + trains_head)
