@@ -34,7 +34,7 @@ from rcid.data.problems import load_reasoning
 from rcid.data.reasoning import encode_problems, exact_match, extract_number, number
 from rcid.data.reasoning_pairs import reasoning_rows
 from rcid.data.sources import read_rows
-from rcid.distill.targets import SignalRequest, hidden_signals
+from rcid.distill.teacher_cache import SignalRequest, hidden_signals
 from rcid.eval import keep_correct, perplexity, stats, task_accuracy
 from rcid.eval.bench import run_bench
 from rcid.eval.consistency import consistency

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 from ..core.paths import read_json
-from ..distill.budget import Budget, check_equal
+from ..distill.cost import Budget, check_equal
 from ..eval.stats import fisher_z, paired_test, weighted_pearson
 from .rows import holm, outcome
 from ..eval.differences import accuracy_difference, bootstrap_test, consistency_difference
