@@ -20,7 +20,7 @@ from .teacher_cache import SignalRequest
 from ..models.adapters import get_adapter
 
 # %% ../../nbs/05_distill/04_config.ipynb #ce781802
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
 class DistillConfig(Distill):
     "The settings of one run: those of params.yaml, and what this run alone knows."
     # not required here, and a run may stand still
