@@ -6,7 +6,7 @@ from conftest import ROOT
 from rcid.core.paths import read_json
 from rcid.pipeline.provenance import all_keys, artifacts, find_value, main, origins_tex, stages_by_output, where
 from rcid.report.paper import MARK, fill, keys_used
-from rcid.report.tables import read_values
+from rcid.report.values import read_values
 from ruamel.yaml import YAML
 
 PRINTED = read_values(ROOT/"paper"/"values.tex")
