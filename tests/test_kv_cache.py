@@ -3,16 +3,8 @@ import itertools
 import pytest
 import torch
 from conftest import ARCHS
-from rcid.data.reasoning import (
-    CUE,
-    SEGMENTS,
-    Problem,
-    encode_problems,
-    exact_match,
-    extract_number,
-    load_reasoning,
-    word_problems,
-)
+from rcid.data.problems import load_reasoning
+from rcid.data.reasoning import CUE, SEGMENTS, Problem, encode_problems, exact_match, extract_number, word_problems
 from rcid.kv import (
     KVCache,
     Rope,

@@ -11,7 +11,8 @@ import hashlib, json, re
 from pathlib import Path
 from typing import NamedTuple, Sequence
 from ..core.paths import read_json, write_json
-from .reasoning import STYLES, Problem, load_reasoning
+from .problems import load_reasoning
+from .reasoning import STYLES, Problem
 
 # %% ../../nbs/02_data/11_holdout.ipynb #2e63193b
 SPELLED = (

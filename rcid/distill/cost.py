@@ -32,8 +32,7 @@ def step_flops(
 ) -> float:
     "FLOPs of a step: 2 a weight and token forward, twice that backward."
     a = get_adapter(model)
-    attention = a.attention(a.n_layers - 1)
-    rest = _size(a.layers[-1]) - _size(attention.k_proj, attention.v_proj)
+    rest = _size(a.layers[-1]) - _size(*a.key_value_projections(a.n_layers - 1))
     trunk = (_size(a.layers) - rest) * tokens + rest * (tokens if last_rows is None else last_rows)
     passes = 3 if backward else 1
     head_passes = 1 + backward * (1 + trains_head)

@@ -159,15 +159,12 @@ def forward_kv(
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     caught, hooks = {}, []
     if queries:
-        for l in range(adapter.n_layers):
-            attention = adapter.attention(l)
-            hooks.append(
-                (getattr(attention, "q_norm", None) or attention.q_proj).register_forward_hook(
-                    lambda _, __, out, l=l: caught.__setitem__(l, out)
-                )
-            )
+        def keep(layer):
+            def hook(module, args, out): caught[layer] = out
+            return hook
+        for l in range(adapter.n_layers): hooks.append(adapter.queries(l).register_forward_hook(keep(l)))
     try:
-        out = model.model(
+        out = adapter.body(
             input_ids=input_ids, attention_mask=mask, position_ids=positions_of(mask.bool()), use_cache=True
         )
     finally:
