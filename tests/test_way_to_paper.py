@@ -177,7 +177,8 @@ def cases_of_exp3():
 
 
 def cases_of_exp4():
-    row = dict(family="llama", task="ioi", who="teacher", sites=4, higher=3, lower=0, template_lower=2, template_higher=0)
+    row = dict(family="llama", task="ioi", who="teacher", sites=4, higher=3, lower=0)
+    row |= dict(template_lower=2, template_higher=0)
     with_template, without = dict(template_h=.9, template_d=.3), dict(template_h=None, template_d=None)
     for rows in ([], [row | with_template], [row | without]): page("exp4").exp4_sentences(rows)
 
