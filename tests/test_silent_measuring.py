@@ -34,7 +34,7 @@ from rcid.data.problems import load_reasoning
 from rcid.data.reasoning import encode_problems, exact_match, extract_number, number
 from rcid.data.reasoning_pairs import reasoning_rows
 from rcid.data.sources import read_rows
-from rcid.distill.targets import SignalRequest, hidden_signals
+from rcid.distill.teacher_cache import SignalRequest, hidden_signals
 from rcid.eval import keep_correct, perplexity, stats, task_accuracy
 from rcid.eval.bench import run_bench
 from rcid.eval.consistency import consistency
@@ -591,7 +591,7 @@ def test_nothing_to_measure_is_said_in_one_line(make_model):
     assert not {w: s for w, s in said.items() if " ".join(w.split()) not in s or "\n" in s}
     assert (
         len(none.trimmed()) == 0
-        and np.isnan(stats.fisher_mean([])[0])
+        and np.isnan(stats.fisher_mean([]))
         and len(stats.holm([])) == len(stats.benjamini_hochberg([])) == 0
     )
     assert stats.paired_test([1.0], [2.0]).n == 1 and np.isnan(stats.paired_test([1.0], [2.0]).p_t)

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
 from .paths import read_yaml, root, workspace_path
 from .teacher_params import Bench, Teachers
 
@@ -66,12 +67,14 @@ class Sites(_Section):
     pairs: int = Field(64, ge=8)                 # training pairs that are scored
     floor: float = Field(0.05, ge=0, le=1)       # sites have at least this share of the largest score
 
-class Distill(_Section):
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Distill:
+    "How long, how fast and with which losses; `rcid.distill.DistillConfig` adds what one run knows."
     steps: int = Field(ge=0)
     # flops: every method gets the FLOPs that `standard_kd_pairs` needs for `steps`
     match: Literal["steps", "flops"] = "steps"
     batch: int = Field(gt=0)                     # pairs a step
-    micro_batch: int | None = Field(None, gt=0)  # pairs in memory at once; null = the whole batch
+    micro_batch: int | None = Field(None, gt=0)  # pairs in memory at once, gradients are summed up; null = all
     checkpoint_gradients: bool = False           # recompute activations: less memory, a third more time
     lr: float = Field(gt=0)
     warmup: float = Field(0.1, ge=0, lt=1)       # share of the steps
@@ -79,9 +82,9 @@ class Distill(_Section):
     method_weight: float = Field(1.0, ge=0)
     temperature: float = Field(1.0, gt=0)
     kl_at: Literal["answer", "all"] = "answer"
-    train_embeddings: bool = False
+    train_embeddings: bool = False               # embeddings and head are frozen unless true
     bf16: bool | None = None                     # autocast; null = on an accelerator only
-    # share of the steps before W is fitted, for w = procrustes_after_warmup
+    # share of the steps without the method's own term, for w = procrustes_after_warmup
     w_warmup: float = Field(0.5, ge=0, lt=1)
     refit_every: int = Field(0, ge=0)            # steps between new fits of W (an ablation); 0 = W stays as fitted
     log_every: int = Field(20, gt=0)             # steps between points of the learning curve
@@ -199,7 +202,7 @@ def _first_of(e: ValidationError) -> str:
     "What pydantic refuses first, where, and how much else it refuses."
     first, others = e.errors()[0], e.error_count() - 1
     where = ".".join(str(x) for x in first["loc"])
-    unknown = first["type"] == "extra_forbidden"
+    unknown = first["type"] in ("extra_forbidden", "unexpected_keyword_argument")
     why = "unknown key: check its spelling against rcid.core.params" if unknown else first["msg"]
     return f"{where}: {why}" + (f" (and {others} more)" if others else "")
 

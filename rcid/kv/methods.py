@@ -17,9 +17,11 @@ from ..align.procrustes import procrustes
 from ..causal.hooks import capture
 from ..data.reasoning import ReasoningDataset
 from ..distill.losses import divergence
-from ..distill.targets import changed_by_hand, code_hash, computes_hash, kept_tensors, model_hash
-from ..distill.plan import DistillConfig, step_flops
-from ..distill.trainer import whole_batch
+from ..distill.method import Method, Objective
+from ..distill.teacher_cache import changed_by_hand, code_hash, computes_hash, kept_tensors, model_hash
+from ..distill.config import DistillConfig
+from ..distill.cost import step_flops
+from ..distill.schedule import whole_batch
 from .aligner import AlignedKV, KVShape, MapProjectionAligner, kv_attention, pretrain_aligner
 from .cache import KVCache, forward_kv
 from .compress import compress_kv
@@ -33,7 +35,7 @@ from ..models.adapters import common_vocab, get_adapter
 
 # %% ../../nbs/06_kv/09_methods.ipynb #b4f06409
 @dataclass(frozen=True)
-class KVMethod:
+class KVMethod(Method):
     """Cross-entropy on the answer after latent places and on the teacher's reasoning, plus the terms with a weight
     above 0."""
     latents: int = 6               # M places; 0: the question, then the answer
@@ -56,17 +58,6 @@ class KVMethod:
     places: str = "all"            # all (question, places, answer) | latents
     weights: str = "none"          # none | teacher | student: whose attention weighs the places
     weights_after: int = 0         # plain weights for so many steps
-
-    # what the trainer asks of any method
-    pairs, swaps, random_sites, fits_late, fits_w, corrupt_kl, reads = (
-        False,
-        False,
-        False,
-        False,
-        False,
-        False,
-        "nothing",
-    )
 
     def __post_init__(self):
         for name, known in (
@@ -119,7 +110,6 @@ class KVMethod:
             seed=seed,
         )
 
-    @property
     def whole_batch(self) -> bool:
         return bool(self.a_cka)  # a CKA compares the tokens of a batch with one another
 
@@ -195,8 +185,8 @@ class KVState(nn.Module):
         self.aligner = aligner
         for name, value in codi.items(): self.register_buffer(f"codi_{name}", value)
 
-class KVObjective:
-    "The objective on reasoning problems, see `rcid.distill.trainer.PairObjective`."
+class KVObjective(Objective):
+    "The objective on reasoning problems, see `rcid.distill.objective.PairObjective`."
     base = "ce"
 
     def __init__(

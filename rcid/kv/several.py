@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from ..align.cka import linear_cka
 from ..align.layers import map_layers
 from ..data.reasoning import ReasoningDataset
-from ..distill.budget import Budget, planned
-from ..distill.plan import DistillConfig
-from ..distill.trainer import whole_batch
+from ..distill.cost import Budget, planned
+from ..distill.method import Method, Objective
+from ..distill.config import DistillConfig
+from ..distill.schedule import whole_batch
 from .aligner import AlignedKV, KVShape, MapProjectionAligner, pretrain_aligner
 from .cache import forward_kv
 from .fusion import Router, fuse, router_regulariser, teacher_prototype
@@ -158,7 +159,7 @@ def _through_z(warped, k_s, v_s, z) -> dict[str, AlignedKV]:
 DEPTHS = ("all", "shallow", "deep")
 
 @dataclass(frozen=True)
-class KVFusion:
+class KVFusion(Method):
     """Cross-entropy on the answer, and the fused keys and values of the teachers in `fusion_targets`; none in them: the
     control."""
     fusion: str = "fixed"              # fixed | similarity | learnable | govern
@@ -173,17 +174,6 @@ class KVFusion:
     depth: str = "all"
     budget: Budget | None = None       # what the run must cost; None: not compared with another
 
-    # what the trainer asks of any method
-    pairs, swaps, random_sites, fits_late, fits_w, corrupt_kl, reads = (
-        False,
-        False,
-        False,
-        False,
-        False,
-        False,
-        "nothing",
-    )
-
     def __post_init__(self):
         for name, known in (
             ("fusion", ("fixed", "similarity", "learnable", "govern")),
@@ -196,8 +186,8 @@ class KVFusion:
 
     def objective(self, student, teacher, fusion_targets, c): return FusionObjective(self, student, fusion_targets, c)
 
-class FusionObjective:
-    "The objective on fusion targets, see `rcid.distill.trainer.PairObjective`; the teachers are not needed any more."
+class FusionObjective(Objective):
+    "The objective on fusion targets, see `rcid.distill.objective.PairObjective`; the teachers are not needed any more."
     base = "ce"
 
     def __init__(self, method: KVFusion, student: nn.Module, fusion_targets: FusionTargets, c: DistillConfig):

@@ -10,7 +10,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 from ..data.pairs import ContrastiveDataset
-from ..distill.plan import DistillConfig, plan_signals, run_cost
+from ..distill.config import DistillConfig, plan_signals
+from ..distill.cost import run_cost
 from ..distill.trainer import distill
 from ..models.adapters import get_adapter
 

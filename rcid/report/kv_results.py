@@ -16,10 +16,11 @@ from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 from ..core.paths import read_json
 from ..eval.stats import fisher_mean, wilson
-from .claims import holm, outcome
-from .differences import accuracy_difference, consistency_difference
-from .figures import panels, style
-from .tables import count, in_words, interval, listing, number, p_value, percent, tabular
+from .rows import holm, outcome
+from ..eval.differences import accuracy_difference, consistency_difference
+from .style import panels, style
+from .numbers import count, in_words, interval, listing, number, p_value, percent
+from .tables import tabular
 
 # %% ../../nbs/08_report/07_kv_results.ipynb #f7faccd2
 KV_GROUPS = {  # method: label, by group, in the order of the paper
@@ -70,7 +71,7 @@ def kv_rows(cells: list[dict]) -> list[dict]:
     for method in dict.fromkeys(c["method"] for c in cells):
         mine = [c for c in cells if c["method"] == method]
         report = lambda key: [c["consistency"][key] for c in mine]
-        z = lambda values: None if any(v is None for v in values) else fisher_mean(values)[0]
+        z = lambda values: None if any(v is None for v in values) else fisher_mean(values)
         ends = np.mean([wilson(c["right"].count("1"), len(c["right"])) for c in mine], 0).tolist()
         rows.append(
             dict(

@@ -13,12 +13,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 from ..core.paths import read_json
-from ..distill.budget import Budget, check_equal
+from ..distill.cost import Budget, check_equal
 from ..eval.stats import fisher_z, paired_test, weighted_pearson
-from .claims import holm, outcome
-from .differences import accuracy_difference, bootstrap_test, consistency_difference
-from .figures import WIDTH, label, panels, style
-from .tables import count, interval, listing, number, p_value, percent, tabular
+from .rows import holm, outcome
+from ..eval.differences import accuracy_difference, bootstrap_test, consistency_difference
+from .style import WIDTH, label, panels, style
+from .numbers import count, interval, listing, number, p_value, percent
+from .tables import tabular
 
 # %% ../../nbs/08_report/08_teachers_results.ipynb #c77ee421
 def say(setting: str) -> str:
