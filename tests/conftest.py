@@ -58,7 +58,7 @@ def real(name: str) -> Path:
 
 
 def defines(source: str) -> bool:
-    "Whether a cell holds nothing but imports, definitions and constants (plain values, or any value of a NAME IN CAPITALS)."
+    "Whether a cell holds nothing but imports, definitions and constants: plain values, or a NAME IN CAPITALS."
     try: statements = ast.parse(source).body
     except SyntaxError: return False                       # a magic, such as %matplotlib
     for s in statements:

@@ -6,7 +6,7 @@ from safetensors.numpy import save_file
 from conftest import ROOT, page
 from rcid.core import load_params, read_json, write_json
 from rcid.report import sentences
-from rcid.report.claims import holm, outcome
+from rcid.report import holm, outcome
 
 EXP6, EXP7 = page("exp6"), page("exp7")
 

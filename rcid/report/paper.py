@@ -11,7 +11,7 @@ import argparse, os, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
 from ..core.commands import CommandFailed, last_words, run_command
 from ..core.paths import root, atomic_file
-from .tables import read_values
+from .values import read_values
 
 # %% ../../nbs/08_report/05_paper.ipynb #8e2f3e74
 class PaperError(Exception):
@@ -30,7 +30,7 @@ def read_source(folder: Path, name: str = "main.tex", problems: list | None = No
             if m[1] == "values": continue                          # read by fill, not as text
             child = folder/(m[1] if m[1].endswith(".tex") else m[1] + ".tex")
             kind = "table" if m[1].startswith("tables/") else "section"
-            if child.exists():lines += read_source(folder, m[1], problems)
+            if child.exists(): lines += read_source(folder, m[1], problems)
             else: problems.append(f"missing {kind} {m[1]!r} ({name}:{n}): run `dvc repro` to make {child.name}")
         else:
             lines.append((name, n, bare))
@@ -38,15 +38,12 @@ def read_source(folder: Path, name: str = "main.tex", problems: list | None = No
 
 USE = re.compile(r"\\(val|claim)\{([^}]*)\}")
 
+def _key(kind: str, key: str) -> str: return f"claim.{key}" if kind == "claim" else key
+
 def keys_used(folder: str | Path) -> list[str]:
     "Every key of `values.tex` that the paper asks for, claims as `claim.key`."
-    return sorted(
-        {
-            ("claim." if kind == "claim" else "") + key
-            for _, _, line in read_source(Path(folder))
-            for kind, key in USE.findall(line)
-        }
-    )
+    text = "\n".join(line for _, _, line in read_source(Path(folder)))
+    return sorted({_key(kind, key) for kind, key in USE.findall(text)})
 
 def fill(folder: str | Path, values: dict[str, str]) -> str:
     """The whole source as one text with every `\\val` and `\\claim` replaced; raises `PaperError` naming all that is
@@ -57,29 +54,20 @@ def fill(folder: str | Path, values: dict[str, str]) -> str:
     lines = read_source(folder, problems=problems)
     labels = {m for *_, line in lines for m in re.findall(r"\\label\{([^}]+)\}", line)}
     for name, n, line in lines:
-        def replace(m):
-            key = ("claim." if m[1] == "claim" else "") + m[2]
-            if key not in values:
-                problems.append(
-                    f"missing {'claim' if m[1] == 'claim' else 'value'} {m[2]!r} ({name}:{n}): no metrics file of this"
-                    " run defines it"
-                )
-            return values.get(key, "")
+        at = f"({name}:{n})"
         for figure in re.findall(r"\\includegraphics(?:\[[^]]*\])?\{([^}]+)\}", line):
-            if not (folder / figure).exists():
-                problems.append(f"missing figure {figure!r} ({name}:{n}): run `dvc repro` to make it")
+            if (folder/figure).exists(): continue
+            problems.append(f"missing figure {figure!r} {at}: run `dvc repro` to make it")
         for keys in re.findall(r"\\cite[a-z]*(?:\[[^]]*\])*\{([^}]+)\}", line):
-            problems += [
-                f"missing reference {k.strip()!r} ({name}:{n}): add it to references.bib"
-                for k in keys.split(",")
-                if k.strip() not in known
-            ]
-        problems += [
-            f"missing label {k!r} ({name}:{n}): nothing in the paper has it"
-            for k in re.findall(r"\\(?:eq)?ref\{([^}]+)\}", line)
-            if k not in labels
-        ]
-        out.append(USE.sub(replace, line))
+            for key in map(str.strip, keys.split(",")):
+                if key not in known: problems.append(f"missing reference {key!r} {at}: add it to references.bib")
+        for key in re.findall(r"\\(?:eq)?ref\{([^}]+)\}", line):
+            if key not in labels: problems.append(f"missing label {key!r} {at}: nothing in the paper has it")
+        for kind, key in USE.findall(line):
+            if _key(kind, key) in values: continue
+            what = "claim" if kind == "claim" else "value"
+            problems.append(f"missing {what} {key!r} {at}: no metrics file of this run defines it")
+        out.append(USE.sub(lambda m: values.get(_key(m[1], m[2]), ""), line))
     if problems: raise PaperError(problems)
     return "\n".join(out) + "\n"
 
@@ -94,27 +82,19 @@ def _wheel(name: str, package: str):
 
 def to_typst(text: str, folder: Path) -> str:
     "The filled LaTeX as a Typst document, citations resolved, through the template and filter in `paper/typst`."
-    pypandoc = _wheel("pypandoc", "pypandoc_binary")
-    bundled = [
-        p
-        for p in (Path(pypandoc.__file__).parent / "files").glob("pandoc*")
-        if p.stem == "pandoc" and p.suffix in ("", ".exe")
-    ]
-    pandoc, styled = str(bundled[0]) if bundled else pypandoc.get_pandoc_path(), folder/"typst"
+    pypandoc, styled = _wheel("pypandoc", "pypandoc_binary"), folder/"typst"
+    files = (Path(pypandoc.__file__).parent/"files").glob("pandoc*")
+    bundled = [p for p in files if p.stem == "pandoc" and p.suffix in ("", ".exe")]
+    pandoc = str(bundled[0]) if bundled else pypandoc.get_pandoc_path()
     command = [
         pandoc,
-        "--from=latex",
-        "--to=typst",
-        "--standalone",
-        "--number-sections",
-        "--citeproc",
+        *"--from=latex --to=typst --standalone --number-sections --citeproc --wrap=preserve".split(),
         f"--bibliography={folder/'references.bib'}",
         "--metadata=link-citations=true",
         "--metadata=reference-section-title=References",
-        "--wrap=preserve",
     ]
     if styled.exists(): command += [f"--template={styled/'template.typ'}", f"--lua-filter={styled/'filter.lua'}"]
-    try:done = run_command(command, "pandoc could not read the paper", text=False, input=text.encode(), cwd=folder)
+    try: done = run_command(command, "pandoc could not read the paper", text=False, input=text.encode(), cwd=folder)
     except CommandFailed as e:
         raise PaperError([str(e)]) from None
     # Unnumbered: the list of references. Its heading is the one that pandoc adds.
@@ -158,23 +138,14 @@ def build_latex(text: str, folder: Path) -> bytes:
             env=env,
             capture_output=True,
         )
-        log = (
-            (Path(d) / "main.log").read_text(errors="replace")
-            if (Path(d) / "main.log").exists()
-            else done.stdout.decode(errors="replace")
-        )
+        log = Path(d)/"main.log"
+        log = log.read_text(errors="replace") if log.exists() else done.stdout.decode(errors="replace")
         if done.returncode:
             if m := re.search(r"File `([^']+)\.sty' not found", log):
                 raise PaperError([f"LaTeX package {m[1]} is missing: install it, or build with engine=\"typst\""])
-            raise PaperError(
-                [
-                    "LaTeX stopped: "
-                    + next(
-                        (line[2:] for line in log.splitlines() if line.startswith("! ")),
-                        last_words(done.stderr.decode(errors="replace"), log),
-                    )
-                ]
-            )
+            errors = [line[2:] for line in log.splitlines() if line.startswith("! ")]
+            why = errors[0] if errors else last_words(done.stderr.decode(errors="replace"), log)
+            raise PaperError([f"LaTeX stopped: {why}"])
         return (Path(d)/"main.pdf").read_bytes()
 
 # %% ../../nbs/08_report/05_paper.ipynb #4cf54412
@@ -202,7 +173,7 @@ def main(argv: list[str]):
     )
     args = parser.parse_args(argv)
     if args.keys: return print("\n".join(keys_used(args.folder or root()/"paper")))
-    try:print(build_paper(args.folder, args.engine))
+    try: print(build_paper(args.folder, args.engine))
     except (PaperError, OSError) as e: sys.exit("\n".join(f"rcid: {line}" for line in str(e).splitlines()))
 
 if __name__ == "__main__" and "__file__" in globals(): main(sys.argv[1:])
