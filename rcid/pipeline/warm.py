@@ -173,7 +173,7 @@ def main(number: int):
     serve(socket.socket(fileno=number))
 
 # %% ../../nbs/09_pipeline/04_warm.ipynb #27ae60bd
-OWN = ("DVC_STAGE", "CUDA_VISIBLE_DEVICES")       # variables in which stages differ; nothing that is imported reads them
+OWN = ("DVC_STAGE", "CUDA_VISIBLE_DEVICES")       # in which stages differ; nothing reads them when it is imported
 STAGE = ["python", "-m", "rcid.pipeline.stage"]
 
 def package() -> Path:
