@@ -254,6 +254,19 @@ def test_routing_figure_shows_weights_and_consistencies(family):
     assert [t.get_text() for t in right.get_yticklabels()] == ["no teacher", "LLaMA alone", "fixed"]
 
 
+def test_losses_are_shown_before_distillation():
+    losses = metrics("kv/diagnosis")["losses"]
+    left, right = page("kv_diagnose").losses_figure(losses).axes
+    assert [t.get_text() for t in left.get_yticklabels()] == [r["part"] for r in losses]
+    assert [bar.get_width() for bar in right.patches] == [100 * r["share"] for r in losses]
+
+
+def test_only_keys_have_an_attention():
+    keys, values = [r for r in metrics("kv/diagnosis")["profile"] if r["aligner"] == "flat"]
+    line = page("kv_diagnose").profile_line
+    assert "KL 0.191" in line(keys) and "KL" not in line(values) and line(values).endswith("cosine 0.753")
+
+
 # sentences: one case an outcome
 
 def planted(metric: str, diff: float | None, p: float | None, a: str = "kava", b: str = "latent_sft", **more) -> dict:
@@ -395,9 +408,9 @@ def cases_of_exp7() -> list[tuple]:
         (leans(), "Whose mechanism a student took was not tested: there is one teacher."),
         (leans(none="same", fixed="same"), "In none of the 2 settings did the students lean to one teacher detectably."),
         (leans(none="untested", single_llama="higher", fixed="lower", learnable="higher", govern="same"),
-         "The students of LLaMA alone and learnable were more consistent with LLaMA than with Qwen3; the students of fixed"
-         " were more consistent with Qwen3 than with LLaMA; the students of gradient vote of three leaned to neither"
-         " teacher detectably; the students of no teacher could not be tested."),
+         "The students of LLaMA alone and learnable were more consistent with LLaMA than with Qwen3; the students of"
+         " fixed were more consistent with Qwen3 than with LLaMA; the students of gradient vote of three leaned to"
+         " neither teacher detectably; the students of no teacher could not be tested."),
         (EXP7.verdict_sentence(wins), "On accuracy, fixed beat no teacher."),
         (EXP7.verdict_sentence(wins[1:]), "No fusion beat what it was compared with on accuracy."),
     ]
@@ -433,6 +446,3 @@ def test_committed_sentences_are_said_of_the_committed_numbers():
     accuracy = EXP7.tests_of(record["tests"], EXP7.of_fusions(pairs), "accuracy")
     assert record["values"]["claim.several.fusions"] == EXP7.compared_sentence("accuracy", accuracy)
     assert record["values"]["claim.several.lean"] == EXP7.lean_sentence(record["tests"])
-
-
-def test_no_number_is_typed_into_a_template(): assert sentences.lint_sentences(ROOT/"paper"/"sentences") == []
