@@ -145,7 +145,7 @@ def test_bad_models_and_caches(make_model, tmp_path):
     f = save_kv(cache, tmp_path/"c.safetensors")
     assert torch.equal(load_kv(f).k, cache.k)
     f.write_bytes(f.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="not a whole KV cache"): load_kv(f)
+    with pytest.raises(ValueError, match="not a whole file of tensors"): load_kv(f)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..causal.effects import first_difference
 from ..causal.engine import KeysReady, PrefixCache
 from ..causal.hooks import Site, capture, write
-from ..core.paths import atomic_file
+from ..core.tensors import content_hash, load_tensors, save_tensors
 from ..data.pairs import ContrastiveDataset
 from ..models.adapters import KNOWN_LAYERS, get_adapter, hidden_of, model_device, weights_of
 from ..models.modes import evaluating
@@ -139,11 +139,9 @@ def _swapped(model, pairs, site, value):         # (pair, d_model)
 # %% ../../nbs/05_distill/03_teacher_cache.ipynb #925f73d6
 def model_hash(model: nn.Module) -> str:
     "SHA-256 of a model's config and weights."
-    h = hashlib.sha256(model.config.to_json_string(use_diff=True).encode())
-    for name, p in weights_of(model):
-        whole = p.detach().cpu().contiguous()
-        h.update(name.encode() + (whole.view(torch.uint8).numpy().tobytes() if p.dim() else str(p.item()).encode()))
-    return h.hexdigest()
+    # one weight at a time: those of an offloaded model are not all in memory at once
+    weights = [content_hash({name: value}) for name, value in weights_of(model)]
+    return content_hash({}, model.config.to_json_string(use_diff=True), weights)
 
 LIBRARIES = ("accelerate", "transformers")   # their hooks move tensors and record outputs, and change none
 
@@ -170,8 +168,8 @@ def computes_hash(model: nn.Module) -> str:
         for name, t in (*m._parameters.items(), *m._buffers.items()):
             if t is not None: h.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
         # a rotary embedding's frequencies are in no state_dict
-        for name, t in m._buffers.items():
-            if t is not None: h.update(_bytes(t))
+        buffers = {name: t for name, t in m._buffers.items() if t is not None}
+        if buffers: h.update(content_hash(buffers).encode())
     return h.hexdigest()
 
 def _everything(model): # a latent model keeps the plain one beside it
@@ -183,24 +181,6 @@ def _plain(v): # a setting; an object may have another text in every process
     if isinstance(v, dict): return all(map(_plain, [*v, *v.values()]))
     return v is None or isinstance(v, (bool, int, float, str, torch.dtype))
 
-def _bytes(t: Tensor) -> bytes: return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-def _read(path: Path) -> dict[str, Tensor] | None:
-    from safetensors import safe_open
-    try:
-        # memory-mapped: a row is read from disk when it is used
-        with safe_open(path, "pt") as f:
-            tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
-    except Exception: return None
-    return tensors if meta.get("sha256") == _digest(tensors) else None
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    h = hashlib.sha256()
-    for k in sorted(tensors):
-        h.update(k.encode())
-        h.update(tensors[k].contiguous().view(torch.uint8).numpy().tobytes())
-    return h.hexdigest()
-
 def kept_tensors(
     folder: str | Path | None,           # where to keep them; None = only in memory
     key: tuple,                          # all that they depend on
@@ -208,12 +188,13 @@ def kept_tensors(
 ) -> dict[str, Tensor]:
     "Tensors from `folder` if they are there and whole; else made, and written there."
     if folder is None: return make()
-    path = Path(folder)/f"{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.safetensors"
-    if path.exists() and (kept := _read(path)) is not None: return kept
+    path = Path(folder)/f"{content_hash({}, key)[:24]}.safetensors"
+    try: return load_tensors(path)[0]
+    except (FileNotFoundError, ValueError): pass                           # absent or damaged
     tensors = make()
-    from safetensors.torch import save
-    with atomic_file(path, "wb") as f: f.write(save(tensors, metadata={"sha256": _digest(tensors)}))
-    return _read(path) or tensors                                          # the mapped ones: memory is free again
+    save_tensors(path, tensors)
+    try: return load_tensors(path)[0]                                      # the mapped ones: memory is free again
+    except (FileNotFoundError, ValueError): return tensors
 
 def code_hash(*made_by) -> str:
     "SHA-256 of the modules in which these functions and classes are written, and of the libraries' versions."

@@ -70,7 +70,7 @@ class Slurm:
         folder: str | Path = ".",                # workspace; its params.yaml says what a job asks for
         tries: int = 3,                          # how often a stage that is killed is handed in
         poll: float = 2.0,                       # seconds between questions to the cluster
-        patience: float = 10.0                   # seconds that a job may be neither in the queue nor ended (shared file systems lag)
+        patience: float = 10.0                   # seconds in which a job may be neither queued nor ended (file systems lag)
     ):
         import submitit
         self.slots = [str(i) for i in range(workers or 16)]

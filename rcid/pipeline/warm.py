@@ -15,8 +15,8 @@ from ..core.paths import root
 
 # %% ../../nbs/09_pipeline/04_warm.ipynb #4ad81f07
 LATE = """
-papermill nbclient ipykernel.kernelapp ipykernel.ipkernel ipykernel.zmqshell jupyter_client.manager
-matplotlib.pyplot matplotlib.backends.backend_agg matplotlib.backends.backend_pdf matplotlib_inline.config
+papermill nbclient ipykernel.ipkernel ipykernel.zmqshell jupyter_client.manager
+matplotlib.figure matplotlib.font_manager matplotlib.backends.backend_agg matplotlib.backends.backend_pdf
 scipy.stats scipy.optimize safetensors.torch transformers.models.llama.modeling_llama
 transformers.models.qwen3.modeling_qwen3 transformers.models.auto.modeling_auto transformers.models.auto.tokenization_auto
 """.split()
@@ -52,12 +52,13 @@ def _own_process(env: dict[str, str], folder: str):
 def _end_process(code: int):
     "Ends a fork as an interpreter ends, without taking down what it imported."
     import atexit, threading
+    streams, leave = (sys.stdout, sys.stderr), os._exit                     # IPython deletes names when it ends
     threading._shutdown()
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
+    for stream in streams:
         try: stream.flush()
-        except (OSError, ValueError): pass                                  # a full disk: the exit status says it
-    os._exit(code)
+        except (OSError, ValueError): pass                                  # a full disk, or closed
+    leave(code)
 
 def exit_status(run, *args) -> int:
     "Calls `run`; the exit status of a program that does nothing else, which says on stderr why it fails."
@@ -172,7 +173,7 @@ def main(number: int):
     serve(socket.socket(fileno=number))
 
 # %% ../../nbs/09_pipeline/04_warm.ipynb #27ae60bd
-OWN = ("DVC_STAGE", "CUDA_VISIBLE_DEVICES")       # variables in which stages differ; nothing that is imported reads them
+OWN = ("DVC_STAGE", "CUDA_VISIBLE_DEVICES")       # in which stages differ; nothing reads them when it is imported
 STAGE = ["python", "-m", "rcid.pipeline.stage"]
 
 def package() -> Path:
