@@ -106,7 +106,8 @@ _restartable = WeakKeyDictionary()               # model -> {(attention, dtype, 
 
 def _why_not(model, pairs) -> str | None: # None if the engine can restart this model
     # latent places
-    if getattr(model, "several_passes", lambda ids: False)(pairs.clean_ids): return "it takes several passes over this input"
+    several = getattr(model, "several_passes", None)
+    if several and several(pairs.clean_ids): return "it takes several passes over this input"
     kind = (model.config._attn_implementation, model.dtype, model_device(model))
     seen = _restartable.setdefault(model, {})
     if kind not in seen:
@@ -119,10 +120,12 @@ def _why_not(model, pairs) -> str | None: # None if the engine can restart this 
             except Exception as e:
                 seen[kind] = f"a restart fails with {type(e).__name__}: {e}".splitlines()[0]
             else:
-                seen[kind] = None if error < (0.01 if model.dtype == torch.float32 else 0.1) else f"an unpatched restart is off by {error:.1g}"
+                close = error < (0.01 if model.dtype == torch.float32 else 0.1)
+                seen[kind] = None if close else f"an unpatched restart is off by {error:.1g}"
     return seen[kind]
 
-def _budget(device) -> int: return 2**30 if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory//4
+def _budget(device) -> int:
+    return 2**30 if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory//4
 
 def _shares(a, memory, seq, n_sites): # (pairs whose runs fit, bytes for a block at work)
     size = a.model.dtype.itemsize

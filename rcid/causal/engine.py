@@ -35,7 +35,9 @@ class KeysReady(Exception):
 class PrefixCache:
     "Keys and values before a window, in the form a decoder layer expects of a cache; keeps the window's own."
     def __init__(self, before: tuple = ()): self.before, self.own, self.stop = before, None, False
-    def update(self, k: Float[Tensor, "row kv_head seq head_dim"], v: Float[Tensor, "row kv_head seq head_dim"], *_, **__):
+    def update(self,
+        k: Float[Tensor, "row kv_head seq head_dim"], v: Float[Tensor, "row kv_head seq head_dim"], *_, **__
+    ):
         "The window's keys and values (the first ones given) with those before it."
         if self.own is None: self.own = (k, v)
         if self.stop: raise KeysReady

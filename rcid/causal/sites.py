@@ -74,7 +74,8 @@ def score_sites(model: nn.Module, pairs: ContrastiveDataset,
         values = torch.cat(values)
     else:
         raise ValueError(f"unknown score {score!r}: use effect, atp, norm or rel_norm")
-    values = values.view(len(pairs), -1, len(pairs.key_positions)).masked_fill(excluded_sites(model, pairs).to(values.device), torch.nan)
+    values = values.view(len(pairs), -1, len(pairs.key_positions)) # (pair, layer, role)
+    values = values.masked_fill(excluded_sites(model, pairs).to(values.device), torch.nan)
     return values if per_pair else values.nanmean(0)
 
 # %% ../../nbs/03_causal/02_sites.ipynb #fdcf8608

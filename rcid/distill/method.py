@@ -51,13 +51,13 @@ class Method:
             if name in cls.__dataclass_fields__ and name not in get_annotations(cls):
                 raise TypeError(f"{cls.__name__}.{name} is a field: give it a type, as in `{name}: bool = ...`")
 
-    def objective(self, student: nn.Module, teacher: nn.Module, data, config) -> Objective:
-        "What the loop runs; `data` is whatever the method learns from, `config` a `DistillConfig`."
-        raise NotImplementedError
+    def learns_from_pairs(self) -> bool:
+        "Is it a `PairMethod`, for which the loop makes a `PairObjective`?"
+        return False
 
-    def affordable_steps(self, student: nn.Module, teacher: nn.Module, data, config) -> int:
-        "As many steps as `config.flops` pays for."
-        raise ValueError("a budget of FLOPs is for methods that learn from pairs: give this method steps")
+    def objective(self, student: nn.Module, teacher: nn.Module, data, config) -> Objective:
+        "What the loop runs otherwise; `data` is whatever the method learns from, `config` a `DistillConfig`."
+        raise NotImplementedError
 
     def fits_w(self) -> bool:
         "Does the objective's `start` fit an orthogonal map `w`, which may be refitted and whose staleness is reported?"
@@ -108,15 +108,7 @@ class PairMethod(Method):
     shuffled: bool = False       # control: a pair's target is its partner's in the whole batch, `Signals.others`
     random_sites: bool = False   # control: as many sites, same roles, other layers
 
-    def objective(self, student, teacher, data, config):
-        "The objective on contrastive pairs."
-        from rcid.distill.objective import PairObjective  # imported here: its module knows this one
-        return PairObjective(self, student, teacher, data, config)
-
-    def affordable_steps(self, student, teacher, data, config):
-        "As many steps as `config.flops` pays for."
-        from rcid.distill.cost import budget_steps
-        return budget_steps(student, teacher, data, self, config)
+    def learns_from_pairs(self): return True
 
     def corrupt_kl(self) -> bool:
         "Is there a divergence on the corrupt prompts?"

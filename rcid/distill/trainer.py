@@ -18,9 +18,10 @@ from ..align.procrustes import map_angle
 from ..data.pairs import ContrastiveDataset
 from .checkpoint import load_checkpoint, restore, save_checkpoint
 from .config import DistillConfig, plan_signals
+from .cost import budget_steps
 from .method import Method, Objective, Signals
 from .methods import get_method
-from .objective import all_ids
+from .objective import PairObjective, all_ids
 from .schedule import batch_rows, lr_at
 from .teacher_cache import computes_hash, hidden_signals, model_hash
 from .training import training
@@ -57,8 +58,12 @@ def distill(
 def _train(student, teacher, pairs, method, c, probe, trained: dict[str, nn.Parameter]) -> DistillResult:
     began, device = time.time(), model_device(student)
     world = _processes(method, c, len(pairs), device)
-    if c.flops is not None: c = replace(c, steps=method.affordable_steps(student, teacher, pairs, c))
-    objective = method.objective(student, teacher, pairs, c)
+    if c.flops is not None:
+        if not method.learns_from_pairs():
+            raise ValueError("a budget of FLOPs is for methods that learn from pairs: give this method steps")
+        c = replace(c, steps=budget_steps(student, teacher, pairs, method, c))
+    if method.learns_from_pairs(): objective = PairObjective(method, student, teacher, pairs, c)
+    else: objective = method.objective(student, teacher, pairs, c)
     if c.micro_batch and not objective.splits:
         raise ValueError("this method's batches cannot be split: leave micro_batch unset")
     fingerprint = _fingerprint(student, teacher, pairs, method, c, trained)
@@ -153,8 +158,8 @@ def _processes(method: Method, c: DistillConfig, n_pairs: int, device: torch.dev
     if c.batch % n: raise ValueError(f"distill.batch is {c.batch} pairs for {n} processes: make it a multiple")
     if n > 1 and method.whole_batch():
         raise ValueError(
-            f"this method compares the pairs of a batch with one another, and {n} processes would each compare their own"
-            " share: start it with one process"
+            f"this method compares the pairs of a batch with one another, and {n} processes would each compare their"
+            " own share: start it with one process"
         )
     if n_pairs < n: raise ValueError(f"{n_pairs} pairs for {n} processes: start at most as many processes")
     return world
