@@ -82,15 +82,15 @@ def test_a_key_that_leads_nowhere_is_one_line_with_its_neighbours(capsys):
 def test_the_list_of_origins_links_and_changes_no_word(tmp_path):
     "With the list every printed key is a link; without links the text is that of the paper without a list."
     folder = tmp_path/"paper"
-    (folder/"tables").mkdir(parents=True)
+    (folder/"setup").mkdir(parents=True)
     (folder/"main.tex").write_text(
-        "\\val{n} models.\n\\claim{x} Then\n\\caption{Rows.}\\label{tab:t}\n\\input{tables/origins}\n", encoding="utf-8"
+        "\\val{n} models.\n\\claim{x} Then\n\\caption{Rows.}\\label{tab:t}\n\\input{setup/origins}\n", encoding="utf-8"
     )
-    (folder/"tables"/"origins.tex").write_text("", encoding="utf-8")
+    (folder/"setup"/"origins.tex").write_text("", encoding="utf-8")
     values = {"n": "six", "claim.x": "It is so."}
     plain = fill(folder, values)
     anchors = "".join(rf"\hypertarget{{where.{k}}}{{:}}" for k in ("n", "claim.x", "tab:t")) + "\n"
-    (folder/"tables"/"origins.tex").write_text(anchors, encoding="utf-8")
+    (folder/"setup"/"origins.tex").write_text(anchors, encoding="utf-8")
     linked = fill(folder, values).replace(anchors, "")
     assert linked.startswith(r"\hyperlink{where.n}{six} models.") and linked.count("\\hyperlink{where.") == 3
     for key in ("claim.x", "tab:t"): linked = linked.replace(MARK % key, "")

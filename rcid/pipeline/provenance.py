@@ -161,7 +161,7 @@ def artifacts() -> dict[str, str]:
     found, folder = {}, root()/"paper"
     for section in sorted(folder.glob("sections/*.tex")):
         text, names = section.read_text(encoding="utf-8"), []
-        for m in re.finditer(r"\\input\{(tables/[^}]+)\}|\\includegraphics[^{]*\{(figures/[^}]+)\}|\\end\{(?:table|figure)\}", text):
+        for m in re.finditer(r"\\input\{((?:tables|setup)/[^}]+)\}|\\includegraphics[^{]*\{((?:figures|setup)/[^}]+)\}|\\end\{(?:table|figure)\}", text):
             if m[0].startswith("\\end"):
                 start = text.rfind("\\begin{" + m[0][5:], 0, m.start())
                 labels = re.findall(r"\\label\{([^}]+)\}", text[start:m.start()])

@@ -41,6 +41,7 @@ COMMITTED = (
     "runs",
     "paper/figures",
     "paper/tables",
+    "paper/setup",
     "paper/main.pdf",
     "paper/values.tex",
     "dvc.lock",

@@ -29,7 +29,7 @@ def read_source(folder: Path, name: str = "main.tex", problems: list | None = No
         if (m := re.fullmatch(r"\s*\\input\{([^}]+)\}\s*", bare)):
             if m[1] == "values": continue                          # read by fill, not as text
             child = folder/(m[1] if m[1].endswith(".tex") else m[1] + ".tex")
-            kind = "table" if m[1].startswith("tables/") else "section"
+            kind = "table" if m[1].startswith(("tables/", "setup/")) else "section"
             if child.exists(): lines += read_source(folder, m[1], problems)
             else: problems.append(f"missing {kind} {m[1]!r} ({name}:{n}): run `dvc repro` to make {child.name}")
         else:
