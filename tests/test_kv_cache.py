@@ -199,7 +199,7 @@ def test_kept_indices_equal_a_slow_loop(thought, budget):
         )
 
 
-@pytest.mark.parametrize("method", ("rkv", "crop", "random", "uniform"))
+@pytest.mark.parametrize("method", ("kava", "rkv", "crop", "random", "uniform"))
 def test_every_method_keeps_ascending_candidates(thought, method):
     cache, reasoning, answer = thought
     kept = compress_kv(cache, 11, method, key_at=reasoning, query_at=answer)
@@ -217,7 +217,7 @@ def test_every_method_keeps_ascending_candidates(thought, method):
 def test_decoding_keeps_its_window_and_equals_the_formula(thought):
     cache, *_ = thought
     budget, window, lam = 8, 4, 0.1
-    kept = compress_kv(cache, budget, "rkv_decode", window=window, pool=3, threshold=0.3)
+    kept = compress_kv(cache, budget, "rkv", window=window, pool=3, threshold=0.3)
     for b, n in enumerate((24, 17)):
         for l, h in itertools.product(range(4), range(2)):
             k, q = cache.k[b, l, h, :n], cache.q[b, l, 2*h:2*h + 2, n - window:n]
@@ -242,7 +242,7 @@ def test_bad_compression(thought):
         compress_kv(cache, 2, query_at=reasoning & False, key_at=reasoning)
     with pytest.raises(ValueError, match="needs queries"):
         compress_kv(KVCache(cache.k, cache.v, cache.mask), 2, query_at=answer)
-    with pytest.raises(ValueError, match="does not exceed the window"): compress_kv(cache, 8, "rkv_decode")
+    with pytest.raises(ValueError, match="does not exceed the window"): compress_kv(cache, 8, "rkv", window=8)
 
 
 def test_positions_count_from_the_first_token():

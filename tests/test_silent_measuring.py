@@ -2,7 +2,7 @@
 
 import ast, functools, io, itertools, json, re, shutil, tokenize, warnings
 import numpy as np, pytest, torch
-from conftest import ROOT
+from conftest import ROOT, page
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from rcid.causal import (
@@ -40,9 +40,9 @@ from rcid.eval.bench import run_bench
 from rcid.eval.consistency import consistency
 from rcid.eval.purity import control_labels, probe_purity
 from rcid.eval.decode import greedy_decode, problem_prompts, solve
-from rcid.kv.teachers import Teacher
+from rcid.kv.recording import Teacher
 from rcid.models import train_tokenizer
-from rcid.report import companions_table, method_rows, sites_table
+from rcid.report import method_rows
 
 # 5. layers that see a few tokens back only
 
@@ -394,7 +394,7 @@ def test_a_drawn_reasoning_follows_the_question(make_model):
         tokenizer = tokenizer_of("gpt2", around)
         model = make_model("llama", vocab=len(tokenizer))
         model.generate = lambda ids, **kw: seen.append(ids.tolist()) or torch.cat([ids, ids[:, :1]], 1)
-        Teacher("s", "", sample=1).read(styled_problems(n=2), model, tokenizer)
+        Teacher(name="s", folder="", sample=1).read(styled_problems(n=2), model, tokenizer)
     assert seen[:2] == seen[2:] and tokenizer.eos_token_id not in seen[2][0]
 
 
@@ -457,7 +457,7 @@ def test_drawing_is_as_asked_whatever_the_models_settings(make_model):
         for k, v in settings.items():
             setattr(other.generation_config, k, v)
         own, before = other.generation_config, other.generation_config.to_dict()
-        Teacher("s", "", sample=3, longest=8).read(styled_problems(n=2), other, ear)
+        Teacher(name="s", folder="", sample=3, longest=8).read(styled_problems(n=2), other, ear)
         drawn.append(ear.decoded)
         assert other.generation_config is own and own.to_dict() == before
     assert all(d == drawn[0] for d in drawn), [s for s, d in zip(leaks, drawn) if d != drawn[0]]
@@ -710,6 +710,7 @@ def test_the_sites_table_shows_both_directions():
         held_out=[[1, "end"]],
         maps={"proportional": {"0": 0, "1": 1}},
     )
+    sites_table = page("paper").sites_table
     lines = sites_table({"llama": sites}, "proportional").split("\n")
     assert (
         any("denoising" in l for l in lines)
@@ -744,9 +745,8 @@ def test_the_companions_show_the_consistency_of_both_directions():
     assert row.get("denoising") == pytest.approx(
         {"trained": float(np.tanh(np.arctanh(back["pearson"][:2]).mean())), "held_out": back["pearson"][2]}
     ), row.keys()
-    assert f"{back['pearson'][2]:.2f}".replace("-", "$-") in companions_table([row]) and "denois." in companions_table(
-        [row]
-    )
+    table = page("exp2").companions_table([row])
+    assert f"{back['pearson'][2]:.2f}".replace("-", "$-") in table and "denois." in table
     assert method_rows([{k: v for k, v in cell.items() if k != "denoising"}])[0]["denoising"] == {
         "trained": None,
         "held_out": None,

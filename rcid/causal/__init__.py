@@ -10,3 +10,4 @@ from .hooks import Site, capture, read, write
 from .effects import all_positions, all_sites, answer_logit_diff, causal_effects, naive_effects, sweep_flops
 from .sites import SiteChoice, attribution_effects, choose_sites, excluded_sites, rank_agreement, score_sites
 from .sites import select_sites
+from ..models.modes import evaluating

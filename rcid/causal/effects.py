@@ -12,10 +12,11 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from .engine import count_macs, evaluating, logit_difference, restart_error, row_bytes, sweep
+from .engine import count_macs, logit_difference, restart_error, row_bytes, sweep
 from .hooks import Site, read, rows_of, write
 from ..data.pairs import ContrastiveDataset
 from ..models.adapters import KNOWN_LAYERS, get_adapter, model_device
+from ..models.modes import evaluating
 
 # %% ../../nbs/03_causal/01_effects.ipynb #bcde3361
 def run_logit_diff(model: nn.Module, ids: Int[Tensor, "pair seq"], pairs: ContrastiveDataset) -> Float[Tensor, "pair"]:

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from .effects import all_sites, causal_effects, checked, first_difference, run_logit_diff, site_positions
-from .engine import evaluating
 from .hooks import Site, capture, read
 from ..data.pairs import ContrastiveDataset
 from ..models.adapters import get_adapter
+from ..models.modes import evaluating
 
 # %% ../../nbs/03_causal/02_sites.ipynb #3362e41a
 def attribution_effects(model: nn.Module, pairs: ContrastiveDataset,

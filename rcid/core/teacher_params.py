@@ -8,6 +8,7 @@ __all__ = ['BaseModelConfig', 'TeacherVariant', 'FusionConfig', 'Teachers', 'Ben
 # %% ../../nbs/00_core/08_teacher_params.ipynb #de32ef94
 from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
 
 # %% ../../nbs/00_core/08_teacher_params.ipynb #6e57a001
 class _Strict(BaseModel):
@@ -22,24 +23,30 @@ class BaseModelConfig(_Strict):
     dtype: Literal["float32", "bfloat16"] | None = None
     style: Literal["words", "equation", "calculator"] = "equation" # of the reasoning it is trained on
 
-class TeacherVariant(_Strict):
-    "A teacher: a model and the way it is used."
-    model: str                                   # of `models`
-    style: Literal["words", "equation", "calculator"] = "equation"
-    before: str = ""                             # an instruction in front of every question
-    sample: int | None = None                    # a seed: it reads reasoning that it draws itself
+# What a stage hands on to the run as it is: a dataclass, which the class of the run inherits.
 
-class FusionConfig(_Strict):
-    "How one student of experiment 7 is taught."
-    teachers: list[str] = []                     # of `variants`; none: the control, cross-entropy alone
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class TeacherVariant:
+    "A teacher: a model and the way it is used (a run adds where it is: `rcid.kv.recording.Teacher`)."
+    model: str                                   # of `models`
+    style: Literal["words", "equation", "calculator"] = "equation" # of the reasoning that it reads
+    before: str = ""                             # an instruction in front of every question
+    sample: int | None = None                    # a seed: it reads reasoning that it draws itself instead
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class FusionConfig:
+    "How one student of experiment 7 is taught (a run adds its cost: `rcid.kv.multi_teacher.KVFusion`)."
+    teachers: tuple[str, ...] = ()               # of `variants`; none: the control, cross-entropy alone
     fusion: Literal["fixed", "similarity", "learnable", "govern"] = "fixed"
-    time: Literal["segment", "index", "last", "soft", "iou", "rkv", "crop", "random", "uniform"] = "segment"
+    # how a place reads in a teacher's text, see `rcid.kv.places`
+    time: Literal["segment", "index", "last", "soft", "iou", "kava", "rkv", "crop", "random", "uniform"] = "segment"
     layer_map: Literal["proportional", "cka"] = "proportional"
     projection: Literal["structured", "zspace"] = "structured"
-    parts: Literal["kv", "k", "v"] = "kv"
+    parts: Literal["kv", "k", "v"] = "kv"        # what is compared
+    # which student layers have targets: all | shallow (the first half) | deep (the last half)
     depth: Literal["all", "shallow", "deep"] = "all"
-    weights: list[float] | None = None           # fixed: one a teacher
-    vote: Literal["coordinate", "teacher"] = "coordinate"
+    weights: tuple[float, ...] | None = None     # fixed: one a teacher; None: equal
+    vote: Literal["coordinate", "teacher"] = "coordinate" # govern
     entropy: float = 0.0                         # learnable: above 0 decisive routing, below 0 even routing
     load: float = Field(0.01, ge=0)              # learnable: weight of the load imbalance
 

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm import tqdm
-from ..causal.engine import evaluating
 from .losses import divergence
 from .config import DistillConfig
 from .schedule import batch_rows, lr_at
 from .training import training
 from ..models.adapters import common_vocab, get_adapter, model_device
+from ..models.modes import evaluating
 
 # %% ../../nbs/05_distill/11_language.ipynb #a8d41f42
 def train_language(

@@ -17,11 +17,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 from ..causal.effects import first_difference
-from ..causal.engine import KeysReady, PrefixCache, evaluating
+from ..causal.engine import KeysReady, PrefixCache
 from ..causal.hooks import Site, capture, write
 from ..core.tensors import content_hash, load_tensors, save_tensors
 from ..data.pairs import ContrastiveDataset
 from ..models.adapters import KNOWN_LAYERS, get_adapter, hidden_of, model_device, weights_of
+from ..models.modes import evaluating
 
 # %% ../../nbs/05_distill/03_teacher_cache.ipynb #3c630d00
 class Packed(NamedTuple):

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from ..align.procrustes import map_angle
-from ..causal.engine import evaluating
 from ..data.pairs import ContrastiveDataset
 from .checkpoint import load_checkpoint, restore, save_checkpoint
 from .config import DistillConfig, plan_signals
@@ -26,6 +25,7 @@ from .schedule import batch_rows, lr_at
 from .teacher_cache import computes_hash, hidden_signals, model_hash
 from .training import training
 from ..models.adapters import common_vocab, model_device
+from ..models.modes import evaluating
 
 # %% ../../nbs/05_distill/10_trainer.ipynb #f0736458
 @dataclass

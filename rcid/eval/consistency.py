@@ -79,7 +79,7 @@ def _array(x, what: str, shape=None) -> np.ndarray:
 LIVE = 1e-4        # a site whose effects vary less than this share of the LD difference is constant
 
 def effect_floor(gap: np.ndarray, share: float = LIVE) -> float:
-    "Standard deviation (logits) up to which a model's effects are constant: `share` of its mean |LD clean - LD corrupt|."
+    "Standard deviation (logits) up to which effects are constant: `share` of the mean |LD clean - LD corrupt|."
     return share * abs(gap).mean()
 
 def _band(values: np.ndarray) -> dict: # of the Fisher mean over sites
@@ -99,7 +99,8 @@ def consistency(
     effects_s: Float[Tensor, "pair site"],  # of the mapped sites, logit units
     ld_t: tuple,
     ld_s: tuple,  # (LD clean, LD corrupt) of each pair, both as correct minus wrong of the clean prompt
-    clusters: Int[Tensor, "pair"] | None = None,  # what the bootstrap resamples; None, or fewer than 2 different ones: every pair is its own
+    # what the bootstrap resamples; None, or fewer than 2 different ones: every pair is its own
+    clusters: Int[Tensor, "pair"] | None = None,
     groups: Int[Tensor, "pair"] | None = None,  # template of each pair, for `null_within`; None: the clusters
     sites: list | None = None,
     student_sites: list | None = None,

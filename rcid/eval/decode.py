@@ -10,10 +10,10 @@ from typing import Sequence
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from ..causal.engine import evaluating
 from ..data.reasoning import ReasoningDataset, exact_match
 from ..models.adapters import get_adapter, model_device
 from ..models.generation import end_tokens
+from ..models.modes import evaluating
 
 # %% ../../nbs/07_eval/07_decode.ipynb #64bd2ab3
 @torch.no_grad()

@@ -40,7 +40,7 @@ def weighted_pearson(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.nd
     return np.where(defined, (xy - mx * my) / np.sqrt(np.where(defined, vx * vy, 1.)), np.nan).clip(-1, 1)
 
 def live_sites(effects: list[np.ndarray], floors=0.) -> np.ndarray:
-    """Where the effects of every model vary: (pair, site) arrays -> (site,) of bool. Elsewhere a correlation over pairs is
+    """Where the effects of every model vary: (pair, site) arrays -> (site,) of bool; elsewhere a correlation is
     undefined. `floors`: standard deviations (logits) that count as constant, one for all or one each."""
     floors = np.broadcast_to(floors, len(effects))
     return np.all([x.std(0) > floor for x, floor in zip(effects, floors)], axis=0)

@@ -37,8 +37,8 @@ def effect_heatmap(tables: dict[str, dict], xlabel: str = "teacher layer") -> Fi
         widths = {len(row) for row in t["score"]}
         if widths != {len(t["roles"])}:
             raise ValueError(
-                f"effect_heatmap: {title!r} has rows of {sorted(widths)} scores for roles {t['roles']}: one column per role"
-                " is needed"
+                f"effect_heatmap: {title!r} has rows of {sorted(widths)} scores for roles {t['roles']}: one column per"
+                " role is needed"
             )
     heights = [len(t["roles"]) for t in tables.values()]
     with style():

@@ -70,7 +70,8 @@ def fill(folder: str | Path, values: dict[str, str]) -> str:
     for name, n, line in lines:
         at = f"({name}:{n})"
         for figure in re.findall(r"\\includegraphics(?:\[[^]]*\])?\{([^}]+)\}", line):
-            if not (folder/figure).exists(): problems.append(f"missing figure {figure!r} {at}: run `dvc repro` to make it")
+            if (folder/figure).exists(): continue
+            problems.append(f"missing figure {figure!r} {at}: run `dvc repro` to make it")
         for keys in re.findall(r"\\cite[a-z]*(?:\[[^]]*\])*\{([^}]+)\}", line):
             for key in map(str.strip, keys.split(",")):
                 if key not in known: problems.append(f"missing reference {key!r} {at}: add it to references.bib")
