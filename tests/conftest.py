@@ -83,6 +83,24 @@ def page(name: str) -> ModuleType:
     return module
 
 
+def nudged(x, by: float):
+    "Every number a little larger or smaller: a metrics file keeps nine digits, and 0.155 may have been above it."
+    if isinstance(x, dict): return {k: nudged(v, by) for k, v in x.items()}
+    if isinstance(x, list): return [nudged(v, by) for v in x]
+    return x * (1 + by) if isinstance(x, float) else x
+
+
+def cells(text: str) -> list[list[str]]: return [line.split(" & ") for line in text.splitlines()]
+
+
+def assert_shows(committed: str, make, record):
+    "Each cell of the committed table is printed so by `make(record)`, up to the digits that the record has lost."
+    versions = [cells(make(nudged(record, by))) for by in (-6e-9, 0, 6e-9)]
+    for i, line in enumerate(cells(committed)):
+        for j, cell in enumerate(line): assert cell in [v[i][j] for v in versions], (i, j)
+    assert [len(line) for line in cells(committed)] == [len(line) for line in versions[1]]
+
+
 def pytest_terminal_summary(terminalreporter):
     "Skipped tests are counted by reason: a green run says what it did not look at."
     reasons = Counter(

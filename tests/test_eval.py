@@ -398,3 +398,34 @@ def test_fewer_seeds_than_a_paired_test_needs(seeds, words):
 def test_two_seeds_say_what_they_cannot_show():
     r = paired_test([.9, .8], [.5, .5])
     assert r.p_smallest == .5 == r.p_sign_flip                               # no result of two seeds is significant
+
+
+# one rule for live sites: the r of a table and its test use the same ones
+
+@pytest.mark.parametrize("gap", (2., 20.))
+def test_a_table_and_its_test_use_the_same_sites(gap, tmp_path):
+    "Effects of 5e-4 logits vary beside an LD difference of 2, and are rounding noise beside one of 20."
+    from safetensors.numpy import save_file
+    from rcid.core import write_json
+    from rcid.eval import statistic_of
+    rng, n = np.random.default_rng(0), 60
+    size = np.array([1., 5e-4, 1.])
+    sites = [[layer, "end"] for layer in range(3)]
+    write_json(
+        tmp_path/"metrics"/"sites"/"llama-ioi.json",
+        dict(roles=["end"], layer_map={str(layer): layer for layer in range(3)}, selected=sites, held_out=sites[:1]),
+    )
+    ld = np.full(n, gap / 2, "float32")
+    made = {name: (size * rng.normal(size=(n, 3))).astype("float32") for name in ("teacher", "rcid-1", "sft-1")}
+    for name, effects in made.items():
+        place = "sites/llama-ioi/teacher" if name == "teacher" else f"effects/llama-ioi-{name}"
+        file = tmp_path/"artifacts"/f"{place}.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"effects": effects, "ld_clean": ld, "ld_corrupt": -ld}, file)
+    cells = [dict(family="llama", task="ioi", method=m, seed=1) for m in ("rcid", "sft")]
+    test = statistic_of(cells, {("llama", "ioi"): np.arange(n)}, 50, tmp_path)("llama", "ioi", "rcid", "sft", "trained")
+    def report(name): return consistency(made["teacher"], made[name], (ld, -ld), (ld, -ld), n_boot=50, n_shuffles=50)
+    shown = [report("rcid-1"), report("sft-1")]
+    assert test["n_sites"] == (3 if gap == 2 else 2)
+    assert [3 - r.n_undefined for r in shown] == [test["n_sites"]] * 2
+    assert test["diff"] == pytest.approx(shown[0].consistency - shown[1].consistency)

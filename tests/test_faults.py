@@ -1,4 +1,4 @@
-"""Accidents: after each, a rerun ends with the results of an undisturbed run, or the launcher says in one line what is wrong. Nothing wrong is ever taken for good.
+"""Accidents: after each, a rerun ends with the results of an undisturbed run, or the launcher says what is wrong. Nothing wrong is ever taken for good.
 
 `make faults` runs all of it and writes the table tests/faults.json; the test suite runs a selection.
 """
@@ -339,7 +339,8 @@ def test_truncated_settings(finished, undisturbed, file):
         code, said = toy.launch(finished, "--workers", "2", **FAST)
         if code: refused(said, "^rcid: |^failed ", f"truncated {file}")
         else:
-            note(f"truncated {file}", "same" if toy.results(finished) == undisturbed or file == "params.yaml" else "wrong")
+            same = toy.results(finished) == undisturbed or file == "params.yaml"
+            note(f"truncated {file}", "same" if same else "wrong")
         (finished/file).write_bytes(kept)
     converges(finished, undisturbed, f"truncated {file}")
 

@@ -192,11 +192,18 @@ def test_startup_files_of_the_user_stay_out_of_the_pages(tmp_path):
     assert "'text/plain': 'False'" in done.stdout or "\"False\"" in done.stdout, output_of(done)
 
 
+def test_a_figure_leaves_the_same_picture_in_every_page(tmp_path):
+    "Without %matplotlib inline, which the stages `pilot` and `sites` have never asked for."
+    source = "from rcid.report.style import panels\nfigure, _ = panels(1, 1, 2, 1)\nfigure"
+    first, second = (one_page(tmp_path/name, source).stdout for name in ("one", "two"))
+    assert "image/png" in first and first == second
+
+
 def one_page(tmp_path: Path, source: str):
     (tmp_path/"home"/"profile_default"/"startup").mkdir(parents=True, exist_ok=True)
     (tmp_path/"home"/"profile_default"/"startup"/"00.py").write_text("theirs = 1\n")
     folder = tmp_path/"nbs"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     cell = dict(cell_type="code", id="one", metadata={}, source=source, outputs=[], execution_count=None)
     (folder/"page.ipynb").write_text(json.dumps(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)))
     code = (

@@ -1,4 +1,4 @@
-"""A stage that is a fork of the warm process: the same bytes as one started cold, nothing stale, no accident that lasts."""
+"""A stage that is a fork of the warm process: the bytes of one started cold, nothing stale, no accident that lasts."""
 import json, shutil, sys
 from pathlib import Path
 import pytest
@@ -91,7 +91,7 @@ def outcome(tmp_path_factory) -> dict:
     (folder/"nbs"/"experiments").mkdir(parents=True)
     for name, code in BOOKS.items():
         (folder/"nbs"/"experiments"/f"{name}.ipynb").write_text(notebook(code), encoding="utf-8")
-    done = run(folder, sys.executable, "-c", SCRIPT, timeout=600, RCID_WARM="1", RCID_THREADS="1", A_TOKEN="a-secret-word")
+    done = run(folder, sys.executable, "-c", SCRIPT, timeout=600, RCID_WARM="1", RCID_THREADS="1")
     assert done.returncode == 0, output_of(done)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -143,7 +143,8 @@ def test_a_killed_or_stopped_warm_stage_is_told_as_a_cold_one(outcome):
 
 
 @pytest.mark.parametrize(
-    "command", ("python stage.py x", "python -m rcid.pipeline.stage x; true", "python -m rcid.pipeline.stage $X", "false")
+    "command",
+    ("python stage.py x", "python -m rcid.pipeline.stage x; true", "python -m rcid.pipeline.stage $X", "false"),
 )
 def test_only_a_plain_stage_is_forked(command, monkeypatch):
     monkeypatch.setenv("RCID_ROOT", str(ROOT))

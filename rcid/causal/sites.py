@@ -26,9 +26,8 @@ def attribution_effects(model: nn.Module, pairs: ContrastiveDataset,
     sites, p, a = list(all_sites(model, pairs) if sites is None else sites), checked(model, pairs), get_adapter(model)
     position, layers, estimates = site_positions(model, p, sites), sorted({s[0] for s in sites}), []
     # frozen weights give no graph: let it begin at the embedding
-    handle = a.embed.register_forward_hook(
-        lambda module, args, out: out.requires_grad_() if torch.is_grad_enabled() else out
-    )
+    def begin(module, args, out): return out.requires_grad_() if torch.is_grad_enabled() else out
+    handle = a.embed.register_forward_hook(begin)
     try:
         with evaluating(model):
             for i in range(0, len(p), batch_size):
@@ -36,13 +35,12 @@ def attribution_effects(model: nn.Module, pairs: ContrastiveDataset,
                 corrupt = read(model, b.corrupt_ids, [Site(l) for l in layers], b.attention_mask)
                 with torch.enable_grad(), capture(model, layers) as clean: ld = run_logit_diff(model, b.clean_ids, b)
                 gradient = dict(zip(layers, torch.autograd.grad(ld.sum(), [clean[l] for l in layers])))
-                every = {
-                    l: ((clean[l].detach() - corrupt[Site(l)]).float() * gradient[l].float()).sum(-1) for l in layers
-                }
-                n = torch.arange(len(b), device=position.device)
-                estimates.append(
-                    torch.stack([every[s[0]][n, position[i : i + batch_size, j]] for j, s in enumerate(sites)], 1)
-                )
+                every = {}                       # layer -> (pair, seq)
+                for l in layers:
+                    d = (clean[l].detach() - corrupt[Site(l)]).float()
+                    every[l] = (d * gradient[l].float()).sum(-1)
+                n, at = torch.arange(len(b), device=position.device), position[i : i + batch_size]
+                estimates.append(torch.stack([every[s[0]][n, at[:, j]] for j, s in enumerate(sites)], 1))
     finally:
         handle.remove()
     return torch.cat(estimates)
@@ -68,7 +66,10 @@ def score_sites(model: nn.Module, pairs: ContrastiveDataset,
         p, values = checked(model, pairs), []
         with evaluating(model):
             for b in (p[i:i+n] for i in range(0, len(p), n)):
-                clean, corrupt = (torch.stack(list(read(model, ids, sites, b.attention_mask, b.key_positions).values()), 1).float() for ids in (b.clean_ids, b.corrupt_ids))
+                def residuals(ids):              # (pair, site, d_model)
+                    at_sites = read(model, ids, sites, b.attention_mask, b.key_positions)
+                    return torch.stack(list(at_sites.values()), 1).float()
+                clean, corrupt = residuals(b.clean_ids), residuals(b.corrupt_ids)
                 values.append((clean - corrupt).norm(dim=-1)/(clean.norm(dim=-1) if score == "rel_norm" else 1))
         values = torch.cat(values)
     else:
@@ -173,10 +174,5 @@ def rank_agreement(
     k = min(k, len(x))
     top = [set(v.argsort(descending=True, stable=True)[:k].tolist()) for v in (x, y)]
     effect = [float(y[list(t)].double().sum()) for t in top]
-    return dict(
-        spearman=float(spearmanr(x, y).statistic),
-        recall=len(top[0] & top[1]) / k,
-        captured=effect[0] / effect[1] if effect[1] else 1.0,
-        k=k,
-        n_sites=len(x),
-    )
+    recall, captured = len(top[0] & top[1]) / k, effect[0] / effect[1] if effect[1] else 1.0
+    return dict(spearman=float(spearmanr(x, y).statistic), recall=recall, captured=captured, k=k, n_sites=len(x))

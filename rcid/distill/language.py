@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm import tqdm
-from .losses import divergence
 from .config import DistillConfig
+from .losses import divergence
 from .schedule import batch_rows, lr_at
 from .training import training
 from ..models.adapters import common_vocab, get_adapter, model_device
@@ -21,19 +21,19 @@ from ..models.modes import evaluating
 
 # %% ../../nbs/05_distill/11_language.ipynb #a8d41f42
 def train_language(
-    model: nn.Module,  # trained in place
+    model: nn.Module,                    # trained in place
     ids: Int[Tensor, "block seq"],
-    mask: Int[Tensor, "block seq"] | None = None,  # 1 = token; None = no padding
+    mask: Int[Tensor, "block seq"] | None = None, # 1 = token; None = no padding
     *,
     steps: int,
     batch: int,
     lr: float,
-    teacher: nn.Module | None = None,  # None: cross-entropy on the text; else KL to this model
-    bf16: bool = False,  # autocast the matrix products (about twice as fast on CPUs with AVX512-BF16)
-    focus: Int[Tensor, "block"] | None = None,  # pretraining: a position a row whose token counts as much as all others together
+    teacher: nn.Module | None = None,    # None: cross-entropy on the text; else KL to this model
+    bf16: bool = False,                  # autocast the matrix products (twice as fast on CPUs with AVX512-BF16)
+    focus: Int[Tensor, "block"] | None = None, # pretraining: a token a row that counts as much as all others together
     train_embeddings: bool = True,
     seed: int = 0,
-    desc: str = "train",
+    desc: str = "train"
 ) -> list[float]:
     "Next-token training; returns the loss of every step. Dtype, mode and frozen weights stay the model's own."
     mask = torch.ones_like(ids) if mask is None else mask
@@ -42,33 +42,42 @@ def train_language(
             f"{len(ids)} blocks of text are fewer than a batch of {batch}: use more text or a smaller lm.batch"
         )
     schedule = DistillConfig(steps=steps, lr=lr, warmup=0.05)
-    a, device = get_adapter(model), model_device(model)
-    vocab = common_vocab(teacher, model, ids=ids[mask.bool()]) if teacher is not None else a.vocab
-    cast = lambda: torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
-    with ExitStack() as guards:                      # whatever ends the run, both models are their owner's again
+    device = model_device(model)
+    if teacher is not None: vocab = common_vocab(teacher, model, ids=ids[mask.bool()])
+    losses = []
+    with ExitStack() as guards:          # whatever ends the run, both models are their owner's again
         if teacher is not None and teacher is not model: guards.enter_context(evaluating(teacher))
         trained = list(guards.enter_context(training(model, train_embeddings)).values())
-        optimizer, losses = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True), []
+        optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
         bar = tqdm(range(steps), desc=desc, mininterval=2)
         for step in bar:
             rows = batch_rows(step, len(ids), batch, seed)
-            x, m = ids[rows].to(device), mask[rows].to(device)
-            keep = m.bool()[:, 1:] if teacher is None else m.bool()
-            with cast():
-                hidden = a.trunk(x, m)
-                if teacher is None:
-                    loss = F.cross_entropy(a.lm_head(hidden[:, :-1][keep]).float(), x[:, 1:][keep])
-                    if focus is not None:
-                        row, at = torch.arange(len(x), device=device), focus[rows].to(device)
-                        loss = loss + F.cross_entropy(a.lm_head(hidden[row, at - 1]).float(), x[row, at])
-                else:
-                    other = get_adapter(teacher)
-                    with torch.no_grad(): target = other.lm_head(other.trunk(x, m)[keep])
-                    loss = divergence(a.lm_head(hidden[keep])[..., :vocab], target[..., :vocab]).mean()
+            x, m = ids[rows].to(device), mask[rows].to(device) # (batch, seq)
+            at = None if focus is None else focus[rows].to(device) # (batch,)
+            with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+                loss = _next_token(model, x, m, at) if teacher is None else _kl_to(teacher, model, x, m, vocab)
             if not loss.isfinite():
                 raise FloatingPointError(f"{desc}: loss is {loss.item()} at step {step}: lower lm.lr")
             for group in optimizer.param_groups: group["lr"] = lr_at(step, schedule)
-            loss.backward(); nn.utils.clip_grad_norm_(trained, 1.0); optimizer.step(); optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
             losses.append(loss.item())
             if step % 10 == 0: bar.set_postfix(loss=f"{losses[-1]:.3f}")
     return losses
+
+def _next_token(model, x, mask, focus) -> Tensor:
+    a = get_adapter(model)
+    keep = mask.bool()[:, 1:]
+    hidden = a.trunk(x, mask)            # (batch, seq, d_model)
+    loss = F.cross_entropy(a.lm_head(hidden[:, :-1][keep]).float(), x[:, 1:][keep])
+    if focus is None: return loss
+    row = torch.arange(len(x), device=x.device)
+    return loss + F.cross_entropy(a.lm_head(hidden[row, focus - 1]).float(), x[row, focus])
+
+def _kl_to(teacher, model, x, mask, vocab: int) -> Tensor:
+    a, other, keep = get_adapter(model), get_adapter(teacher), mask.bool()
+    hidden = a.trunk(x, mask)            # (batch, seq, d_model)
+    with torch.no_grad(): target = other.lm_head(other.trunk(x, mask)[keep]) # (token, vocab)
+    return divergence(a.lm_head(hidden[keep])[..., :vocab], target[..., :vocab]).mean()

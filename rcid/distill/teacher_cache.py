@@ -60,32 +60,22 @@ def final_at(model: nn.Module,
 ) -> Float[Tensor, "row few d_model"]:
     "The trunk's output at a few columns of each row; gradients flow. Hooks of the last layer do not run."
     a, row = get_adapter(model), torch.arange(len(ids), device=ids.device)[:, None]
-    h, past, (*before, last) = a.embed(ids), PrefixCache(), a.layers
+    *before, last = a.layers
+    h = a.embed(ids)                             # (row, seq, d_model)
     masks, rotary = a.masks(mask, h, position_ids), a.rotary(h, position_ids)
-    for l, layer in enumerate(before):
-        h = hidden_of(
-            layer(h, attention_mask=masks[a.window(l)], position_ids=position_ids, position_embeddings=rotary)
-        )
-    past.stop, mask = True, masks[a.window(a.n_layers - 1)]
-    try:
-        last.forward(
-            h,
-            attention_mask=mask,
-            position_ids=position_ids,
-            position_embeddings=rotary,
-            past_key_values=past,
-            use_cache=True,
-        )
-    except KeysReady:
-        past.stop = False
-    few = last.forward(
-        h[row, columns],
-        attention_mask=mask[row, 0, columns][:, None],
+    whole = dict(position_ids=position_ids, position_embeddings=rotary)
+    for l, layer in enumerate(before): h = hidden_of(layer(h, attention_mask=masks[a.window(l)], **whole))
+    # all columns give keys and values, few ask
+    mask, past = masks[a.window(a.n_layers - 1)], PrefixCache()
+    past.stop = True
+    try: last.forward(h, attention_mask=mask, past_key_values=past, use_cache=True, **whole)
+    except KeysReady: past.stop = False
+    asked = dict(
+        attention_mask=mask[row, 0, columns][:, None], # (row, 1, few, seq)
         position_ids=position_ids[row, columns],
         position_embeddings=tuple(x.expand(len(ids), -1, -1)[row, columns] for x in rotary),
-        past_key_values=past,
-        use_cache=True,
     )
+    few = last.forward(h[row, columns], past_key_values=past, use_cache=True, **asked) # (row, few, d_model)
     return a.final_norm(hidden_of(few))
 
 # %% ../../nbs/05_distill/03_teacher_cache.ipynb #730f31d3
@@ -106,48 +96,42 @@ class SignalRequest:
 def hidden_signals(model: nn.Module, pairs: ContrastiveDataset, request: SignalRequest) -> dict[str, Tensor]:
     """`final`, `sites`, `layers` (and `final_corrupt`, `sites_corrupt`, `swapped`) of one batch of pairs; gradients
     flow."""
-    a, row, seq = get_adapter(model), torch.arange(len(pairs), device=pairs.clean_ids.device), pairs.clean_ids.shape[1]
+    a, seq = get_adapter(model), pairs.clean_ids.shape[1]
+    row = torch.arange(len(pairs), device=pairs.clean_ids.device)
     packed = pack_pairs(pairs) if request.corrupt else _clean_rows(pairs)
+    def there(position): return packed.corrupt[row, position] # the same place in the corrupt run
+    answers = pairs.answer_pos[:, None]          # (pair, 1 or 2)
+    if request.corrupt: answers = torch.stack([pairs.answer_pos, there(pairs.answer_pos)], 1)
     strange = set(getattr(model.config, "layer_types", None) or ()) - KNOWN_LAYERS
     whole = request.everywhere or a.recomputes or a.n_layers - 1 in request.read_layers or bool(strange)
-    # there: the same place in the corrupt run
-    at, there = (lambda h, pos: h[row, pos]), (lambda pos: packed.corrupt[row, pos])
-    answers = torch.stack([pairs.answer_pos, there(pairs.answer_pos)] if request.corrupt else [pairs.answer_pos], 1)
     with capture(model, request.read_layers) as hidden:
-        if not whole:final = final_at(model, packed.ids, packed.mask, packed.position_ids, answers)
-        else:
-            final = a.trunk(packed.ids, packed.mask, packed.position_ids) if request.corrupt else a.trunk(pairs.clean_ids, pairs.attention_mask)
-    if whole and not request.everywhere: final = final[row[:, None], answers]
+        if not whole: final = final_at(model, packed.ids, packed.mask, packed.position_ids, answers)
+        elif request.corrupt: final = a.trunk(packed.ids, packed.mask, packed.position_ids)
+        else: final = a.trunk(pairs.clean_ids, pairs.attention_mask)
+    if whole and not request.everywhere: final = final[row[:, None], answers] # (pair, 1 or 2, d_model)
     out = {"final": final[:, :seq] if request.everywhere else final[:, 0]}
-    # (pair, site, d_model)
-    if request.sites:
-        out["sites"] = torch.stack([at(hidden[s.layer], pairs.key_positions[s.role]) for s in request.sites], 1)
-    # (pair, layer, seq, d_model)
-    if request.layers: out["layers"] = torch.stack([hidden[l][:, :seq] for l in request.layers], 1)
+    places = [(s.layer, pairs.key_positions[s.role]) for s in request.sites]
+    if places: out["sites"] = torch.stack([hidden[l][row, t] for l, t in places], 1) # (pair, site, d_model)
+    if request.layers:                           # (pair, layer, seq, d_model)
+        out["layers"] = torch.stack([hidden[l][:, :seq] for l in request.layers], 1)
     if not request.corrupt: return out
     out["final_corrupt"] = final[:, seq:] if request.everywhere else final[:, 1]
-    if request.sites:
-        out["sites_corrupt"] = torch.stack(
-            [at(hidden[s.layer], there(pairs.key_positions[s.role])) for s in request.sites], 1
-        )
-    if request.swaps:
-        out["swapped"] = torch.stack(
-            [_swapped(model, pairs, s, at(hidden[s.layer], there(pairs.key_positions[s.role]))) for s in request.swaps],
-            1,
-        )
+    if places: out["sites_corrupt"] = torch.stack([hidden[l][row, there(t)] for l, t in places], 1)
+    swapped = []
+    for s in request.swaps:
+        value = hidden[s.layer][row, there(pairs.key_positions[s.role])]
+        swapped.append(_swapped(model, pairs, s, value))
+    if swapped: out["swapped"] = torch.stack(swapped, 1) # (pair, swap, d_model)
     return out
 
 def _clean_rows(pairs):
     t = torch.arange(pairs.clean_ids.shape[1], device=pairs.clean_ids.device)
     # padding is on the right: no real token sees it
-    return Packed(
-        pairs.clean_ids,
-        (t <= t[:, None]).expand(len(pairs), 1, -1, -1),
-        t.expand(len(pairs), -1),
-        t.expand(len(pairs), -1),
-    )
+    causal = (t <= t[:, None]).expand(len(pairs), 1, -1, -1) # (pair, 1, seq, seq)
+    positions = t.expand(len(pairs), -1)
+    return Packed(pairs.clean_ids, causal, positions, positions)
 
-def _swapped(model, pairs, site, value):
+def _swapped(model, pairs, site, value):         # (pair, d_model)
     with write(model, {site: value}, pairs.key_positions):
         final = get_adapter(model).trunk(pairs.clean_ids, pairs.attention_mask)
     return final[torch.arange(len(pairs), device=final.device), pairs.answer_pos]
@@ -175,22 +159,12 @@ def computes_hash(model: nn.Module) -> str:
     and plain settings of its modules, device, precision; never the same twice for a model that is `changed_by_hand`."""
     if changed_by_hand(model): return secrets.token_hex(32)
     device = model_device(model).type
-    h = hashlib.sha256(
-        repr(
-            (
-                model.config._attn_implementation,
-                device,
-                torch.get_float32_matmul_precision(),
-                torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
-            )
-        ).encode()
-    )
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    precision = torch.get_float32_matmul_precision()
+    h = hashlib.sha256(repr((model.config._attn_implementation, device, precision, autocast)).encode())
     for m in _everything(model):
-        h.update(
-            repr(
-                (type(m).__module__, type(m).__qualname__, [(k, v) for k, v in sorted(vars(m).items()) if _plain(v)])
-            ).encode()
-        )
+        settings = [(k, v) for k, v in sorted(vars(m).items()) if _plain(v)]
+        h.update(repr((type(m).__module__, type(m).__qualname__, settings)).encode())
         for name, t in (*m._parameters.items(), *m._buffers.items()):
             if t is not None: h.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
         # a rotary embedding's frequencies are in no state_dict
@@ -230,10 +204,8 @@ def _file_of(made) -> str | None:
 def code_hash(*made_by) -> str:
     "SHA-256 of the modules in which these functions and classes are written, and of the libraries' versions."
     files = [Path(f) for x in made_by if (f := _file_of(x))]
-    return hashlib.sha256(
-        b"".join(f.read_bytes() for f in files if f.exists())
-        + f"{torch.__version__} {version('transformers')}".encode()
-    ).hexdigest()
+    code = b"".join(f.read_bytes() for f in files if f.exists())
+    return hashlib.sha256(code + f"{torch.__version__} {version('transformers')}".encode()).hexdigest()
 
 # of what computes a hidden state
 def _code_hash() -> str: return code_hash(hidden_signals, first_difference, PrefixCache, capture, get_adapter)
@@ -251,29 +223,21 @@ def teacher_targets(
         device, parts = model_device(teacher), []
         with torch.inference_mode(), evaluating(teacher):
             for i in tqdm(range(0, len(pairs), batch_size), desc="teacher targets", leave=False):
-                parts.append(
-                    {
-                        k: v.cpu() if dtype is None else v.cpu().to(dtype)
-                        for k, v in hidden_signals(teacher, pairs[i : i + batch_size].to(device), request).items()
-                    }
-                )
-                if dtype is not None and not all(v.isfinite().all() for v in parts[-1].values()):
+                signals = hidden_signals(teacher, pairs[i : i + batch_size].to(device), request)
+                part = {k: v.cpu() if dtype is None else v.cpu().to(dtype) for k, v in signals.items()}
+                parts.append(part)
+                if dtype is not None and not all(v.isfinite().all() for v in part.values()):
                     raise ValueError(
                         f"the teacher's hidden states do not fit {dtype} (pairs {i} to {i+batch_size-1}): keep them in"
                         " bfloat16 or float32"
                     )
         def joined(k): # batches can have unequal numbers of columns from the first change on
-            wide = max(p[k].shape[1] for p in parts)
-            return torch.cat(
-                [
-                    p[k] if p[k].shape[1] == wide else torch.nn.functional.pad(p[k], (0, 0, 0, wide - p[k].shape[1]))
-                    for p in parts
-                ]
-            ).clone()
+            wide, padded = max(p[k].shape[1] for p in parts), []
+            for p in parts:
+                missing = wide - p[k].shape[1]
+                padded.append(torch.nn.functional.pad(p[k], (0, 0, 0, missing)) if missing else p[k])
+            return torch.cat(padded).clone()
         return {k: joined(k) for k in parts[0]}
     if folder is None or changed_by_hand(teacher): return make()
-    return kept_tensors(
-        folder,
-        (key or model_hash(teacher), computes_hash(teacher), pairs.content_hash(), request, dtype, _code_hash()),
-        make,
-    )
+    computes = key or model_hash(teacher), computes_hash(teacher)
+    return kept_tensors(folder, (*computes, pairs.content_hash(), request, dtype, _code_hash()), make)

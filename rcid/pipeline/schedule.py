@@ -72,8 +72,10 @@ class Run:
     def left(self) -> float:
         "Seconds that are left, by past times."
         now = time.time()
-        todo = {n: self.times.guess(n) if self.state[n] == "waiting" else max(self.times.guess(n) - (now - self.since[n]), 1.0)
-                for n in self.planned if self.state[n] in ("waiting", "running")}
+        todo = {}
+        for n in self.planned:
+            if self.state[n] == "waiting": todo[n] = self.times.guess(n)
+            if self.state[n] == "running": todo[n] = max(self.times.guess(n) - (now - self.since[n]), 1.0)
         path = remaining_path({n: [p for p in self.parents[n] if p in todo] for n in todo}, todo.get)
         return max([*path.values(), sum(todo.values()) / max(1, len(self.executor.slots)), 0.0])
 
@@ -90,17 +92,23 @@ class Run:
         self.report(self, name)
 
     def _write_state(self):
-        try:
-            write_json(self.pipeline.root/"logs"/"launch"/"state.json", {"pid": os.getpid(), "state": {n: self.state[n] for n in self.planned}, "where": {n: self.executor.where(n) for n in self.state if self.state[n] == "running"},
-            "since": {n: int(t) for n, t in self.since.items()}, "why": self.why, "left": int(self.left())})
-        except OSError:
-            pass
+        now = {
+            "pid": os.getpid(),
+            "state": {n: self.state[n] for n in self.planned},
+            "where": {n: self.executor.where(n) for n, state in self.state.items() if state == "running"},
+            "since": {n: int(t) for n, t in self.since.items()},
+            "why": self.why,
+            "left": int(self.left()),
+        }
+        try: write_json(self.pipeline.root/"logs"/"launch"/"state.json", now)
+        except OSError: pass                                              # a full disk stops the run elsewhere
 
     def _start_ready(self):
         "Fills the free workers; stages with nothing to run are settled at once."
         from dvc.exceptions import DvcException
         while True:
-            ready = [n for n in self.planned if self.state[n] == "waiting" and all(self.state[p] in DONE for p in self.parents[n])]
+            waiting = [n for n in self.planned if self.state[n] == "waiting"]
+            ready = [n for n in waiting if all(self.state[p] in DONE for p in self.parents[n])]
             if not ready or not self.executor.room(): return self.executor.flush()
             name = max(ready, key=self.path.get)
             try:

@@ -70,7 +70,7 @@ class Slurm:
         folder: str | Path = ".",                # workspace; its params.yaml says what a job asks for
         tries: int = 3,                          # how often a stage that is killed is handed in
         poll: float = 2.0,                       # seconds between questions to the cluster
-        patience: float = 10.0                   # seconds in which a job may be neither queued nor ended (file systems lag)
+        patience: float = 10.0                   # seconds in which a job may be neither queued nor ended
     ):
         import submitit
         self.slots = [str(i) for i in range(workers or 16)]
@@ -83,8 +83,19 @@ class Slurm:
         self._cancel(set(read_json(self.known)) if self.known.exists() else set())
         self.executor = submitit.AutoExecutor(folder=self.folder/"submitit", cluster="slurm")
         settings = launch_settings(Path(folder)/"params.yaml")
-        ask = dict(timeout_min=settings.minutes, mem_gb=settings.memory, cpus_per_task=settings.cpus, slurm_partition=settings.partition, gpus_per_node=settings.gpus or None)
-        self.executor.update_parameters(name="rcid", slurm_array_parallelism=len(self.slots), slurm_additional_parameters={"requeue": True}, **{k: v for k, v in ask.items() if v is not None})
+        ask = dict(
+            timeout_min=settings.minutes,
+            mem_gb=settings.memory,
+            cpus_per_task=settings.cpus,
+            slurm_partition=settings.partition,
+            gpus_per_node=settings.gpus or None,
+        )
+        self.executor.update_parameters(
+            name="rcid",
+            slurm_array_parallelism=len(self.slots),
+            slurm_additional_parameters={"requeue": True},
+            **{k: v for k, v in ask.items() if v is not None},
+        )
 
     def log(self, name: str) -> Path: return self.logs/f"{name}.log"
 
@@ -101,15 +112,22 @@ class Slurm:
         "Hands in what waits, as one array."
         if not self.waiting: return
         threads = os.environ.get("RCID_THREADS", "1")
-        env = {"RCID_THREADS": threads, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads), "PYTHONUNBUFFERED": "1"}
+        omp = os.environ.get("OMP_NUM_THREADS", threads)
+        env = {"RCID_THREADS": threads, "OMP_NUM_THREADS": omp, "PYTHONUNBUFFERED": "1"}
         marks = [str(self.folder/f"{job.name}.{time.time_ns()}") for job, _ in self.waiting]
         try:
             with self.executor.batch():
-                jobs = [self.executor.submit(Command(job.command, job.folder, {**env, **job.env}, str(self.log(job.name)), mark)) for (job, _), mark in zip(self.waiting, marks)]
+                jobs = []
+                for (job, _), mark in zip(self.waiting, marks):
+                    log = str(self.log(job.name))
+                    command = Command(job.command, job.folder, {**env, **job.env}, log, mark)
+                    jobs.append(self.executor.submit(command))
         # submitit's own class
         except Exception as e:
             raise RuntimeError(f"SLURM did not take the jobs: {' '.join(str(e).split())}") from None
-        for (job, tries), mark, handed in zip(self.waiting, marks, jobs): self.running[job.name] = dict(job=job, tries=tries, mark=Path(mark), id=handed.job_id, lost=None)
+        for (job, tries), mark, handed in zip(self.waiting, marks, jobs):
+            known = dict(job=job, tries=tries, mark=Path(mark), id=handed.job_id, lost=None)
+            self.running[job.name] = known
         self.waiting = []
         write_json(self.known, sorted(r["id"] for r in self.running.values()))
 
@@ -136,7 +154,8 @@ class Slurm:
                 self._forget(name)
                 if r["tries"] < self.tries: self.waiting.append((r["job"], r["tries"] + 1))
                 else:
-                    with open(self.log(name), "a") as f: f.write(f"\nrcid: killed or lost {self.tries} times: too little memory or time? (launch in params.yaml)\n")
+                    why = f"killed or lost {self.tries} times: too little memory or time? (launch in params.yaml)"
+                    with open(self.log(name), "a") as f: f.write(f"\nrcid: {why}\n")
                     done.append((r["job"], 137))
         self.flush()
         return done
@@ -156,7 +175,8 @@ class Slurm:
         end = time.monotonic() + limit
         while ids & queued():
             left = ", ".join(sorted(ids))
-            if time.monotonic() > end: raise RuntimeError(f"SLURM does not end {left}{trouble}: scancel them, then run again")
+            if time.monotonic() > end:
+                raise RuntimeError(f"SLURM does not end {left}{trouble}: scancel them, then run again")
             time.sleep(0.5)
 
     def stop(self) -> list[Job]:

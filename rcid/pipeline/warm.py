@@ -18,7 +18,8 @@ LATE = """
 papermill nbclient ipykernel.ipkernel ipykernel.zmqshell jupyter_client.manager
 matplotlib.figure matplotlib.font_manager matplotlib.backends.backend_agg matplotlib.backends.backend_pdf
 scipy.stats scipy.optimize safetensors.torch transformers.models.llama.modeling_llama
-transformers.models.qwen3.modeling_qwen3 transformers.models.auto.modeling_auto transformers.models.auto.tokenization_auto
+transformers.models.qwen3.modeling_qwen3 transformers.models.auto.modeling_auto
+transformers.models.auto.tokenization_auto
 """.split()
 
 def preload():
@@ -35,8 +36,10 @@ def preload():
 def unfit() -> str:
     "Why this process must not be forked; empty if it may."
     if len(os.listdir("/proc/self/task")) > 1: return "it has threads"
-    opened = [os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{n}")]
-    if any("nvidia" in name for name in opened): return "it has opened a GPU"
+    for number in os.listdir("/proc/self/fd"):
+        try: opened = os.readlink(f"/proc/self/fd/{number}")
+        except OSError: continue                                            # that of the list itself
+        if opened.startswith("/dev/nvidia"): return "it has opened a GPU"
     return ""
 
 # %% ../../nbs/09_pipeline/04_warm.ipynb #63e2a8f5

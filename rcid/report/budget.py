@@ -16,17 +16,20 @@ from ..distill.trainer import distill
 from ..models.adapters import get_adapter
 
 # %% ../../nbs/08_report/10_budget.ipynb #fd77b9ea
-_shape = lambda arch, vocab, d_model, d_mlp, layers, heads, kv_heads, head_dim, tied: dict(
-    arch=arch,
-    vocab_size=vocab,
-    hidden_size=d_model,
-    intermediate_size=d_mlp,
-    num_hidden_layers=layers,
-    num_attention_heads=heads,
-    num_key_value_heads=kv_heads,
-    head_dim=head_dim,
-    tie_word_embeddings=tied,
-)
+def _shape(arch, vocab, d_model, d_mlp, layers, heads, kv_heads, head_dim, tied) -> dict:
+    "The names of `config.json` for what a table of sizes says."
+    return dict(
+        arch=arch,
+        vocab_size=vocab,
+        hidden_size=d_model,
+        intermediate_size=d_mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        tie_word_embeddings=tied,
+    )
+
 SHAPES = {
     "Qwen/Qwen3-8B": _shape("qwen3", 151936, 4096, 12288, 36, 32, 8, 128, False),
     "Qwen/Qwen3-0.6B": _shape("qwen3", 151936, 1024, 3072, 28, 16, 8, 128, True),
@@ -63,20 +66,17 @@ def training_memory(student: nn.Module, teacher: nn.Module,
 ) -> dict[str, float]:                   # bytes
     "Memory of a distillation step by part."
     a = get_adapter(student)
-    trained = (
-        parameters(student)
-        if train_embeddings
-        else sum(p.numel() for m in (a.layers, a.final_norm) for p in m.parameters())
-    )
-    one = tokens * layer_bytes(student)
+    trained = parameters(student) if train_embeddings else parameters(a.layers) + parameters(a.final_norm)
+    one = tokens * layer_bytes(student)                                   # what a layer keeps
+    activations = a.n_layers * one
+    if checkpointed: activations = a.n_layers * tokens * 4 * a.d_model + one
     out = dict(
         student=4 * parameters(student),
         gradients=4 * trained,
         adamw=8 * trained,
         teacher=2 * parameters(teacher),
-        # logits and log-probabilities of both, one gradient
-        activations=a.n_layers * tokens * 4 * a.d_model + one if checkpointed else a.n_layers * one,
-        logits=5 * 4 * head_rows * a.vocab,
+        activations=activations,
+        logits=5 * 4 * head_rows * a.vocab,                               # and log-probabilities of both, one gradient
     )
     return out | {"total": sum(out.values())}
 
@@ -91,19 +91,17 @@ def run_budget(student: nn.Module, teacher: nn.Module, pairs: ContrastiveDataset
     want_t, want_s = plan_signals(student, teacher, pairs, method, c)
     each, micro = tokens / c.steps / c.batch, c.micro_batch or c.batch      # tokens of a pair
     rows = each if want_s.everywhere else 1 + want_s.corrupt
-    memory, lean = (
-        training_memory(student, teacher, each * micro, rows * micro, x, c.train_embeddings) for x in (False, True)
-    )
+    def memory_of(checkpointed):
+        return training_memory(student, teacher, each * micro, rows * micro, checkpointed, c.train_embeddings)
+    memory, lean = memory_of(False), memory_of(True)
     a, seq = get_adapter(teacher), pairs.clean_ids.shape[1]
-    hidden = (
-        (each if want_t.everywhere else 1 + want_t.corrupt + len(want_t.swaps))
-        + len(want_t.sites) * (1 + want_t.corrupt)
-        + len(want_t.layers) * seq
-    )
+    hidden = each if want_t.everywhere else 1 + want_t.corrupt + len(want_t.swaps)    # kept states of a pair
+    hidden += len(want_t.sites) * (1 + want_t.corrupt) + len(want_t.layers) * seq
+    _, without_last = run_cost(student, teacher, pairs, method, replace(c, steps=c.steps - 1))
     return dict(
         tokens=tokens,
         flops=flops,
-        step_flops=(flops - run_cost(student, teacher, pairs, method, replace(c, steps=c.steps - 1))[1]),
+        step_flops=flops - without_last,
         seconds=flops / (peak * share),
         memory=memory["total"],
         memory_recomputed=lean["total"],

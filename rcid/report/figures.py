@@ -15,8 +15,7 @@ from .style import WIDTH, Figure, in_order, label, look, panels, style
 # %% ../../nbs/08_report/04_figures.ipynb #f70e89ef
 def _score_panel(ax, table: dict):
     "One heatmap, layer by role, with its sites; returns the image for its colour bar."
-    score = np.array([[np.nan if v is None else v for v in row] for row in table["score"]], dtype=float)
-    roles = table["roles"]
+    score, roles = np.array(table["score"], dtype=float), table["roles"]    # (layer, role); null is NaN
     cmap = matplotlib.colormaps["Blues"].with_extremes(bad="#dcdcdc")
     image = ax.imshow(np.ma.masked_invalid(score.T), aspect="auto", cmap=cmap, vmin=0)
     ax.set_yticks(range(len(roles)), [label(r) for r in roles])
