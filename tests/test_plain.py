@@ -61,7 +61,7 @@ def test_module_is_short_and_names_what_it_imports(module):
 
 
 def test_imports_go_one_way(capfd):
-    "The contracts of pyproject.toml: a floor imports only from the floors below it in the list, and there is no circle."
+    "The contracts of pyproject.toml: a floor imports only from the floors below it in the list, without a circle."
     from importlinter.cli import lint_imports
     status = lint_imports(config_filename=str(ROOT/"pyproject.toml"), no_cache=True)
     assert status == 0, capfd.readouterr().out

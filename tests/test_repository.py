@@ -163,7 +163,8 @@ def test_other_settings_for_a_scale():
     "`SET` reaches the workspace of a scale; the committed params of the default scale cannot be overridden in passing."
     dry = lambda *words: subprocess.run(["make", "-n", "repro", *words], cwd=ROOT, capture_output=True, text=True)
     done = dry("SCALE=gpu", "SET=distill.steps=60 seeds=[42]")
-    assert done.returncode == 0 and "rcid.pipeline.workspace gpu distill.steps=60 seeds=[42]" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "rcid.pipeline.workspace gpu distill.steps=60 seeds=[42]" in done.stdout
     refused = dry("SET=distill.steps=60")
     assert (
         refused.returncode and "SET is for the other scales" in refused.stderr and "rcid.pipeline" not in refused.stdout

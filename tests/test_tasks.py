@@ -1,4 +1,5 @@
-"""Factual probing, WinoGrande and arithmetic: one word differs, answers are tokens and right, splits share nothing; real data where they are."""
+"""Factual probing, WinoGrande and arithmetic: one word differs, answers are right, splits share nothing; also on real
+data, where they are."""
 
 import functools, itertools, json, os, re
 import pytest, torch

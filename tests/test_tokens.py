@@ -1,4 +1,4 @@
-"""Tokens of two tokenizers cover the same bytes: real Qwen3 and LLaMA 3 vocabularies and small ones, over strings of every kind."""
+"""Tokens of two tokenizers cover the same bytes: real vocabularies and small ones, over strings of every kind."""
 
 import itertools, os, random, unicodedata
 from pathlib import Path

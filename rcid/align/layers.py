@@ -19,26 +19,20 @@ def _proportional(n_teacher: int, n_student: int) -> list[int]:
 
 # %% ../../nbs/04_align/02_layers.ipynb #587c342c
 def _kept(n_teacher: int, n_student: int, keep) -> list[int]:
-    if (
-        keep is None
-        or len(keep) != n_student
-        or sorted(set(keep)) != list(keep)
-        or not 0 <= keep[0] <= keep[-1] < n_teacher
-    ):
-        raise ValueError(
-            f"map_layers: keep={keep} must be the {n_student} teacher layers that the student was made of, ascending,"
-            f" within 0..{n_teacher-1}"
-        )
+    ascending = keep is not None and len(keep) == n_student and sorted(set(keep)) == list(keep)
+    if not ascending or not 0 <= keep[0] <= keep[-1] < n_teacher:
+        wanted = f"the {n_student} teacher layers that the student was made of, ascending, within 0..{n_teacher-1}"
+        raise ValueError(f"map_layers: keep={keep} must be {wanted}")
     return [max(bisect_right(keep, l) - 1, 0) for l in range(n_teacher)]
 
-def _matrix(x, shape: tuple, what: str) -> Tensor:
+def _matrix(x, shape: tuple[int, int | None], what: str) -> Tensor:
+    "A matrix in float64, if it has this shape; None stands for any number of roles."
     if x is None: raise ValueError(f"map_layers: {what} is missing")
     x = torch.as_tensor(x).detach().double().cpu()
-    if x.ndim != 2 or tuple(x.shape) != tuple(s if s is not None else x.shape[i] for i, s in enumerate(shape)):
-        raise ValueError(
-            f"map_layers: {what} has shape {tuple(x.shape)}, expected"
-            f" ({', '.join('roles' if s is None else str(s) for s in shape)})"
-        )
+    rows, columns = shape
+    if x.ndim != 2 or len(x) != rows or columns not in (None, x.shape[1]):
+        wanted = f"({rows}, {'roles' if columns is None else columns})"
+        raise ValueError(f"map_layers: {what} has shape {tuple(x.shape)}, expected {wanted}")
     if not x.isfinite().all(): raise ValueError(f"map_layers: {what} holds NaN or infinite values")
     return x
 
@@ -53,14 +47,13 @@ def _by_cka(cka: Tensor, top_k: int) -> list:
 
 def _by_effect(teacher: Tensor, student: Tensor, tie: float) -> list[int]:
     if teacher.shape[1] != student.shape[1]:
-        raise ValueError(
-            f"map_layers: effect profiles have {teacher.shape[1]} and {student.shape[1]} roles, they must be the same"
-        )
+        roles = f"{teacher.shape[1]} and {student.shape[1]} roles"
+        raise ValueError(f"map_layers: effect profiles have {roles}, they must be the same")
     for name, e in (("teacher", teacher), ("student", student)):
         if not e.abs().max() > 0:
             raise ValueError(f"map_layers: the {name}'s effect profile is zero everywhere: nothing to match")
     teacher, student = teacher / teacher.abs().max(), student / student.abs().max()
-    distance = (teacher[:, None] - student[None]).square().mean(2).sqrt()
+    distance = (teacher[:, None] - student[None]).square().mean(2).sqrt()  # (layer_t, layer_s)
     near = torch.tensor(_proportional(len(teacher), len(student)))[:, None]
     away = (torch.arange(len(student))[None] - near).abs().double()
     tied = distance <= distance.min(1, keepdim=True).values + tie
@@ -69,16 +62,16 @@ def _by_effect(teacher: Tensor, student: Tensor, tie: float) -> list[int]:
 
 # %% ../../nbs/04_align/02_layers.ipynb #2bb796ce
 def map_layers(
-    n_teacher: int,
-    n_student: int,  # numbers of layers
-    how: str = "proportional",  # proportional | kept | cka | effect
+    n_teacher: int, n_student: int,          # numbers of layers
+    how: str = "proportional",               # proportional | kept | cka | effect
     *,
-    keep: list[int] | None = None,  # for `kept`: the teacher layers the student was made of
-    cka: Float[Tensor, "n_teacher n_student"] | None = None,  # for `cka`, from `layer_cka(teacher, student, ...)`
-    effects: tuple[Float[Tensor, "n_teacher role"], Float[Tensor, "n_student role"]] | None = None,  # for `effect`: mean effects of both, same roles
-    top_k: int = 1,  # with `cka`: how many student layers a teacher layer maps to
-    tie: float = 0.02,  # with `effect`: distances this close count as equal (1 = the largest effect)
-) -> list:  # per teacher layer a student layer, or for top_k > 1 a list of (layer, weight)
+    keep: list[int] | None = None,           # for `kept`: the teacher layers the student was made of
+    cka: Float[Tensor, "n_teacher n_student"] | None = None,       # for `cka`, from `layer_cka(teacher, student, ...)`
+    # for `effect`: mean effects of both, same roles
+    effects: tuple[Float[Tensor, "n_teacher role"], Float[Tensor, "n_student role"]] | None = None,
+    top_k: int = 1,                          # with `cka`: how many student layers a teacher layer maps to
+    tie: float = 0.02                        # with `effect`: distances this close are equal (1 = the largest effect)
+) -> list:                                   # per teacher layer a student layer; top_k > 1: a list of (layer, weight)
     "Student layer(s) for each teacher layer."
     if min(n_teacher, n_student) < 1:
         raise ValueError(f"map_layers: {n_teacher} and {n_student} layers, both must be at least 1")

@@ -41,24 +41,22 @@ def _check(source: Tensor, target: Tensor, rank: int | None):
 
 # %% ../../nbs/04_align/00_procrustes.ipynb #9f04a24f
 def procrustes(
-    source: Float[Tensor, "n d_s"],  # student rows
-    target: Float[Tensor, "n d_t"],  # teacher rows, in the same order
-    center: bool = False,  # subtract the column means first (for raw activations, not for differences)
-    normalize: bool = True,  # scale every row to length 1 first: the fit then maximises the mean cosine
-    rank: int | None = None,  # fit only the `rank` strongest directions: a partial isometry instead of an isometry
-) -> Float[Tensor, "d_t d_s"]:  # `source @ W.T` lies in teacher space; float32 at least
+    source: Float[Tensor, "n d_s"],      # student rows
+    target: Float[Tensor, "n d_t"],      # teacher rows, in the same order
+    center: bool = False,                # subtract the column means first (for raw activations, not for differences)
+    normalize: bool = True,              # scale every row to length 1 first: the fit then maximises the mean cosine
+    rank: int | None = None              # only the `rank` strongest directions: a partial isometry, not an isometry
+) -> Float[Tensor, "d_t d_s"]:           # `source @ W.T` lies in teacher space; float32 at least
     "Exact orthogonal Procrustes map from student to teacher space (Schoenemann 1966, doi:10.1007/BF02289451)."
     _check(source, target, rank)
-    m = _rows(target, center, normalize).T @ _rows(source, center, normalize)
+    m = _rows(target, center, normalize).T @ _rows(source, center, normalize)              # (d_t, d_s)
     u, s, vt = torch.linalg.svd(m, full_matrices=False)
     dtype = torch.promote_types(source.dtype, torch.float32)
-    # below that, rounding of the inputs
-    wanted, known = rank or m.shape[1], int((s > s[0] * 4 * torch.finfo(dtype).eps).sum())
+    wanted = rank or m.shape[1]
+    known = int((s > s[0] * 4 * torch.finfo(dtype).eps).sum())             # below that, rounding of the inputs
     if known < wanted:
-        warnings.warn(
-            f"procrustes: the rows determine {known} of {wanted} directions, the others are arbitrary: pass"
-            f" rank={known} or more rows"
-        )
+        what = f"the rows determine {known} of {wanted} directions, the others are arbitrary"
+        warnings.warn(f"procrustes: {what}: pass rank={known} or more rows")
     return (u[:, :wanted] @ vt[:wanted]).to(dtype)
 
 # %% ../../nbs/04_align/00_procrustes.ipynb #c51b9189

@@ -43,30 +43,32 @@ def _refuse(tokenizer, kept: bytes, text: str):
         f" {kept[at:at+12]!r}; align needs tokenizers whose tokens spell the text, such as byte-level BPE"
     )
 
-def _read(tokenizer, text: str) -> tuple[list[int], list[bytes]]: # ids, and the bytes that each stands for
+def _read(tokenizer, text: str) -> tuple[list[int], list[bytes]]:
+    "Ids, and the bytes that each stands for."
     if not getattr(tokenizer, "is_fast", False):
-        raise TypeError(
-            f"tokenizer {_name(tokenizer)} is a slow one: load its fast version, which has a tokenizer.json"
-        )
+        advice = "load its fast version, which has a tokenizer.json"
+        raise TypeError(f"tokenizer {_name(tokenizer)} is a slow one: {advice}")
     if not text: raise ValueError("empty text: there are no tokens to align")
-    try:want = text.encode()
+    try: want = text.encode()
     except UnicodeEncodeError as e:
-        raise ValueError(f"character {e.start} of the text is a lone surrogate, which is not text: replace it") from None
-    e, added, byte_level = tokenizer(text).encodings[0], tokenizer.added_tokens_decoder, _byte_level(tokenizer)
+        what = f"character {e.start} of the text is a lone surrogate, which is not text"
+        raise ValueError(f"{what}: replace it") from None
+    e = tokenizer(text).encodings[0]
+    added, byte_level = tokenizer.added_tokens_decoder, _byte_level(tokenizer)
     pieces = []
     for i, token, (start, end), template in zip(e.ids, e.tokens, e.offsets, e.special_tokens_mask):
-        if template:pieces.append(b"")
-        elif i in added:pieces.append((text[start:end] if text[start:end].strip() == added[i].content else added[i].content).encode())
-        else:
-            pieces.append(_piece(token, byte_level))
+        if template: pieces.append(b"")
+        elif i in added:
+            content, given = added[i].content, text[start:end]
+            pieces.append((given if given.strip() == content else content).encode())       # spaces may belong to it
+        else: pieces.append(_piece(token, byte_level))
     kept = b"".join(pieces)
     if kept == b" " + want:
         first = next(k for k, p in enumerate(pieces) if p)
         pieces[first] = pieces[first][1:]
-    elif kept != want and unicodedata.normalize("NFC", kept.decode(errors="replace")) != unicodedata.normalize(
-        "NFC", text
-    ):
-        _refuse(tokenizer, kept, text)
+    elif kept != want:
+        as_read = unicodedata.normalize("NFC", kept.decode(errors="replace"))
+        if as_read != unicodedata.normalize("NFC", text): _refuse(tokenizer, kept, text)
     return list(e.ids), pieces
 
 def _cumulative(pieces: list[bytes]) -> list[tuple[int, int]]:
@@ -74,21 +76,19 @@ def _cumulative(pieces: list[bytes]) -> list[tuple[int, int]]:
     return list(zip([0, *ends[:-1]], ends))
 
 # %% ../../nbs/04_align/03_tokens.ipynb #8e91c568
-def _clusters(
-    text: str,
-) -> list[str]:  # pieces that normalisation treats one by one: a character and what can combine with it
+def _clusters(text: str) -> list[str]:
+    "Pieces that normalisation treats one by one: a character and what can combine with it."
     out = []
     for c in text:
         # marks; Hangul vowels and final consonants
         joins = unicodedata.category(c)[0] == "M" or 0x1160 <= ord(c) <= 0x11FF
-        if joins and out:out[-1] += c
+        if joins and out: out[-1] += c
         else: out.append(c)
     return out
 
 
-def _through_normaliser(
-    tokenizer, spans, kept: bytes, text: str
-) -> list[tuple[int, int]]:  # spans of the kept bytes -> spans of the text's
+def _through_normaliser(tokenizer, spans, kept: bytes, text: str) -> list[tuple[int, int]]:
+    "Spans of the kept bytes as spans of the text's."
     normalise = tokenizer.backend_tokenizer.normalizer.normalize_str
     # the text's offset at or before, at or after, each offset of `kept`
     low, high, at = [0], [0], 0
@@ -106,10 +106,9 @@ def _through_normaliser(
 
 
 def byte_spans(
-    tokenizer, text: str  # a fast tokenizer that keeps the text  # not empty
-) -> tuple[
-    list[int], list[tuple[int, int]]
-]:  # ids, and (start, end) in bytes of `text`; start == end for a token that stands for no text
+    tokenizer,     # a fast one that keeps the text
+    text: str      # not empty
+) -> tuple[list[int], list[tuple[int, int]]]: # ids; (start, end) in bytes, start == end for a token without text
     "The tokens of `text`, as the tokenizer makes them, and the bytes that each covers."
     ids, pieces = _read(tokenizer, text)
     spans, kept = _cumulative(pieces), b"".join(pieces)
@@ -219,24 +218,23 @@ def shared_vocabulary(tok_a, tok_b) -> Int[Tensor, "2 shared"]:
     "Ids in a and in b of the tokens that stand for the same bytes."
     def by_bytes(tokenizer):
         added, byte_level = tokenizer.added_tokens_decoder, _byte_level(tokenizer)
-        return {
-            added[i].content.encode() if i in added else _piece(t, byte_level): i
-            for t, i in sorted(tokenizer.get_vocab().items(), key=lambda ti: ti[1])
-        }
+        out = {}
+        for i, token in sorted((i, token) for token, i in tokenizer.get_vocab().items()):
+            out[added[i].content.encode() if i in added else _piece(token, byte_level)] = i
+        return out
     a, b = by_bytes(tok_a), by_bytes(tok_b)
     return torch.tensor([[i, b[t]] for t, i in a.items() if t in b], dtype=torch.long).reshape(-1, 2).T
 
 
-def _predicted(
-    groups: TokenGroups,
-) -> list[tuple[list[int], list[int]]]:  # without those whose first token nothing comes before
+def _predicted(groups: TokenGroups) -> list[tuple[list[int], list[int]]]:
+    "Without those whose first token nothing comes before."
     return [(a, b) for a, b in groups.worded if a[0] and b[0]]
 
 
-def _merged(
-    logits, ids, sides, temperature
-):  # log of the merged distribution, "group vocab", and the first token of each group
-    log_p, ids = F.log_softmax(logits.float() / temperature, -1), torch.tensor(ids, device=logits.device)
+def _merged(logits, ids, sides, temperature) -> tuple[Float[Tensor, "group vocab"], Int[Tensor, "group"]]:
+    "Log of the merged distribution, and the first token of each group."
+    log_p = F.log_softmax(logits.float() / temperature, -1)                # (token, vocab)
+    ids = torch.tensor(ids, device=logits.device)
     # own[i - 1] belongs to token i: the row before a token predicts it
     own = log_p[:-1].gather(-1, ids[1:, None])[:, 0]
     first = torch.tensor([s[0] for s in sides], device=logits.device)

@@ -85,8 +85,11 @@ def relations_of(
 ) -> list[Relation]:
     "All relations of a source."
     if source == "embedded":
-        rows = embedded("factual")["relations"]
-        return [Relation(r["name"], r["ood"], tuple(r["templates"]), tuple(r["ood_templates"]), r["facts"]) for r in rows]
+        relations = []
+        for r in embedded("factual")["relations"]:
+            templates, paraphrases = tuple(r["templates"]), tuple(r["ood_templates"])
+            relations.append(Relation(r["name"], r["ood"], templates, paraphrases, r["facts"]))
+        return relations
     if source == "path":
         if dataset in (None, "lre"): return _lre()
         if dataset == "lama": return _lama()

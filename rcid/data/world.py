@@ -7,7 +7,6 @@ __all__ = ['task_sentences', 'world_sentences']
 
 # %% ../../nbs/02_data/10_world.ipynb #8ace4bd7
 import itertools, random, re
-from ..core.paths import embedded
 from .corpus import templated_sentences, world_names
 from .names import SPLITS
 from .splits import TASKS, variants_of

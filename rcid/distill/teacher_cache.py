@@ -196,9 +196,14 @@ def kept_tensors(
     try: return load_tensors(path)[0]                                      # the mapped ones: memory is free again
     except (FileNotFoundError, ValueError): return tensors
 
+def _file_of(made) -> str | None:
+    "Where a function or class is written; None for one of a notebook's cell."
+    try: return inspect.getsourcefile(made)
+    except (OSError, TypeError): return None
+
 def code_hash(*made_by) -> str:
     "SHA-256 of the modules in which these functions and classes are written, and of the libraries' versions."
-    files = [Path(f) for x in made_by if (f := inspect.getsourcefile(x))]
+    files = [Path(f) for x in made_by if (f := _file_of(x))]
     code = b"".join(f.read_bytes() for f in files if f.exists())
     return hashlib.sha256(code + f"{torch.__version__} {version('transformers')}".encode()).hexdigest()
 

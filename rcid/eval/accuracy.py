@@ -36,20 +36,17 @@ def task_accuracy(
     with evaluating(model):
         for start in range(0, len(pairs), batch_size):
             p = pairs[start:start + batch_size]
-            logits = answer_logits(
-                model, torch.cat([p.clean_ids, p.corrupt_ids]), p.attention_mask.repeat(2, 1), p.answer_pos.repeat(2)
-            ).cpu()
-            right, wrong = (
-                torch.cat(v).cpu()
-                for v in ((p.correct_token_id, p.wrong_token_id), (p.wrong_token_id, p.correct_token_id))
-            )
+            ids = torch.cat([p.clean_ids, p.corrupt_ids])                  # (2 * pair, seq)
+            logits = answer_logits(model, ids, p.attention_mask.repeat(2, 1), p.answer_pos.repeat(2)).cpu()
+            right = torch.cat([p.correct_token_id, p.wrong_token_id]).cpu()
+            wrong = torch.cat([p.wrong_token_id, p.correct_token_id]).cpu()
             ld.append((logits.gather(1, right[:, None]) - logits.gather(1, wrong[:, None])).view(2, -1))
             top.append((logits.argmax(1) == right).view(2, -1))
     ld, top = torch.cat(ld, 1), torch.cat(top, 1)
     if not ld.isfinite().all():
+        bad = f"{int((~ld.isfinite()).any(0).sum())} of {len(pairs)} pairs"
         raise FloatingPointError(
-            f"task_accuracy: {int((~ld.isfinite()).any(0).sum())} of {len(pairs)} pairs have NaN or infinite logits:"
-            " the weights or the dtype are broken"
+            f"task_accuracy: {bad} have NaN or infinite logits: the weights or the dtype are broken"
         )
     right = ld > 0
     counts = dict(accuracy=right[0], accuracy_corrupt=right[1], both=right.all(0), top1=top[0], top1_corrupt=top[1])

@@ -10,7 +10,6 @@ from typing import Sequence
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from ..data.pairs import pad_mask
 from ..data.reasoning import ReasoningDataset, exact_match
 from ..models.adapters import get_adapter, model_device
 from ..models.generation import end_tokens
@@ -27,15 +26,15 @@ def greedy_decode(
     "The most likely next token, again and again, with the KV cache."
     if max_new < 1: raise ValueError(f"greedy_decode: max_new={max_new} must be at least 1")
     if not input_ids.numel():
-        raise ValueError(
-            f"greedy_decode: prompts of shape {tuple(input_ids.shape)} hold no tokens: pass at least one prompt"
-        )
+        shape = tuple(input_ids.shape)
+        raise ValueError(f"greedy_decode: prompts of shape {shape} hold no tokens: pass at least one prompt")
     if eos_id is None: eos_id = []
     ends = input_ids.new_tensor([eos_id] if isinstance(eos_id, int) else list(eos_id))
     mask = attention_mask.long()
     if not mask[:, 0].all() or (mask.diff(dim=1) > 0).any():
         raise ValueError("greedy_decode: prompts must be padded on the right, and none may be empty")
-    length, row = mask.sum(1), torch.arange(len(mask), device=mask.device)
+    length = mask.sum(1)                                                   # (batch,)
+    row = torch.arange(len(mask), device=mask.device)
     a = get_adapter(model)
     if len(length.unique()) > 1 and any(a.window(l) for l in range(a.n_layers)):
         # the cache of a layer with a window counts columns, padding among them: rows of one length at a time
@@ -49,11 +48,10 @@ def greedy_decode(
     with evaluating(model):
         out = a.body(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True)
         if out.past_key_values is None:
-            raise ValueError(
-                f"greedy_decode: this {model.config.model_type} model returned no key-value cache: use a model with"
-                " use_cache"
-            )
-        hidden, new = out.last_hidden_state[row, length - 1], []
+            what = f"this {model.config.model_type} model returned no key-value cache"
+            raise ValueError(f"greedy_decode: {what}: use a model with use_cache")
+        hidden = out.last_hidden_state[row, length - 1]                    # (batch, d_model)
+        new = []
         going = torch.ones_like(length, dtype=torch.bool)
         for step in range(max_new):
             token = a.lm_head(hidden).argmax(-1)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
-from ..data.pairs import prompt_ids
+from ..data.pairs import pad_mask, prompt_ids
 from ..models.adapters import get_adapter, model_device
 from ..models.modes import evaluating
 
@@ -19,48 +19,44 @@ from ..models.modes import evaluating
 def windows(n: int, window: int, stride: int) -> list[tuple[int, int, int]]:
     "Sliding windows over n tokens: (start, first scored token, end)."
     if not 1 <= stride < window:
-        raise ValueError(
-            f"perplexity: stride={stride} is outside 1..{window-1}: it must leave some context in a window of {window}"
-        )
+        why = f"it must leave some context in a window of {window}"
+        raise ValueError(f"perplexity: stride={stride} is outside 1..{window-1}: {why}")
     out, done = [], 1
     for start in range(0, n, stride):
         end = min(start + window, n)
-        out.append((start, done, end)); done = end
+        out.append((start, done, end))
+        done = end
         if end == n: return out
 
 # %% ../../nbs/07_eval/03_perplexity.ipynb #62711b86
 @torch.no_grad()
 def perplexity(
     model: nn.Module,
-    text: (
-        Int[Tensor, "n"] | str | list
-    ),  # token ids, or text with `tokenizer`; a list of either: texts of their own, each read from its start
+    # token ids, or text with `tokenizer`; a list of either: texts of their own, each read from its start
+    text: Int[Tensor, "n"] | str | list,
     tokenizer=None,
-    window: int = 256,
-    stride: int = 128,  # tokens
-    batch_size: int = 8,  # windows per forward
-    head_rows: int = 256,  # positions per LM-head call: bounds the memory for logits
+    window: int = 256, stride: int = 128,    # tokens
+    batch_size: int = 8,                     # windows per forward
+    head_rows: int = 256                     # positions per LM-head call: bounds the memory for logits
 ) -> float:
     "Token-weighted perplexity of a text under a sliding window."
-    texts, a, device = text if isinstance(text, list) else [text], get_adapter(model), model_device(model)
+    a, device = get_adapter(model), model_device(model)
+    texts = text if isinstance(text, list) else [text]
     if tokenizer is None and any(isinstance(t, str) for t in texts):
         raise ValueError("perplexity: text needs its tokenizer (tokenizer=)")
     texts = [torch.as_tensor(prompt_ids(tokenizer, [t])[0] if isinstance(t, str) else t) for t in texts]
     if not texts: raise ValueError("perplexity: no texts given: pass at least one of two tokens or more")
     for i, t in enumerate(texts):
         if t.ndim != 1 or len(t) < 2:
-            raise ValueError(
-                f"perplexity: text {i} has ids of shape {tuple(t.shape)}, expected one row of at least 2 tokens: leave"
-                " it out"
-            )
-    plan, total = [(ids, *w) for ids in texts for w in windows(len(ids), window, stride)], 0.
+            what = f"text {i} has ids of shape {tuple(t.shape)}, expected one row of at least 2 tokens"
+            raise ValueError(f"perplexity: {what}: leave it out")
+    plan = [(ids, *w) for ids in texts for w in windows(len(ids), window, stride)]
+    total = 0.
     with evaluating(model):
         for group in (plan[i:i + batch_size] for i in range(0, len(plan), batch_size)):
-            rows = torch.nn.utils.rnn.pad_sequence([ids[s:e] for ids, s, _, e in group], batch_first=True).to(device)
-            mask = torch.nn.utils.rnn.pad_sequence(
-                [torch.ones(e - s, dtype=torch.long) for _, s, _, e in group], batch_first=True
-            ).to(device)
-            hidden = a.trunk(rows, mask)
+            rows = torch.nn.utils.rnn.pad_sequence([ids[s:e] for ids, s, _, e in group], batch_first=True)
+            mask = pad_mask([e - s for _, s, _, e in group])               # (window, seq)
+            hidden = a.trunk(rows.to(device), mask.to(device))
             hidden = torch.cat([h[first - s - 1:e - s - 1] for h, (_, s, first, e) in zip(hidden, group)])
             target = torch.cat([ids[first:e] for ids, _, first, e in group]).to(device)
             for h, t in zip(hidden.split(head_rows), target.split(head_rows)):

@@ -19,23 +19,16 @@ from ..models.modes import evaluating
 
 # %% ../../nbs/07_eval/05_purity.ipynb #24844417
 def task_label(
-    pairs,  # a ContrastiveDataset
-    label: str | None = None,  # order | answer; None = order where most prompts name both answers, else answer
+    pairs,                         # a ContrastiveDataset
+    label: str | None = None       # order | answer; None = order where most prompts name both answers, else answer
 ) -> tuple[str, Int[np.ndarray, "pair"]]:  # its name; class of each pair, -1 = undefined
     "The variable that a probe should find."
-    seen = [
-        (pairs.clean_ids == token[:, None]) & pairs.attention_mask.bool()
-        for token in (pairs.correct_token_id, pairs.wrong_token_id)
-    ]
-    right, wrong = (s.int().argmax(1) for s in seen)
-    # 0: the first one answers
-    order = (
-        (wrong < right)
-        .long()
-        .where(seen[0].any(1) & seen[1].any(1), torch.tensor(-1, device=right.device))
-        .cpu()
-        .numpy()
-    )
+    real = pairs.attention_mask.bool()
+    right = (pairs.clean_ids == pairs.correct_token_id[:, None]) & real    # (pair, seq)
+    wrong = (pairs.clean_ids == pairs.wrong_token_id[:, None]) & real
+    second_answers = (wrong.int().argmax(1) < right.int().argmax(1)).long()                # 0: the first one answers
+    both = right.any(1) & wrong.any(1)
+    order = second_answers.where(both, torch.tensor(-1, device=both.device)).cpu().numpy()
     label = label or ("order" if (order >= 0).mean() > .5 else "answer")
     if label not in ("order", "answer"):
         raise ValueError(f"task_label: unknown label {label!r}, use order, answer, or an array of class numbers")

@@ -32,31 +32,28 @@ def _hits(model, pairs, what: str, batch_size: int) -> tuple[Bool[np.ndarray, "p
     clean, corrupt = (v.cpu().numpy() for v in answer_logit_diff(model, pairs, batch_size))
     return clean > 0, (clean > 0) & (corrupt < 0)
 
-
 def ood_robustness(
     model: nn.Module,
-    id_pairs,  # a ContrastiveDataset, in distribution
-    ood: dict,  # variant -> ContrastiveDataset
+    id_pairs,                  # a ContrastiveDataset, in distribution
+    ood: dict,                 # variant -> ContrastiveDataset
     batch_size: int = 32,
-    n_boot: int = 10_000,
-    seed: int = 0,
-) -> (
-    dict
-):  # n, accuracy, accuracy_ci, both; variants: the same and degradation, degradation_ci (Newcombe), degradation_boot_ci (entities); mean_degradation
+    n_boot: int = 10_000, seed: int = 0
+) -> dict:
     """accuracy(ID) - accuracy(OOD) per variant; positive = worse out of distribution. Accuracy: the right answer of the
-    clean prompt is preferred (LD > 0)."""
+    clean prompt is preferred (LD > 0). Gives n, accuracy, accuracy_ci, both and mean_degradation, and of each of its
+    variants the same with degradation, degradation_ci (Newcombe) and degradation_boot_ci (entities)."""
     if not ood: raise ValueError("ood_robustness: no variants given, pass {name: pairs}")
-    share = lambda hit: dict(n=len(hit), accuracy=float(hit.mean()), accuracy_ci=list(wilson(int(hit.sum()), len(hit))))
+    def share(hit: Bool[np.ndarray, "pair"]) -> dict:
+        return dict(n=len(hit), accuracy=float(hit.mean()), accuracy_ci=list(wilson(int(hit.sum()), len(hit))))
     inside, inside_both = _hits(model, id_pairs, "the ID set", batch_size)
     out = dict(share(inside), both=float(inside_both.mean()), variants={})
     for name, pairs in ood.items():
         if pairs.task != id_pairs.task:
-            raise ValueError(
-                f"ood_robustness: variant {name!r} is task {pairs.task!r}, the ID set is {id_pairs.task!r}: a loss of"
-                " accuracy compares one task"
-            )
+            tasks = f"variant {name!r} is task {pairs.task!r}, the ID set is {id_pairs.task!r}"
+            raise ValueError(f"ood_robustness: {tasks}: a loss of accuracy compares one task")
         hit, both = _hits(model, pairs, f"variant {name!r}", batch_size)
-        y, is_id = np.concatenate([inside, hit]).astype(float), np.repeat([1., 0.], [len(inside), len(hit)])
+        y = np.concatenate([inside, hit]).astype(float)                    # (row,): ID pairs, then the variant's
+        is_id = np.repeat([1., 0.], [len(inside), len(hit)])
         def loss(w): # per resample; NaN where one of the two sets is not drawn at all
             with np.errstate(invalid="ignore", divide="ignore"):
                 return w @ (y * is_id) / (w @ is_id) - w @ (y * (1 - is_id)) / (w @ (1 - is_id))

@@ -6,13 +6,13 @@
 __all__ = ['FusionTargets', 'layer_cka_at_places', 'own_kv', 'make_fusion_targets']
 
 # %% ../../nbs/06_kv/16_fusion_targets.ipynb #e67b33fd
-import hashlib
 from dataclasses import dataclass, field
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from ..align.cka import linear_cka
 from ..align.layers import map_layers
+from ..core.tensors import content_hash, layout
 from ..data.reasoning import ReasoningDataset
 from .aligner import AlignedKV, KVShape, MapProjectionAligner, pretrain_aligner, shape_of
 from .cache import forward_kv
@@ -35,14 +35,10 @@ class FusionTargets:
 
     def content_hash(self) -> str:
         "SHA-256 of the problems and of all targets."
-        h = hashlib.sha256(self.thought.content_hash().encode())
-        for name, t in sorted(self.targets.items()):
-            for x in (t.k, t.v, t.mask, self.prototypes.get(name)):
-                if x is not None:
-                    h.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-                    h.update(x.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        h.update(self.features.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return h.hexdigest()
+        tensors = {"features": self.features}
+        for name, t in self.targets.items(): tensors |= {f"{name}.k": t.k, f"{name}.v": t.v, f"{name}.mask": t.mask}
+        for name, prototype in self.prototypes.items(): tensors[f"{name}.prototype"] = prototype
+        return content_hash(tensors, layout(tensors), self.thought.content_hash())
 
 
 def layer_cka_at_places(

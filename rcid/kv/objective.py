@@ -6,7 +6,6 @@
 __all__ = ['KVState', 'KVObjective']
 
 # %% ../../nbs/06_kv/11_objective.ipynb #07c2cce8
-import hashlib
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from ..align.layers import map_layers
 from ..align.procrustes import procrustes
 from ..causal.hooks import capture
+from ..core.tensors import content_hash, layout
 from ..data.reasoning import ReasoningDataset
 from ..distill.losses import divergence
 from ..distill.config import DistillConfig
@@ -156,16 +156,15 @@ class KVObjective(Objective):
     def _speak(self, state: KVState) -> dict[str, Tensor]:
         """Targets of all problems, from `targets_dir` if they are there: keys and values in the student's shape, not
         the teacher's."""
-        values = [v.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for v in state.state_dict().values()]
-        frozen = hashlib.sha256(b"".join(values)).hexdigest()
-        shapes = [(k, tuple(v.shape), v.dtype) for k, v in state.state_dict().items()]
+        fitted = state.state_dict()
+        frozen = content_hash(fitted, layout(fitted))
         code = code_hash(
             KVObjective, type(self.method), teacher_at_places, MapProjectionAligner, HeadwiseMapProjector, KVCache,
             compress_kv, rope_of, TimeWarper, with_latents, map_layers, ReasoningDataset, capture, get_adapter,
         )
         depends = (
             model_hash(self.teacher), computes_hash(self.teacher), self.data.content_hash(), self.thought.content_hash(),
-            self.layers, repr(self.method), self.c.seed, frozen, shapes, code,
+            self.layers, repr(self.method), self.c.seed, frozen, code,
         )
         folder = None if changed_by_hand(self.teacher) else self.c.targets_dir
         return kept_tensors(folder, depends, lambda: self._targets(state))

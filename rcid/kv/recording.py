@@ -6,7 +6,7 @@
 __all__ = ['Teacher', 'TeacherRecording', 'record_teacher', 'load_recording']
 
 # %% ../../nbs/06_kv/13_recording.ipynb #f732b0b8
-import gc, hashlib
+import gc
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Sequence
@@ -19,6 +19,7 @@ from ..core.hardware import pick_device
 from ..core.teacher_params import TeacherVariant
 from ..core.paths import read_json, sha256, write_json
 from ..distill.teacher_cache import code_hash
+from ..core.tensors import content_hash
 from ..data.holdout import StyledProblem, part_hash
 from ..data.pairs import prompt_ids
 from ..data.reasoning import CUE, Problem, ReasoningDataset, encode_problems
@@ -76,7 +77,7 @@ def _key(teacher: Teacher, problems, *how) -> str:
     hashes = [(f.name, sha256(f)) for f in files]
     used = replace(teacher, name="", folder="", model="")
     code = code_hash(record_teacher, forward_kv, rope_of, encode_problems, byte_spans, get_adapter, load_model)
-    return hashlib.sha256(repr((used, hashes, part_hash(problems), how, code)).encode()).hexdigest()
+    return content_hash({}, used, hashes, part_hash(problems), how, code)
 
 
 def _tokenized(teacher: Teacher, read, problems, tokenizer) -> ReasoningDataset:
