@@ -128,7 +128,7 @@ def copy(tracked, tmp_path) -> Path:
     "A copy of the sources, to be changed at will; `data` is in it, metrics and results are not."
     target = tmp_path/"copy"
     for name in [*tracked, *(f"data/{f.name}" for f in (ROOT/"data").glob("*.json"))]:
-        if name.startswith(("metrics/", "paper/figures/", "tests/")) or name.startswith(".dvc/store"): continue
+        if name.startswith(("metrics/", "runs/", "paper/figures/", "tests/")) or name.startswith(".dvc/store"): continue
         (target/name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT/name, target/name)
     return target

@@ -1,4 +1,4 @@
-"""Accidents: after each, a rerun ends with the results of an undisturbed run, or the launcher says in one line what is wrong. Nothing wrong is ever taken for good.
+"""Accidents: after each, a rerun ends with the results of an undisturbed run, or the launcher says what is wrong. Nothing wrong is ever taken for good.
 
 `make faults` runs all of it and writes the table tests/faults.json; the test suite runs a selection.
 """
@@ -246,7 +246,7 @@ def test_disk_full(folder, undisturbed, small_disk, part, kb):
 def test_disk_full_under_checkpoints_and_targets(small_disk, tmp_path, make_model, pairs):
     from rcid.core.hardware import seed_all
     from rcid.distill import DistillConfig, distill
-    from rcid.distill.targets import model_hash
+    from rcid.distill.teacher_cache import model_hash
     from rcid.models import shrink
     seed_all(0)
     teacher = make_model("llama")
@@ -339,7 +339,8 @@ def test_truncated_settings(finished, undisturbed, file):
         code, said = toy.launch(finished, "--workers", "2", **FAST)
         if code: refused(said, "^rcid: |^failed ", f"truncated {file}")
         else:
-            note(f"truncated {file}", "same" if toy.results(finished) == undisturbed or file == "params.yaml" else "wrong")
+            same = toy.results(finished) == undisturbed or file == "params.yaml"
+            note(f"truncated {file}", "same" if same else "wrong")
         (finished/file).write_bytes(kept)
     converges(finished, undisturbed, f"truncated {file}")
 
@@ -354,7 +355,7 @@ def test_broken_claims_of_a_killed_dvc(folder, undisturbed):
 @pytest.mark.slow
 def test_damaged_model_and_targets(tmp_path, make_model, tokenizers, pairs):
     from rcid.core.hardware import seed_all
-    from rcid.distill.targets import model_hash, teacher_targets, SignalRequest
+    from rcid.distill.teacher_cache import model_hash, teacher_targets, SignalRequest
     from rcid.models import load_model, save_model
     seed_all(0)
     model, rng = make_model("llama"), random.Random(3)
@@ -388,7 +389,7 @@ def test_damaged_model_and_targets(tmp_path, make_model, tokenizers, pairs):
 def test_damaged_checkpoint(tmp_path, make_model, pairs):
     from rcid.core.hardware import seed_all
     from rcid.distill import DistillConfig, distill
-    from rcid.distill.targets import model_hash
+    from rcid.distill.teacher_cache import model_hash
     from rcid.models import shrink
     seed_all(0)
     teacher, rng = make_model("llama"), random.Random(5)

@@ -3,29 +3,12 @@
 import json, subprocess, sys
 import pytest, torch
 from rcid.align import map_layers
-from rcid.kv.aligner import (
-    KVShape,
-    MapProjectionAligner,
-    kv_attention,
-    layer_matrix,
-    pretrain_aligner,
-    profile_alignment,
-    target_health,
-)
+from rcid.kv.aligner import KVShape, MapProjectionAligner, layer_matrix, pretrain_aligner, profile_alignment
+from rcid.kv.aligner import target_health
+from rcid.kv.attention import AttentionWeighting, attention_weights, gather_weights, kv_attention, uniform_weights
+from rcid.kv.diagnosis import diagnose_losses
 from rcid.kv.fusion import Router, fuse, masked_share
-from rcid.kv.losses import (
-    AttentionWeighting,
-    MercatorKVLoss,
-    StructuralKVLoss,
-    attention_weights,
-    cka_loss,
-    codi_loss,
-    diagnose_losses,
-    gather_weights,
-    kv_cosine,
-    kv_regression,
-    uniform_weights,
-)
+from rcid.kv.losses import MercatorKVLoss, StructuralKVLoss, cka_loss, codi_loss, kv_cosine, kv_regression
 from rcid.kv.project import FlatProjector, HeadwiseMapProjector, load_projector, match_heads, uniform_head_weights
 from rcid.kv.warp import TimeWarper, find_segments
 

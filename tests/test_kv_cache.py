@@ -3,16 +3,8 @@ import itertools
 import pytest
 import torch
 from conftest import ARCHS
-from rcid.data.reasoning import (
-    CUE,
-    SEGMENTS,
-    Problem,
-    encode_problems,
-    exact_match,
-    extract_number,
-    load_reasoning,
-    word_problems,
-)
+from rcid.data.problems import load_reasoning
+from rcid.data.reasoning import CUE, SEGMENTS, Problem, encode_problems, exact_match, extract_number, word_problems
 from rcid.kv import (
     KVCache,
     Rope,
@@ -153,7 +145,7 @@ def test_bad_models_and_caches(make_model, tmp_path):
     f = save_kv(cache, tmp_path/"c.safetensors")
     assert torch.equal(load_kv(f).k, cache.k)
     f.write_bytes(f.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="not a whole KV cache"): load_kv(f)
+    with pytest.raises(ValueError, match="not a whole file of tensors"): load_kv(f)
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +199,7 @@ def test_kept_indices_equal_a_slow_loop(thought, budget):
         )
 
 
-@pytest.mark.parametrize("method", ("rkv", "crop", "random", "uniform"))
+@pytest.mark.parametrize("method", ("kava", "rkv", "crop", "random", "uniform"))
 def test_every_method_keeps_ascending_candidates(thought, method):
     cache, reasoning, answer = thought
     kept = compress_kv(cache, 11, method, key_at=reasoning, query_at=answer)
@@ -225,7 +217,7 @@ def test_every_method_keeps_ascending_candidates(thought, method):
 def test_decoding_keeps_its_window_and_equals_the_formula(thought):
     cache, *_ = thought
     budget, window, lam = 8, 4, 0.1
-    kept = compress_kv(cache, budget, "rkv_decode", window=window, pool=3, threshold=0.3)
+    kept = compress_kv(cache, budget, "rkv", window=window, pool=3, threshold=0.3)
     for b, n in enumerate((24, 17)):
         for l, h in itertools.product(range(4), range(2)):
             k, q = cache.k[b, l, h, :n], cache.q[b, l, 2*h:2*h + 2, n - window:n]
@@ -250,7 +242,7 @@ def test_bad_compression(thought):
         compress_kv(cache, 2, query_at=reasoning & False, key_at=reasoning)
     with pytest.raises(ValueError, match="needs queries"):
         compress_kv(KVCache(cache.k, cache.v, cache.mask), 2, query_at=answer)
-    with pytest.raises(ValueError, match="does not exceed the window"): compress_kv(cache, 8, "rkv_decode")
+    with pytest.raises(ValueError, match="does not exceed the window"): compress_kv(cache, 8, "rkv", window=8)
 
 
 def test_positions_count_from_the_first_token():

@@ -13,7 +13,8 @@ from rcid.data.reasoning_pairs import reasoning_rows
 from rcid.distill import DistillConfig, distill, model_hash
 from rcid.eval import causal_consistency, task_accuracy
 from rcid.eval.decode import greedy_decode, solve
-from rcid.kv import KV_METHODS, KVObjective, KVMethod, LatentModel, forward_kv, with_latents
+from rcid.kv import KV_METHODS, Kept, KVObjective, KVMethod, LatentModel, MercatorKVLoss, RegressionKVLoss, StructuralKVLoss
+from rcid.kv import AttentionWeighting, Warped, forward_kv, kv_method, with_latents
 from rcid.models import load_model, train_tokenizer
 
 CONFIG = DistillConfig(steps=8, batch=8, lr=3e-3, log_every=1, checkpoint_every=4, seed=0)
@@ -181,18 +182,17 @@ def test_nan_stops(world, tmp_path):
 
 def test_padded_batch_gives_the_loss_of_its_rows(world):
     _, data, teacher, student = world
-    for name in ("kv_structured", "kava"):
-        objective = KVObjective(replace(SMALL[name], a_codi=0.), student(), teacher, data, CONFIG)
+    for kv in (Warped(), Kept(loss=RegressionKVLoss("smooth_l1"))):
+        objective = KVObjective(KVMethod(latents=4, fit_steps=4, kv=kv), student(), teacher, data, CONFIG)
         state = objective.start()
         rows = [0, 1, 2]
         with torch.no_grad():
             together, alone = objective.parts(rows, 0, state), [objective.parts([r], 0, state) for r in rows]
-        for part in ("kv_k", "kv_v") if name == "kv_structured" else ():
-            assert abs(together[part] - sum(a[part] for a in alone) / 3) < 1e-4
+        for part in ("kv_k", "kv_v"): assert abs(together[part] - sum(a[part] for a in alone) / 3) < 1e-4
 
 
 def test_there_is_one_loop(root):
-    tree = ast.parse((root/"rcid"/"kv"/"methods.py").read_text(encoding="utf-8"))
+    tree = ast.parse((root/"rcid"/"kv"/"objective.py").read_text(encoding="utf-8"))
     assert not [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in ("backward", "zero_grad")]
 
 
@@ -236,15 +236,37 @@ def test_several_passes_take_the_slow_path(world):
     ).abs().max() > 1e-6
 
 
+@pytest.mark.parametrize("wrong, message", [
+    (lambda: Kept("newest"), "'kava', 'rkv'"),
+    # kept tokens differ between heads: there is no attention to compare or to weigh by
+    (lambda: Kept(loss=StructuralKVLoss()), "Kept\nloss"),
+    (lambda: Kept(weighting=AttentionWeighting("teacher")), "Unexpected keyword argument"),
+    (lambda: Warped(loss="mse"), "loss"),
+    (lambda: Warped(places="answer"), "'all' or 'latents'"),
+    (lambda: Warped(weight=0), "greater than 0"),
+    (lambda: KVMethod(latents=-1), "greater than or equal to 0"),
+    (lambda: KVMethod(latents=0, kv=Kept("crop")), "no places to match"),
+    (lambda: KVMethod(latents=0, kv=Warped(places="latents")), "no places to match"),
+    (lambda: KVMethod(a_answer=0, a_cot=0), "nothing to learn"),
+    (lambda: KVMethod(a_codl=1.0), "Unexpected keyword argument"),
+    (lambda: KVMethod(kv=StructuralKVLoss()), "kv"),
+    (lambda: kv_method("kv"), "unknown KV method 'kv'")])
+def test_what_cannot_be_written(wrong, message):
+    with pytest.raises(ValueError, match=message): wrong()
+
+
+@pytest.mark.parametrize("kv", (
+    Kept("rkv"), Kept("rkv", loss=MercatorKVLoss(), places="all"), Kept("kava", loss=None, cka=0.1),
+    Warped(loss=RegressionKVLoss("mse"), weighting=AttentionWeighting("student"), cka=0.1), Warped(places="latents")))
+def test_parts_that_no_named_method_has_learn_too(world, kv):
+    _, data, teacher, student = world
+    result = distill(student(), teacher, data, KVMethod(latents=4, fit_steps=4, kv=kv), CONFIG)
+    last, first = result.history[-1], result.history[0]
+    assert last["loss"] < first["loss"] and ("kv" in last) == (kv.loss is not None) and ("cka" in last) == (kv.cka > 0)
+
+
 def test_bad_input(world):
     tokenizer, data, teacher, student = world
-    for method, message in [
-        (dict(loss="l3"), "unknown loss"),
-        (dict(time="rkv", a_kv=1.0, a_attn=1.0), "no attention"),
-        (dict(latents=-1), "negative"),
-        (dict(latents=0, time="crop", a_attn=0.0), "no places"),
-    ]:
-        with pytest.raises(ValueError, match=message): KVMethod(**method)
     with pytest.raises(ValueError, match="pass LatentModel"):
         KVObjective(SMALL["kava"], student().plain[0], teacher, data, CONFIG)
     with pytest.raises(ValueError, match="occurs in a problem"): with_latents(data, 2, int(data.input_ids[0, 3]))

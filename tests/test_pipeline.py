@@ -1,4 +1,4 @@
-"""The pipeline: stages declare what they use; at tiny scale everything runs, nothing runs twice, and a killed stage goes on where it was."""
+"""The pipeline: stages declare what they use; at tiny scale everything runs, nothing runs twice, a killed stage goes on."""
 
 import functools, json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
@@ -102,9 +102,7 @@ def test_declared_params_are_written_down(scale, tmp_path):
 
 def test_every_experiment_notebook_is_a_stage():
     assert set(NOTEBOOK.values()) == {n.stem for n in EXPERIMENTS.glob("*.ipynb")}
-    assert sorted(names(STAGES["code"]["outs"])) == sorted(
-        f"artifacts/code/{n.stem}.py" for n in EXPERIMENTS.glob("*.ipynb")
-    )
+    assert names(STAGES["code"]["outs"]) == ["artifacts/code"], "a folder, of which each stage needs one file"
 
 
 def test_outputs_have_one_maker_and_inputs_exist():
@@ -306,7 +304,8 @@ def set_params(folder, section, **values):
 @pytest.mark.slow
 def test_killed_stage_goes_on_from_its_checkpoint(broken):
     name = "qwen3-ioi-rcid-42"
-    command = (sys.executable, "-m", "rcid.pipeline.stage", "distill", "family=qwen3", "task=ioi", "method=rcid", "seed=42")
+    where = ("family=qwen3", "task=ioi", "method=rcid", "seed=42")
+    command = (sys.executable, "-m", "rcid.pipeline.stage", "distill", *where)
     metrics, student, record, checkpoint = (
         broken / x
         for x in (

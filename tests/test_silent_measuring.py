@@ -30,16 +30,17 @@ from rcid.data import (
     styled_problems,
 )
 from rcid.data.pairs import ContrastiveDataset
-from rcid.data.reasoning import encode_problems, exact_match, extract_number, load_reasoning, number
+from rcid.data.problems import load_reasoning
+from rcid.data.reasoning import encode_problems, exact_match, extract_number, number
 from rcid.data.reasoning_pairs import reasoning_rows
 from rcid.data.sources import read_rows
-from rcid.distill.targets import SignalRequest, hidden_signals
+from rcid.distill.teacher_cache import SignalRequest, hidden_signals
 from rcid.eval import keep_correct, perplexity, stats, task_accuracy
 from rcid.eval.bench import run_bench
 from rcid.eval.consistency import consistency
 from rcid.eval.purity import control_labels, probe_purity
 from rcid.eval.decode import greedy_decode, problem_prompts, solve
-from rcid.kv.teachers import Teacher
+from rcid.kv.recording import Teacher
 from rcid.models import train_tokenizer
 from rcid.report import method_rows
 
@@ -393,7 +394,7 @@ def test_a_drawn_reasoning_follows_the_question(make_model):
         tokenizer = tokenizer_of("gpt2", around)
         model = make_model("llama", vocab=len(tokenizer))
         model.generate = lambda ids, **kw: seen.append(ids.tolist()) or torch.cat([ids, ids[:, :1]], 1)
-        Teacher("s", "", sample=1).read(styled_problems(n=2), model, tokenizer)
+        Teacher(name="s", folder="", sample=1).read(styled_problems(n=2), model, tokenizer)
     assert seen[:2] == seen[2:] and tokenizer.eos_token_id not in seen[2][0]
 
 
@@ -456,7 +457,7 @@ def test_drawing_is_as_asked_whatever_the_models_settings(make_model):
         for k, v in settings.items():
             setattr(other.generation_config, k, v)
         own, before = other.generation_config, other.generation_config.to_dict()
-        Teacher("s", "", sample=3, longest=8).read(styled_problems(n=2), other, ear)
+        Teacher(name="s", folder="", sample=3, longest=8).read(styled_problems(n=2), other, ear)
         drawn.append(ear.decoded)
         assert other.generation_config is own and own.to_dict() == before
     assert all(d == drawn[0] for d in drawn), [s for s, d in zip(leaks, drawn) if d != drawn[0]]

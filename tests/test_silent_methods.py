@@ -23,23 +23,25 @@ from rcid.distill import (
     teacher_targets,
     train_language,
 )
-from rcid.distill.methods import DIITO, Signals
+from rcid.distill.method import Signals
+from rcid.distill.methods import DIITO
 from rcid.kv import (
     KV_METHODS,
+    AlignedKV,
     KVCache,
     KVObjective,
     LatentModel,
+    RegressionKVLoss,
+    attention_kl,
     codi_loss,
     diagnose_losses,
     kv_attention,
     kv_regression,
     with_latents,
 )
-from rcid.kv.aligner import AlignedKV
 from rcid.kv.compress import decode_score
-from rcid.kv.losses import attention_kl
-from rcid.kv.several import FusionTargets
-from rcid.kv.teachers import Teacher, record_teacher, load_recording
+from rcid.kv.fusion_targets import FusionTargets
+from rcid.kv.recording import Teacher, record_teacher, load_recording
 from rcid.models import common_vocab, get_adapter, load_model, save_model, shrink, train_tokenizer
 
 SITES = (Site(0, "s2"), Site(1, "end"))
@@ -91,9 +93,10 @@ from rcid.data import load_pairs
 from rcid.data.holdout import styled_problems
 from rcid.data.reasoning import encode_problems
 from rcid.distill import DistillConfig, distill
-from rcid.kv import KV_METHODS, LatentModel, with_latents
+from rcid.kv import KV_METHODS, LatentModel, Warped, with_latents
 from rcid.kv.aligner import AlignedKV
-from rcid.kv.several import KVFusion, FusionTargets
+from rcid.kv.fusion_targets import FusionTargets
+from rcid.kv.multi_teacher import KVFusion
 from rcid.models import load_model, shrink, train_tokenizer
 torch.set_num_threads(1)
 seed_all(0)
@@ -126,7 +129,7 @@ make = lambda **sizes: load_model(dict(vocab=len(words), d_mlp=64) | sizes, dtyp
 thinker = make(arch="qwen3", layers=4, d_model=48, heads=4, kv_heads=4, head_dim=16, seed=1)
 student = lambda: LatentModel(make(arch="llama", layers=2, d_model=32, heads=4, kv_heads=2, head_dim=8, seed=2), words.bos_token_id, 2)
 for name in ("latent_sft", "latent_kd", "kava", "kv_structured"): case(name, student(), thinker, data, replace(KV_METHODS[name], latents=4, fit_steps=2), c)
-case("kv cka", student(), thinker, data, replace(KV_METHODS["latent_sft"], latents=4, a_cka=0.05), c)
+case("kv cka", student(), thinker, data, replace(KV_METHODS["latent_sft"], latents=4, kv=Warped(loss=None, cka=0.05)), c)
 plain, g = make(arch="qwen3", layers=2, d_model=32, heads=4, kv_heads=2, head_dim=8, seed=3), torch.Generator().manual_seed(0)
 thought = with_latents(data[:12], 4, words.bos_token_id)
 def fusion_targets(*have): # two teachers, each there for the problems of its list
@@ -453,7 +456,7 @@ def test_a_teacher_with_another_config_or_tokenizer_is_heard_again(tmp_path):
     texts = [p.styled("equation").text for p in problems]
     tokenizer, other = train_tokenizer(texts, vocab=400), train_tokenizer(texts[::-1], vocab=300)
     model, _ = load_model(dict(arch="qwen3", layers=2, vocab=len(tokenizer)), dtype="float32", device="cpu")
-    teacher, path = Teacher("a", str(tmp_path/"model")), tmp_path/"recording.safetensors"
+    teacher, path = Teacher(name="a", folder=str(tmp_path/"model")), tmp_path/"recording.safetensors"
     def keys(tokenizer):
         save_model(model, tokenizer, tmp_path/"model")
         return load_recording(teacher, record_teacher(teacher, problems, path), tokenizer).cache.k
@@ -624,9 +627,7 @@ def test_keys_are_compared_with_keys(loss, layer_std):
     g = torch.Generator().manual_seed(0)
     k_s, v_s, k_t, v_t = (torch.randn(2, 3, 2, 5, 4, generator=g) for _ in range(4))
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
-    parts = replace(KV_METHODS["kv_mse"], loss=loss, layer_std=layer_std).kv_parts(
-        KVCache(k_s, v_s, mask), AlignedKV(k_t, v_t, mask)
-    )
+    parts = RegressionKVLoss(loss, layer_std)(k_s, v_s, k_t, v_t, mask)
     assert torch.equal(parts["k"], kv_regression(k_s, k_t, mask, kind=loss, layer_std=layer_std)) and torch.equal(
         parts["v"], kv_regression(v_s, v_t, mask, kind=loss, layer_std=layer_std)
     )

@@ -1,4 +1,4 @@
-"""The launcher on a real SLURM: one node, four simulated GPUs, nine stages of a toy pipeline; some are killed, one is preempted."""
+"""The launcher on a real SLURM: one node, four simulated GPUs, nine toy stages; some are killed, one is preempted."""
 
 import os, shutil, signal, subprocess, time
 from pathlib import Path

@@ -7,13 +7,14 @@ from rcid.core import read_json
 from rcid.data.holdout import check_parts, load_parts, save_parts, split_problems, styled_problems
 from rcid.data.reasoning import encode_problems
 from rcid.distill import DistillConfig, distill
-from rcid.distill.budget import Budget, check_equal
+from rcid.distill.cost import Budget, check_equal
 from rcid.kv import KVCache, Router, fuse, router_regulariser, with_latents
 from rcid.kv.fusion import masked_share
-from rcid.kv import teachers as teachers_module
+from rcid.kv import recording as recording_module
 from rcid.kv.places import TIMES
-from rcid.kv.several import KVFusion, FusionTargets, layer_cka_at_places, make_fusion_targets, own_kv, routing
-from rcid.kv.teachers import TeacherRecording, Teacher, record_teacher, load_recording
+from rcid.kv.fusion_targets import FusionTargets, layer_cka_at_places, make_fusion_targets, own_kv
+from rcid.kv.multi_teacher import KVFusion, routing
+from rcid.kv.recording import TeacherRecording, Teacher, record_teacher, load_recording
 from rcid.models import load_model, save_model, train_tokenizer
 
 FUSIONS = ("fixed", "similarity", "learnable", "govern")
@@ -55,10 +56,10 @@ def recorded(folders, problems, tmp_path_factory):
     same."""
     folder, out = tmp_path_factory.mktemp("recorded"), {}
     for t in (
-        Teacher("a", str(folders["a"]), "words"),
-        Teacher("prompted", str(folders["a"]), "words", before="Think. "),
-        Teacher("later", str(folders["a_later"]), "words"),
-        Teacher("b", str(folders["b"])),
+        Teacher(name="a", folder=str(folders["a"]), style="words"),
+        Teacher(name="prompted", folder=str(folders["a"]), style="words", before="Think. "),
+        Teacher(name="later", folder=str(folders["a_later"]), style="words"),
+        Teacher(name="b", folder=str(folders["b"])),
     ):
         h = load_recording(t, record_teacher(t, problems, folder/f"{t.name}.safetensors"), load(t.folder)[1])
         out[t.name] = TeacherRecording(
@@ -91,7 +92,7 @@ def test_one_model_under_two_prompts_and_two_checkpoints(recorded):
 def test_samples_are_drawn_by_seed_and_wrong_ones_are_missing(folders, problems):
     model, tokenizer = load(folders["b"])
     one, two, again = (
-        Teacher("s", str(folders["b"]), sample=s, longest=12).read(problems[:2], model, tokenizer) for s in (1, 2, 1)
+        Teacher(name="s", folder=str(folders["b"]), sample=s, longest=12).read(problems[:2], model, tokenizer) for s in (1, 2, 1)
     )
     # untrained: nothing ends in the right number
     assert one == again == [None, None] and two == [None, None]
@@ -99,24 +100,24 @@ def test_samples_are_drawn_by_seed_and_wrong_ones_are_missing(folders, problems)
         [f"{p.styled('equation').reasoning}\nThe answer is: {v}" for p, v in zip(problems, [problems[0].value, "99"])]
     )
     model.generate = lambda ids, **kw: torch.cat([ids, torch.tensor([tokenizer(next(answer))["input_ids"]])], 1)
-    drawn = Teacher("s", str(folders["b"]), sample=1).read(problems[:2], model, tokenizer)
+    drawn = Teacher(name="s", folder=str(folders["b"]), sample=1).read(problems[:2], model, tokenizer)
     assert drawn[0].reasoning == problems[0].reasoning["equation"] and drawn[1] is None
 
 
 def test_one_teacher_in_memory_at_a_time(folders, problems, tmp_path, monkeypatch):
-    alive, most, real = [], [], teachers_module.load_model
+    alive, most, real = [], [], recording_module.load_model
     def counting(*args, **kw):
         gc.collect()
         most.append(sum(w() is not None for w in alive))
         model, tokenizer = real(*args, **kw)
         alive.append(weakref.ref(model))
         return model, tokenizer
-    monkeypatch.setattr(teachers_module, "load_model", counting)
+    monkeypatch.setattr(recording_module, "load_model", counting)
     for i, name in enumerate(("a", "b", "a_later")):
-        record_teacher(Teacher(name, str(folders[name])), problems, tmp_path / f"{i}.safetensors")
+        record_teacher(Teacher(name=name, folder=str(folders[name])), problems, tmp_path / f"{i}.safetensors")
     gc.collect()
     assert most == [0, 0, 0] and all(w() is None for w in alive) and len(alive) == 3
-    record_teacher(Teacher("a", str(folders["a"])), problems, tmp_path/"0.safetensors")
+    record_teacher(Teacher(name="a", folder=str(folders["a"])), problems, tmp_path/"0.safetensors")
     # what is recorded is not recorded again
     assert len(alive) == 3
 
@@ -199,7 +200,7 @@ def test_rotation_does_not_enter(folders, problems, tmp_path, student):
     save_model(other, tokenizer, tmp_path/"other")
     a, b = (
         load_recording(t, record_teacher(t, problems, tmp_path / f"{t.name}.safetensors", dtype=torch.float32), tokenizer)
-        for t in (Teacher("one", str(folders["b"])), Teacher("two", str(tmp_path / "other")))
+        for t in (Teacher(name="one", folder=str(folders["b"])), Teacher(name="two", folder=str(tmp_path / "other")))
     )
     assert torch.allclose(a.cache.k[:, 0], b.cache.k[:, 0], atol=1e-4) and not torch.allclose(
         a.cache.k[:, 1], b.cache.k[:, 1], atol=1e-3
@@ -306,7 +307,7 @@ def test_a_teacher_that_does_not_keep_the_text(folders, problems, tmp_path):
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     save_model(model, tokenizer, tmp_path/"lower")
     with pytest.raises(ValueError, match="teacher low: tokenizer .* does not keep the text: from byte 0 on"):
-        record_teacher(Teacher("low", str(tmp_path / "lower")), problems, tmp_path / "x.safetensors")
+        record_teacher(Teacher(name="low", folder=str(tmp_path / "lower")), problems, tmp_path / "x.safetensors")
     assert not (tmp_path/"x.safetensors").exists()
 
 

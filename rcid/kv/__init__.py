@@ -11,15 +11,19 @@ from .cache import KVCache, extract_kv, forward_kv, cache_of, check_finite, posi
 from .compress import CompressedKV, compress_kv, answer_importance, gather_kept
 from .project import HeadwiseMapProjector, FlatProjector, load_projector, match_heads, uniform_head_weights
 from .warp import TimeWarper, find_segments
+from .attention import AttentionWeighting, attention_kl, attention_weights, gather_weights, kv_attention
+from .attention import uniform_weights
 from .aligner import MapProjectionAligner, AlignedKV, KVShape, layer_matrix, pretrain_aligner, target_health
-from .aligner import kv_attention, profile_alignment
-from .losses import StructuralKVLoss, MercatorKVLoss, AttentionWeighting, attention_weights, gather_weights
-from .losses import uniform_weights
-from .losses import kv_regression, kv_cosine, cka_loss, codi_loss, diagnose_losses, LossDiagnosis
-from .fusion import fuse, Fused, Router, router_regulariser, routing_report, teacher_prototype
+from .aligner import profile_alignment, shape_of
+from .losses import MercatorKVLoss, RegressionKVLoss, StructuralKVLoss
+from .losses import kv_regression, kv_cosine, cka_loss, codi_loss
+from .diagnosis import diagnose_losses, LossDiagnosis
 from .latent import LatentModel, with_latents
-from .methods import KV_METHODS, KVMethod, KVObjective, kv_method
-from .places import Places, place_matrices, overlap_rows
-from .teachers import Teacher, TeacherRecording, record_teacher, load_recording
+from .places import Places, place_matrices, overlap_rows, teacher_at_places
+from .objective import KVObjective, KVState
+from .methods import KV_METHODS, Flat, Kept, KVMethod, Structured, Warped, kv_method
+from .recording import Teacher, TeacherRecording, record_teacher, load_recording
+from .fusion import fuse, Fused, Router, router_regulariser, routing_report, teacher_prototype
 from .zspace import ZSpace, fit_zspace
-from .several import KVFusion, FusionTargets, make_fusion_targets, layer_cka_at_places, routing
+from .fusion_targets import FusionTargets, layer_cka_at_places, make_fusion_targets, own_kv
+from .multi_teacher import KVFusion, routing

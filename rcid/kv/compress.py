@@ -79,42 +79,39 @@ def decode_score(
     window: int = 8,        # the last tokens of a row: they judge, and are kept
     pool: int = 7,          # width of the max-pool, odd
     threshold: float = 0.5, # cosine above which two keys are alike
-    recent: int = 1         # look-alikes per token that are spared
+    recent: int = 1,        # look-alikes per token that are spared
+    text: Bool[Tensor, "batch seq"] | None = None  # what was generated so far, e.g. the reasoning; None: all tokens
 ) -> Float[Tensor, "batch layer kv_head seq"]:
     """R-KV's score `lam*I - (1-lam)*softmax(c)` by the paper's rule; infinite for the window, which always stays. (The
     official code also spares token 0, by an index default, for tokens without look-alikes; this does not.)"""
     if pool % 2 == 0: raise ValueError(f"pool {pool} must be odd, so that a token is in the middle of its neighbours")
-    last = (cache.mask.flip(1).cumsum(1).flip(1) <= window) & cache.mask
-    past = cache.mask & ~last
+    text = cache.mask if text is None else text.bool() & cache.mask
+    last = (text.flip(1).cumsum(1).flip(1) <= window) & text
+    past = text & ~last
     if not past.any(1).all():
-        raise ValueError(
-            f"row {int((~past.any(1)).nonzero()[0])} has no tokens before its window of {window}: use a smaller window"
-        )
-    at = past[:, None, None]
-    importance = F.max_pool1d(answer_importance(cache, last, past).flatten(0, 2)[:, None], pool, 1, pool // 2)[
-        :, 0
-    ].view(*cache.k.shape[:4])
-    valid = cache.mask[:, None, :, None] & cache.mask[:, None, None]
-    diagonal, order, scores = (
-        torch.eye(cache.seq, dtype=torch.bool, device=cache.k.device),
-        torch.arange(cache.seq, device=cache.k.device),
-        [],
-    )
+        row = int((~past.any(1)).nonzero()[0])
+        raise ValueError(f"row {row} has no tokens before its window of {window}: use a smaller window")
+    importance = answer_importance(cache, last, past)
+    rows = importance.flatten(0, 2)[:, None]                                                 # (batch*layer*head, 1, seq)
+    importance = F.max_pool1d(rows, pool, 1, pool // 2)[:, 0].view(*cache.k.shape[:4])
+    valid = text[:, None, :, None] & text[:, None, None]                                     # (batch, 1, seq, seq)
+    diagonal = torch.eye(cache.seq, dtype=torch.bool, device=cache.k.device)
+    order = torch.arange(cache.seq, device=cache.k.device)
+    redundancy = []
     for l in range(cache.n_layers):
-        cosine = (_unit(cache.k[:, l]) @ _unit(cache.k[:, l]).mT).masked_fill(diagonal | ~valid, 0)
+        unit = _unit(cache.k[:, l])
+        cosine = (unit @ unit.mT).masked_fill(diagonal | ~valid, 0)                          # (batch, kv_head, seq, seq)
+        # the latest look-alikes of every token; -1: there is none
         late = torch.where(cosine > threshold, order, -1).topk(min(recent, cache.seq), -1).values
-        # -1: there is none
-        spared = F.pad(torch.zeros_like(cosine, dtype=torch.bool), (1, 0)).scatter(-1, late + 1, True)[..., 1:]
-        mean = cosine.masked_fill(spared, 0).sum(-2)/cache.mask.sum(1)[:, None, None]
-        scores.append(mean.masked_fill(~cache.mask[:, None], -torch.inf).softmax(-1))
-    return (
-        (lam * importance - (1 - lam) * torch.stack(scores, 1))
-        .masked_fill(~at, -torch.inf)
-        .masked_fill(last[:, None, None], torch.inf)
-    )
+        none = torch.zeros_like(cosine, dtype=torch.bool)
+        spared = F.pad(none, (1, 0)).scatter(-1, late + 1, True)[..., 1:]
+        mean = cosine.masked_fill(spared, 0).sum(-2)/text.sum(1)[:, None, None]              # (batch, kv_head, seq)
+        redundancy.append(mean.masked_fill(~text[:, None], -torch.inf).softmax(-1))
+    score = lam * importance - (1 - lam) * torch.stack(redundancy, 1)
+    return score.masked_fill(~past[:, None, None], -torch.inf).masked_fill(last[:, None, None], torch.inf)
 
 # %% ../../nbs/06_kv/02_compress.ipynb #fa6dd34f
-METHODS = ("rkv", "rkv_decode", "crop", "random", "uniform")
+METHODS = ("kava", "rkv", "crop", "random", "uniform")
 
 class CompressedKV(NamedTuple):
     "A cache of `budget` tokens per row, and where they come from."
@@ -130,26 +127,26 @@ def keep_best(
     """Indices of the best candidates, ascending; `seq` (one past the end) where there are too few. Of equal ones the
     earlier is kept."""
     seq = score.shape[-1]
-    score, key_at = F.pad(score, (0, max(0, budget - seq)), value=-torch.inf), F.pad(
-        key_at.expand(score.shape), (0, max(0, budget - seq))
-    )
-    best = score.masked_fill(~key_at, -torch.inf).sort(dim=-1, descending=True, stable=True).indices[..., :budget]
-    return best.masked_fill(~key_at.gather(-1, best), seq).sort(-1).values
+    more = (0, max(0, budget - seq))
+    at = F.pad(key_at.expand(score.shape), more)
+    score = F.pad(score, more, value=-torch.inf)
+    best = score.masked_fill(~at, -torch.inf).sort(dim=-1, descending=True, stable=True).indices[..., :budget]
+    return best.masked_fill(~at.gather(-1, best), seq).sort(-1).values
 
 
 def compress_kv(
     cache: KVCache,
     budget: int,              # tokens to keep per row, > 0
-    method: str = "rkv",      # rkv (KaVa) | rkv_decode (R-KV) | crop | random | uniform
+    method: str = "kava",     # one of METHODS: kava (KaVa) | rkv (R-KV) | crop | random | uniform
     *,
     key_at: Bool[Tensor, "batch seq"] | None = None,   # candidates, e.g. the reasoning; None: all tokens
-    query_at: Bool[Tensor, "batch seq"] | None = None, # rkv: whose attention counts, e.g. the answer
-    importance: Float[Tensor, "batch layer kv_head seq"] | None = None, # rkv: instead of query_at
-    lam: float = 0.1,         # weight of importance, 0..1
+    query_at: Bool[Tensor, "batch seq"] | None = None, # kava: whose attention counts, e.g. the answer
+    importance: Float[Tensor, "batch layer kv_head seq"] | None = None, # kava: instead of query_at
+    lam: float = 0.1,         # kava, rkv: weight of importance, 0..1
     per: str = "head",        # one choice for each: head (of each layer) | layer | sample
     crop: str = "first",      # which end crop keeps: first | last
     seed: int = 0,            # of random
-    **decode                  # rkv_decode: window, pool, threshold, recent
+    **decode                  # rkv: pool, threshold, recent, and window (8, or half of a budget that is too small for it)
 ) -> CompressedKV:
     "Keeps `budget` tokens per row, layer and head (KaVa, arXiv 2510.02312; R-KV, arXiv 2505.24133)."
     if budget < 1: raise ValueError(f"budget {budget}: keep at least one token")
@@ -157,50 +154,47 @@ def compress_kv(
     if per not in ("head", "layer", "sample"):
         raise ValueError(f"unknown per={per!r}: there are 'head', 'layer', 'sample'")
     if crop not in ("first", "last"): raise ValueError(f"unknown crop={crop!r}: there are 'first', 'last'")
-    if decode and method != "rkv_decode":
-        raise TypeError(f"{sorted(decode)} belong to method 'rkv_decode', not to {method!r}")
+    if decode and method != "rkv": raise TypeError(f"{sorted(decode)} belong to method 'rkv', not to {method!r}")
     at = cache.mask if key_at is None else key_at.bool().to(cache.mask.device) & cache.mask
     if not at.any(1).all():
-        raise ValueError(
-            f"row {int((~at.any(1)).nonzero()[0])} has no candidate token: its reasoning segment is empty; drop the row"
-        )
+        row = int((~at.any(1)).nonzero()[0])
+        raise ValueError(f"row {row} has no candidate token: its reasoning segment is empty; drop the row")
     with torch.no_grad():
-        if method == "rkv":
+        if method == "kava":
             if importance is None and query_at is None:
-                raise ValueError("method 'rkv' needs query_at (the answer's tokens) or importance")
-            score = kava_score(
-                cache, answer_importance(cache, query_at, at) if importance is None else importance, at, lam
-            )
-        elif method == "rkv_decode":
-            if key_at is not None:
+                raise ValueError("method 'kava' needs query_at (the answer's tokens) or importance")
+            if importance is None: importance = answer_importance(cache, query_at, at)
+            score = kava_score(cache, importance, at, lam)
+        elif method == "rkv":
+            window = decode.pop("window", min(8, budget // 2))
+            if not 0 < window < budget:
                 raise ValueError(
-                    "method 'rkv_decode' judges the whole text so far: select tokens first, then leave key_at out"
+                    f"budget {budget} does not exceed the window of {window} that R-KV always keeps: raise it or pass window="
                 )
-            if budget <= decode.get("window", 8):
-                raise ValueError(
-                    f"budget {budget} does not exceed the window of {decode.get('window', 8)} that R-KV always keeps:"
-                    " raise it or pass window="
-                )
-            score = decode_score(cache, lam, **decode)
+            score = decode_score(cache, lam, window, text=at, **decode)
         else:
             score = _blind_score(cache, at, budget, method, crop, seed, per)
-        if per != "head": score = score.mean((1, 2) if per == "sample" else 2, keepdim=True).expand(*cache.k.shape[:4])
-        kept = keep_best(score, at[:, None, None], budget)
+        if per == "layer": score = score.mean(2, keepdim=True).expand(*cache.k.shape[:4])
+        if per == "sample": score = score.mean((1, 2), keepdim=True).expand(*cache.k.shape[:4])
+        kept = keep_best(score, at[:, None, None], budget)                                   # (batch, layer, kv_head, budget)
     # the same number for every head
-    full = kept[:, 0, 0] < cache.seq
+    full = kept[:, 0, 0] < cache.seq                                                         # (batch, budget)
     index = kept.masked_fill(kept >= cache.seq, 0)
-    take = lambda t: t.gather(3, index[..., None].expand(-1, -1, -1, -1, t.shape[4])).masked_fill(
-        ~full[:, None, None, :, None], 0
-    )
-    places = cache.positions[:, None, None].expand(*cache.k.shape[:4]) if cache.positions.ndim == 2 else cache.positions
-    return CompressedKV(
-        KVCache(take(cache.k), take(cache.v), full, pre_rope=cache.pre_rope, positions=places.gather(3, index)), index
-    )
+    k, v = (_take(x, index, full) for x in (cache.k, cache.v))
+    places = cache.positions
+    if places.ndim == 2: places = places[:, None, None].expand(*cache.k.shape[:4])
+    return CompressedKV(KVCache(k, v, full, pre_rope=cache.pre_rope, positions=places.gather(3, index)), index)
+
+def _take(x: Tensor, index: Tensor, full: Tensor) -> Tensor: # the kept tokens, zero in empty places
+    kept = x.gather(3, index[..., None].expand(-1, -1, -1, -1, x.shape[4]))
+    return kept.masked_fill(~full[:, None, None, :, None], 0)
 
 def _blind_score(cache, at, budget, method, crop, seed, per): # the controls look at positions only
     # 0, 1, 2 ... over the candidates
     rank = at.long().cumsum(1) - 1
-    if method == "crop": return (-rank if crop == "first" else rank).double()[:, None, None].expand(*cache.k.shape[:4])
+    if method == "crop":
+        score = -rank if crop == "first" else rank
+        return score.double()[:, None, None].expand(*cache.k.shape[:4])
     if method == "uniform":
         n = at.sum(1, keepdim=True)
         # the middle of each of `budget` equal parts

@@ -47,4 +47,5 @@ def train(name: str):
 if sys.argv[1] == "source":write("out/source.txt", Path("params.yaml").read_text().split("seed:")[1].split()[0])
 elif sys.argv[1] == "train":train(sys.argv[2])
 else:
-    write("result.json", json.dumps({p.stem: json.loads(p.read_text())["value"] for p in sorted(Path("metrics").glob("*.json"))}) + "\n")
+    values = {p.stem: json.loads(p.read_text())["value"] for p in sorted(Path("metrics").glob("*.json"))}
+    write("result.json", json.dumps(values) + "\n")
