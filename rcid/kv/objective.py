@@ -158,7 +158,7 @@ class KVObjective:
         frozen = hashlib.sha256(b"".join(values)).hexdigest()
         shapes = [(k, tuple(v.shape), v.dtype) for k, v in state.state_dict().items()]
         code = code_hash(
-            KVObjective, type(self.method), teacher_at_places, MapProjectionAligner, HeadwiseMapProjector, KVCache,
+            KVObjective.of_teacher, type(self.method), teacher_at_places, MapProjectionAligner, HeadwiseMapProjector, KVCache,
             compress_kv, rope_of, TimeWarper, with_latents, map_layers, ReasoningDataset, capture, get_adapter,
         )
         depends = (
