@@ -1,4 +1,5 @@
-# make setup | repro [SCALE=tiny|laptop|gpu|a100] [SET="distill.steps=60 ..."] [WORKERS=n] [EXECUTOR=slurm] | test | slurm-test | faults | bench | lab [ARGS=...] | docs
+# make setup | repro [SCALE=tiny|laptop|gpu|a100] [SET="distill.steps=60 ..."] [WORKERS=n] [EXECUTOR=slurm]
+#      | where KEY=exp2.rcid.accuracy | test | slurm-test | faults | bench | lab [ARGS=...] | docs
 #      | tokenizers | params | readme | clean-notebooks | check | clean
 # Everything happens inside this folder (.venv, .workspaces, .dvc/cache, .git); nothing global is changed.
 SHELL      := /bin/bash
@@ -18,17 +19,19 @@ export TOKENIZERS_PARALLELISM := false
 export RCID_THREADS ?= 1
 export OMP_NUM_THREADS ?= $(RCID_THREADS)
 export PYTHONWARNINGS ?= ignore
-# WORKERS: one per GPU, or what cores and memory allow, unless given. EXECUTOR: local or slurm. SET: params unlike the scale's.
+# WORKERS: one per GPU, or what cores and memory allow, unless given. EXECUTOR: local or slurm.
+# SET: params unlike the scale's.
 LAUNCH = python -m rcid.pipeline$(if $(EXECUTOR), --executor $(EXECUTOR))$(if $(WORKERS), --workers $(WORKERS))
 say = @echo "== $(1)"
 
 # README.md is rendered from nbs/index.ipynb, whose links start in nbs/.
-.PHONY: setup repro test slurm-test faults bench lab docs readme tokenizers params clean-notebooks check clean
+.PHONY: setup repro where test slurm-test faults bench lab docs readme tokenizers params clean-notebooks check clean
 
 .venv/.ready: settings.ini setup.py pyproject.toml
 	$(call say,installing into .venv (about 2 minutes: torch for CPU, transformers, DVC, nbdev, JupyterLab))
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' 2> >(grep -v 'is ignored: it is neither' >&2)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' \
+	  2> >(grep -v 'is ignored: it is neither' >&2)
 	touch $@
 
 setup: .venv/.ready
@@ -39,7 +42,8 @@ setup: .venv/.ready
 
 repro: setup
 ifeq ($(SCALE),laptop)
-	$(if $(SET),$(error SET is for the other scales: params.yaml of laptop is committed, so change conf/scale/laptop.yaml and run make params))
+	$(if $(SET),$(error SET is for the other scales: \
+	  params.yaml of laptop is committed, so change conf/scale/laptop.yaml and run make params))
 	$(call say,pilot first: the teacher's effect heatmap; then everything (about forty minutes on two cores))
 	$(LAUNCH) pilot
 	$(LAUNCH)
@@ -47,9 +51,14 @@ ifeq ($(SCALE),laptop)
 else
 	$(call say,scale $(SCALE) runs in .workspaces/$(SCALE); the committed results stay as they are)
 	@"$(BIN)/python" -m rcid.pipeline.workspace $(SCALE) $(SET)
-	cd .workspaces/$(SCALE) && export RCID_ROOT="$$PWD" PYTHONPATH="$$PWD" && python -m rcid.pipeline.workspace tables && $(LAUNCH) pilot && $(LAUNCH)
+	cd .workspaces/$(SCALE) && export RCID_ROOT="$$PWD" PYTHONPATH="$$PWD" \
+	  && python -m rcid.pipeline.workspace tables && $(LAUNCH) pilot && $(LAUNCH)
 	$(call say,done: .workspaces/$(SCALE)/paper/main.pdf)
 endif
+
+# where a number of the paper comes from: stage, notebook cell, function, commit
+where: .venv/.ready
+	@$(BIN)/python -m rcid.report.provenance "$(KEY)"
 
 test: setup
 	$(call say,library notebooks)
@@ -69,7 +78,7 @@ faults: setup
 	RCID_FAULTS=write $(BIN)/python -m pytest tests/test_faults.py --durations=8
 
 bench: setup
-	$(call say,sweep and peers and distillation step and CKA and start-up: half an hour of CPU time on one thread; needs the laptop teacher (dvc repro models@llama))
+	$(call say,half an hour of CPU time on one thread; needs the laptop teacher (dvc repro models@llama))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/run.py
 
 # what this server saves in nbs/ is clean; ARGS are those of jupyter lab

@@ -1,7 +1,9 @@
 """What the tests share: the repository, tiny random models, IOI pairs, and one finished tiny workspace."""
-import os, shutil, subprocess, sys
+import ast, json, os, shutil, subprocess, sys
 from collections import Counter
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 import pytest
 from fetch import fetched
 
@@ -55,6 +57,50 @@ def real(name: str) -> Path:
     return folder
 
 
+def defines(source: str) -> bool:
+    "Whether a cell holds nothing but imports, definitions and constants: plain values, or a NAME IN CAPITALS."
+    try: statements = ast.parse(source).body
+    except SyntaxError: return False                       # a magic, such as %matplotlib
+    for s in statements:
+        if isinstance(s, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)): continue
+        if not isinstance(s, ast.Assign): return False
+        names = [n.id for target in s.targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+        if names and all(n.isupper() for n in names): continue
+        try: ast.literal_eval(s.value)
+        except ValueError: return False
+    return True
+
+
+@cache
+def page(name: str) -> ModuleType:
+    "The functions and constants of `nbs/experiments/NAME.ipynb`, without what it computes."
+    cells = json.loads((ROOT/"nbs"/"experiments"/f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    module = sys.modules[f"page_{name}"] = ModuleType(f"page_{name}")
+    for cell in cells:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and defines(source):
+            exec(compile(source, f"{name}.ipynb, cell {cell['id']}", "exec"), vars(module))
+    return module
+
+
+def nudged(x, by: float):
+    "Every number a little larger or smaller: a metrics file keeps nine digits, and 0.155 may have been above it."
+    if isinstance(x, dict): return {k: nudged(v, by) for k, v in x.items()}
+    if isinstance(x, list): return [nudged(v, by) for v in x]
+    return x * (1 + by) if isinstance(x, float) else x
+
+
+def cells(text: str) -> list[list[str]]: return [line.split(" & ") for line in text.splitlines()]
+
+
+def assert_shows(committed: str, make, record):
+    "Each cell of the committed table is printed so by `make(record)`, up to the digits that the record has lost."
+    versions = [cells(make(nudged(record, by))) for by in (-6e-9, 0, 6e-9)]
+    for i, line in enumerate(cells(committed)):
+        for j, cell in enumerate(line): assert cell in [v[i][j] for v in versions], (i, j)
+    assert [len(line) for line in cells(committed)] == [len(line) for line in versions[1]]
+
+
 def pytest_terminal_summary(terminalreporter):
     "Skipped tests are counted by reason: a green run says what it did not look at."
     reasons = Counter(
@@ -82,7 +128,7 @@ def copy(tracked, tmp_path) -> Path:
     "A copy of the sources, to be changed at will; `data` is in it, metrics and results are not."
     target = tmp_path/"copy"
     for name in [*tracked, *(f"data/{f.name}" for f in (ROOT/"data").glob("*.json"))]:
-        if name.startswith(("metrics/", "paper/figures/", "tests/")) or name.startswith(".dvc/store"): continue
+        if name.startswith(("metrics/", "runs/", "paper/figures/", "tests/")) or name.startswith(".dvc/store"): continue
         (target/name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT/name, target/name)
     return target

@@ -10,7 +10,7 @@ from rcid.data import load_pairs
 from rcid.data.pairs import Row, build_pairs
 from rcid.distill import DistillConfig, distill
 from rcid.models import byte_tokenizer, common_vocab, get_adapter, load_model, save_model, shrink
-from rcid.models.load import extract_member, fetch_from_wheel
+from rcid.models.wheels import extract_member, fetch_from_wheel
 
 PARAMS = (ROOT/"params.yaml").read_text(encoding="utf-8")
 FORMS = {"id": Site(0, "nobody"), "layer": Site(99, "end"), "position": Site(0, 999)}

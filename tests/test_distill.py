@@ -1,15 +1,18 @@
 """One trainer for every method: it learns, it resumes bit for bit, and it touches nothing but the student."""
 import ast, json, shutil, sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 import pytest, torch
 from conftest import ROOT, run
 from rcid.causal import Site
-from rcid.core import read_json
+from rcid.core import load_params, read_json
+from rcid.core.params import Distill
 from rcid.data import load_pairs
 from rcid.distill import (
     METHODS,
     RCID,
     DistillConfig,
+    Method,
+    PairMethod,
     SignalRequest,
     distill,
     get_method,
@@ -19,8 +22,8 @@ from rcid.distill import (
     run_cost,
     teacher_targets,
 )
-from rcid.distill import targets
-from rcid.distill.methods import Signals
+from rcid.distill import teacher_cache
+from rcid.distill.method import Signals
 from rcid.models import shrink
 
 SITES = (Site(0, "s2"), Site(1, "end"), Site(2, "end"))
@@ -47,15 +50,15 @@ def test_every_method_learns(toy, method):
     before = {n: p.clone() for n, p in shrink(toy[0], 2).state_dict().items()}
     result = train(toy, method)
     # both parts, also where the second one starts later
-    own = lambda h: h["kl"] + h.get("method_loss", 0)
+    def own(h): return h["kl"] + h.get("method_loss", 0)
     first, last = result.history[1], result.history[-1]
-    assert (
-        [h["step"] for h in result.history] == list(range(13)) and own(last) < own(first) and last["kl"] < first["kl"]
-    )
+    assert [h["step"] for h in result.history] == list(range(13))
+    assert own(last) < own(first) and last["kl"] < first["kl"]
     moved = {n for n, p in result.student.state_dict().items() if not torch.equal(p, before[n])}
     # embeddings are frozen
     assert moved and all(n.startswith("model.layers.") or n == "model.norm.weight" for n in moved)
-    assert result.tokens > 0 < result.flops and (("method_loss" in last) == (get_method(method).reads != "nothing"))
+    assert result.tokens > 0 and result.flops > 0
+    assert ("method_loss" in last) == (get_method(method).reads != "nothing")
     if get_method(method).reads == "sites" and isinstance(get_method(method), RCID):
         assert last["method_loss"] >= last["floor"] - 1e-5
 
@@ -76,9 +79,9 @@ def test_targets_are_read_back_and_damage_is_noticed(toy, tmp_path, monkeypatch)
     first = {k: v.clone() for k, v in teacher_targets(teacher, pairs, request, tmp_path).items()}
     (file,) = tmp_path.iterdir()
     def refuse(*_): raise AssertionError("the teacher ran again")
-    monkeypatch.setattr(targets, "_code_hash", lambda code=targets._code_hash(): code)
+    monkeypatch.setattr(teacher_cache, "_code_hash", lambda code=teacher_cache._code_hash(): code)
     # not by a hook: a teacher with hooks is another one, and is never looked up
-    monkeypatch.setattr(targets, "hidden_signals", refuse)
+    monkeypatch.setattr(teacher_cache, "hidden_signals", refuse)
     again = teacher_targets(teacher, pairs, request, tmp_path)
     monkeypatch.undo()
     assert first.keys() == again.keys() and all(torch.equal(first[k], again[k]) for k in first)
@@ -100,14 +103,12 @@ def test_recomputed_activations_and_buckets_change_no_loss(toy, kl_at):
 @pytest.mark.parametrize("dtype, tolerance", ((torch.float16, 2e-3), (torch.bfloat16, 1e-2)))
 def test_targets_in_sixteen_bits(toy, tmp_path, dtype, tolerance):
     request = SignalRequest(corrupt=True, sites=SITES)
-    half, whole = teacher_targets(*toy, request, tmp_path / "half", dtype=dtype), teacher_targets(
-        *toy, request, tmp_path / "whole"
-    )
-    size = lambda name: sum(f.stat().st_size for f in (tmp_path/name).iterdir())
+    half = teacher_targets(*toy, request, tmp_path/"half", dtype=dtype)
+    whole = teacher_targets(*toy, request, tmp_path/"whole")
+    def size(name): return sum(f.stat().st_size for f in (tmp_path/name).iterdir())
     assert size("half") < 0.6 * size("whole")
-    assert all(
-        half[k].dtype == dtype and torch.allclose(half[k].float(), whole[k], rtol=tolerance, atol=1e-4) for k in whole
-    )
+    for k in whole:
+        assert half[k].dtype == dtype and torch.allclose(half[k].float(), whole[k], rtol=tolerance, atol=1e-4)
 
 
 def test_kept_targets_are_mapped_and_belong_to_model_data_and_code(toy, tmp_path, monkeypatch):
@@ -125,7 +126,7 @@ def test_kept_targets_are_mapped_and_belong_to_model_data_and_code(toy, tmp_path
         lambda: teacher_targets(teacher, pairs, request, tmp_path, dtype=torch.bfloat16),
     ):
         before = names(); change(); assert len(names() - before) == 1
-    monkeypatch.setattr(targets, "_code_hash", lambda: "other code")
+    monkeypatch.setattr(teacher_cache, "_code_hash", lambda: "other code")
     before = names(); teacher_targets(teacher, pairs, request, tmp_path); assert len(names() - before) == 1
 
 
@@ -166,9 +167,8 @@ def test_checkpoint_of_another_run_is_not_taken(toy, tmp_path, capsys):
     config = replace(CONFIG, checkpoint_dir=str(tmp_path/"run"))
     with pytest.raises(KeyboardInterrupt): train(toy, "standard_kd", config, probe=trip)
     other = replace(config, lr=1e-3)
-    assert model_hash(train(toy, "standard_kd", other).student) == model_hash(
-        train(toy, "standard_kd", replace(other, checkpoint_dir=None)).student
-    )
+    alone = train(toy, "standard_kd", replace(other, checkpoint_dir=None))
+    assert model_hash(train(toy, "standard_kd", other).student) == model_hash(alone.student)
     assert "resumed" not in "".join(capsys.readouterr())
 
 
@@ -176,9 +176,8 @@ def test_nan_stops_and_keeps_the_checkpoint(toy, tmp_path):
     def poison(student, step):
         if step == 6: student.model.norm.weight.data.fill_(float("nan"))
         return {}
-    with pytest.raises(
-        FloatingPointError, match=r"loss is nan at step 6 .*lower distill\.lr; the last good checkpoint is in"
-    ) as e:
+    message = r"loss is nan at step 6 .*lower distill\.lr; the last good checkpoint is in"
+    with pytest.raises(FloatingPointError, match=message) as e:
         train(toy, "rcid", replace(CONFIG, checkpoint_dir=str(tmp_path/"run")), probe=poison)
     assert "\n" not in str(e.value) and read_json(tmp_path/"run"/"progress.json")["step"] == 4
 
@@ -186,14 +185,31 @@ def test_nan_stops_and_keeps_the_checkpoint(toy, tmp_path):
 @pytest.mark.parametrize("method", ("informed_fitnets", "rcid", "rcid_identity", "rcid_random_w"))
 def test_frozen_map_has_no_gradient(method):
     g = torch.Generator().manual_seed(0)
-    signal = lambda: Signals(
-        sites=torch.randn(3, 20, 8, generator=g, requires_grad=True), sites_corrupt=torch.randn(3, 20, 8, generator=g)
-    )
+    def signal():
+        sites = torch.randn(3, 20, 8, generator=g, requires_grad=True)
+        return Signals(sites=sites, sites_corrupt=torch.randn(3, 20, 8, generator=g))
     s, t, m = signal(), signal(), METHODS[method]
     state = m.start(s, t, 0)
     m.loss(s, t, state)[0].backward()
     assert not list(state.parameters()) and state.w.grad is None and not state.w.requires_grad
     assert s.sites.grad.abs().sum() > 0
+
+
+def test_a_method_is_refused_that_would_be_ignored(toy):
+    with pytest.raises(TypeError, match="Untyped.reads is a field"):
+        class Untyped(PairMethod): reads = "sites"
+    with pytest.raises(ValueError, match="a budget of FLOPs is for methods that learn from pairs"):
+        train(toy, Method(), replace(CONFIG, flops=1e12))
+    with pytest.raises(ValueError, match="Unexpected keyword"): DistillConfig(learning_rate=1e-3)
+    with pytest.raises(ValueError, match="kl_at"): replace(CONFIG, kl_at="everywhere")
+
+
+def test_the_settings_of_a_run_are_those_of_params(root):
+    p = load_params(root/"params.yaml")
+    ours = {f.name for f in fields(DistillConfig)}
+    assert {f.name for f in fields(Distill)} <= ours
+    config = DistillConfig(**vars(p.distill), seed=3)
+    assert {k: getattr(config, k) for k in vars(p.distill)} == vars(p.distill) and replace(config, seed=4).seed == 4
 
 
 def test_frozen_map_stays_through_training(toy):
@@ -204,19 +220,16 @@ def test_frozen_map_stays_through_training(toy):
             kept.append(super().start(student, teacher, seed))
             return kept[-1]
     result = train(toy, Spy(), replace(CONFIG, steps=6))
-    assert (
-        torch.equal(kept[0].w, METHODS["rcid"].start(*[Signals(**x) for x in initial(toy)], 0).w)
-        and result.staleness > 0
-    )
+    student, teacher = (Signals(**x) for x in initial(toy))
+    assert torch.equal(kept[0].w, METHODS["rcid"].start(student, teacher, 0).w) and result.staleness > 0
 
 
 def initial(toy):
     "Signals of the undistilled student and of the teacher at the sites, on all pairs."
     teacher, pairs = toy
     for model, layers in ((shrink(teacher, 2), CONFIG.layer_map), (teacher, {i: i for i in range(4)})):
-        h = teacher_targets(
-            model, pairs, SignalRequest(corrupt=True, sites=tuple(Site(layers[s.layer], s.role) for s in SITES))
-        )
+        sites = tuple(Site(layers[s.layer], s.role) for s in SITES)
+        h = teacher_targets(model, pairs, SignalRequest(corrupt=True, sites=sites))
         yield {k: h[k].transpose(0, 1) for k in ("sites", "sites_corrupt")}
 
 
@@ -293,20 +306,14 @@ def test_random_sites_are_beside_the_causal_ones(make_model, tokenizers):
         random_sites(teacher, pairs, [Site(l, "end") for l in range(7)], 0)
 
 
-def test_trainer_never_asks_which_method_it_is(root):
-    tree = ast.parse((root/"rcid"/"distill"/"trainer.py").read_text(encoding="utf-8"))
-    named = [
-        n.value
-        for n in ast.walk(tree)
-        if isinstance(n, ast.Constant) and isinstance(n.value, str) and n.value in METHODS
-    ]
-    asked = [
-        ast.unparse(n)
-        for n in ast.walk(tree)
-        if isinstance(n, ast.Call)
-        and ast.unparse(n.func) in ("isinstance", "type")
-        and ast.unparse(n.args[0]) == "method"
-    ]
+@pytest.mark.parametrize("module", ("trainer", "objective", "config"))
+def test_trainer_never_asks_which_method_it_is(root, module):
+    tree = ast.parse((root/"rcid"/"distill"/f"{module}.py").read_text(encoding="utf-8"))
+    named, asked = [], []
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Constant) and isinstance(n.value, str) and n.value in METHODS: named.append(n.value)
+        if isinstance(n, ast.Call) and ast.unparse(n.func) in ("isinstance", "type"):
+            if ast.unparse(n.args[0]) in ("method", "self.method"): asked.append(ast.unparse(n))
     assert not named and not asked, f"give the method object an attribute instead: {named + asked}"
 
 
@@ -317,7 +324,7 @@ from rcid.causal import Site
 from rcid.core import seed_all
 from rcid.data import load_pairs
 from rcid.distill import DistillConfig, distill
-from rcid.distill.targets import model_hash
+from rcid.distill.teacher_cache import model_hash
 from rcid.models import load_model, shrink
 seed_all(0)
 teacher, tok = load_model(dict(arch="llama", layers=4, d_model=32, heads=2, kv_heads=1, d_mlp=64, tokenizer=sys.argv[1]))

@@ -246,7 +246,7 @@ def test_disk_full(folder, undisturbed, small_disk, part, kb):
 def test_disk_full_under_checkpoints_and_targets(small_disk, tmp_path, make_model, pairs):
     from rcid.core.hardware import seed_all
     from rcid.distill import DistillConfig, distill
-    from rcid.distill.targets import model_hash
+    from rcid.distill.teacher_cache import model_hash
     from rcid.models import shrink
     seed_all(0)
     teacher = make_model("llama")
@@ -354,7 +354,7 @@ def test_broken_claims_of_a_killed_dvc(folder, undisturbed):
 @pytest.mark.slow
 def test_damaged_model_and_targets(tmp_path, make_model, tokenizers, pairs):
     from rcid.core.hardware import seed_all
-    from rcid.distill.targets import model_hash, teacher_targets, SignalRequest
+    from rcid.distill.teacher_cache import model_hash, teacher_targets, SignalRequest
     from rcid.models import load_model, save_model
     seed_all(0)
     model, rng = make_model("llama"), random.Random(3)
@@ -388,7 +388,7 @@ def test_damaged_model_and_targets(tmp_path, make_model, tokenizers, pairs):
 def test_damaged_checkpoint(tmp_path, make_model, pairs):
     from rcid.core.hardware import seed_all
     from rcid.distill import DistillConfig, distill
-    from rcid.distill.targets import model_hash
+    from rcid.distill.teacher_cache import model_hash
     from rcid.models import shrink
     seed_all(0)
     teacher, rng = make_model("llama"), random.Random(5)

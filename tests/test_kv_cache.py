@@ -3,16 +3,8 @@ import itertools
 import pytest
 import torch
 from conftest import ARCHS
-from rcid.data.reasoning import (
-    CUE,
-    SEGMENTS,
-    Problem,
-    encode_problems,
-    exact_match,
-    extract_number,
-    load_reasoning,
-    word_problems,
-)
+from rcid.data.problems import load_reasoning
+from rcid.data.reasoning import CUE, SEGMENTS, Problem, encode_problems, exact_match, extract_number, word_problems
 from rcid.kv import (
     KVCache,
     Rope,
@@ -153,7 +145,7 @@ def test_bad_models_and_caches(make_model, tmp_path):
     f = save_kv(cache, tmp_path/"c.safetensors")
     assert torch.equal(load_kv(f).k, cache.k)
     f.write_bytes(f.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="not a whole KV cache"): load_kv(f)
+    with pytest.raises(ValueError, match="not a whole file of tensors"): load_kv(f)
 
 
 @pytest.fixture(scope="module")

@@ -58,8 +58,8 @@ def test_malicious_weights_are_refused(malicious, make_model, tokenizers, tmp_pa
 def test_malicious_caches_are_not_used(malicious, make_model, pairs, tmp_path):
     from rcid.core.paths import write_checksums
     from rcid.data.pairs import load_saved_pairs, save_pairs
-    from rcid.distill.targets import SignalRequest, teacher_targets
-    from rcid.distill.trainer import _load_checkpoint
+    from rcid.distill.teacher_cache import SignalRequest, teacher_targets
+    from rcid.distill.checkpoint import load_checkpoint
     blob, trap = malicious
     model, some = make_model("llama"), pairs["llama"]["equal"]
     # what it returns is mapped from the file
@@ -70,12 +70,12 @@ def test_malicious_caches_are_not_used(malicious, make_model, pairs, tmp_path):
     assert all(v.equal(whole[k]) for k, v in teacher_targets(model, some, SignalRequest(False), tmp_path/"targets").items())
     save_pairs(some, tmp_path/"pairs")
     (tmp_path/"pairs"/"pairs.safetensors").write_bytes(blob)
-    with pytest.raises(ValueError, match="damaged"): load_saved_pairs(tmp_path/"pairs")
+    with pytest.raises(ValueError, match="not a whole file of tensors"): load_saved_pairs(tmp_path/"pairs")
     (tmp_path/"run").mkdir()
     (tmp_path/"run"/"tensors.safetensors").write_bytes(blob)
     (tmp_path/"run"/"progress.json").write_text('{"fingerprint": "f", "step": 1, "history": []}')
     write_checksums(tmp_path/"run")
-    assert _load_checkpoint(tmp_path/"run", "f") is None and not trap.exists()
+    assert load_checkpoint(tmp_path/"run", "f") is None and not trap.exists()
 
 
 def sections(model):

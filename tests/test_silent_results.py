@@ -6,7 +6,7 @@ from typing import get_args
 import matplotlib
 import pytest
 import torch
-from conftest import ROOT, output_of, run
+from conftest import ROOT, output_of, page, run
 from rcid.core import load_params, read_json, sha256
 from rcid.core.params import Lm
 from rcid.pipeline.workspace import compose_params
@@ -148,7 +148,7 @@ HOSTILE = {
 
 
 def figures(folder: Path) -> dict[str, str]:
-    from rcid.report import effect_heatmap, learning_curves, method_intervals, save_figure
+    from rcid.report import effect_heatmap, method_intervals, save_figure
     row = lambda m: dict(
         family="llama",
         task="ioi",
@@ -164,7 +164,7 @@ def figures(folder: Path) -> dict[str, str]:
             {"a teacher": dict(roles=["io", "end"], score=[[1.0, 2.0], [3.0, None]], selected=[[0, "io"]])}
         ),
         "methods": method_intervals([row("undistilled"), row("rcid")]),
-        "curves": learning_curves({"llama": {"rcid": [[point(0), point(5)]]}}),
+        "curves": page("exp2").learning_curves({"llama": {"rcid": [[point(0), point(5)]]}}),
     }
     return {name: sha256(save_figure(f, folder/name)) for name, f in made.items()}
 
@@ -180,8 +180,8 @@ def test_figures_ignore_the_matplotlibrc_of_the_user(tmp_path):
 
 def test_importing_the_report_changes_no_setting():
     code = (
-        "import matplotlib; a = dict(matplotlib.rcParams); import rcid.report, rcid.report.kv_results,"
-        " rcid.report.teachers_results; print(a == dict(matplotlib.rcParams))"
+        "import matplotlib; a = dict(matplotlib.rcParams); import rcid.report, rcid.report.paper;"
+        " print(a == dict(matplotlib.rcParams))"
     )
     assert run(ROOT, sys.executable, "-c", code).stdout.strip() == "True"
 

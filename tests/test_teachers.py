@@ -7,7 +7,7 @@ from rcid.core import load_params, read_json
 from rcid.data.holdout import check_parts, load_parts, save_parts, split_problems, styled_problems
 from rcid.data.reasoning import encode_problems
 from rcid.distill import DistillConfig, distill
-from rcid.distill.budget import Budget, check_equal
+from rcid.distill.cost import Budget, check_equal
 from rcid.kv import KVCache, Router, fuse, router_regulariser, with_latents
 from rcid.kv.fusion import masked_share
 from rcid.kv import recording as recording_module

@@ -19,3 +19,13 @@ function Image(el)
   el.attributes.width, el.attributes.height = nil, nil
   return el
 end
+
+-- A line of the list of origins: small, ragged, one below the other.
+function Para(el)
+  for _, part in ipairs(el.content) do
+    if part.t == "Span" and part.identifier:match("^where%.") then
+      local open = "#[#set text(size: 8.4pt); #set par(justify: false, first-line-indent: 0pt, hanging-indent: 1.5em)"
+      return { pandoc.RawBlock("typst", open), el, pandoc.RawBlock("typst", "]") }
+    end
+  end
+end

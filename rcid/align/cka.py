@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from ..models.adapters import get_adapter, model_device
-from ..causal.engine import evaluating
+from ..models.modes import evaluating
 from ..causal.hooks import capture
 
 # %% ../../nbs/04_align/01_cka.ipynb #93974550

@@ -12,10 +12,11 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from .engine import count_macs, evaluating, logit_difference, restart_error, row_bytes, sweep
+from .engine import count_macs, logit_difference, restart_error, row_bytes, sweep
 from .hooks import Site, read, rows_of, write
 from ..data.pairs import ContrastiveDataset
 from ..models.adapters import KNOWN_LAYERS, get_adapter, model_device
+from ..models.modes import evaluating
 
 # %% ../../nbs/03_causal/01_effects.ipynb #bcde3361
 def run_logit_diff(model: nn.Module, ids: Int[Tensor, "pair seq"], pairs: ContrastiveDataset) -> Float[Tensor, "pair"]:
@@ -43,12 +44,13 @@ def answer_logit_diff(model: nn.Module, pairs: ContrastiveDataset,
 ) -> tuple[Float[Tensor, "pair"], Float[Tensor, "pair"]]:
     "`(LD of the clean run, LD of the corrupt run)` in float32; both are the clean answer minus the wrong one."
     p = checked(model, pairs)
+    clean, corrupt = [], []
     with evaluating(model):
-        lds = [
-            [run_logit_diff(model, ids, b) for ids in (b.clean_ids, b.corrupt_ids)]
-            for b in (p[i : i + batch_size] for i in range(0, len(p), batch_size))
-        ]
-    return tuple(torch.cat(ld) for ld in zip(*lds))
+        for i in range(0, len(p), batch_size):
+            b = p[i : i + batch_size]
+            clean.append(run_logit_diff(model, b.clean_ids, b))
+            corrupt.append(run_logit_diff(model, b.corrupt_ids, b))
+    return torch.cat(clean), torch.cat(corrupt)
 
 # %% ../../nbs/03_causal/01_effects.ipynb #79d88f48
 def all_sites(model: nn.Module, pairs: ContrastiveDataset) -> list[Site]:
@@ -104,7 +106,8 @@ _restartable = WeakKeyDictionary()               # model -> {(attention, dtype, 
 
 def _why_not(model, pairs) -> str | None: # None if the engine can restart this model
     # latent places
-    if getattr(model, "several_passes", lambda ids: False)(pairs.clean_ids): return "it takes several passes over this input"
+    several = getattr(model, "several_passes", None)
+    if several and several(pairs.clean_ids): return "it takes several passes over this input"
     kind = (model.config._attn_implementation, model.dtype, model_device(model))
     seen = _restartable.setdefault(model, {})
     if kind not in seen:
@@ -117,10 +120,12 @@ def _why_not(model, pairs) -> str | None: # None if the engine can restart this 
             except Exception as e:
                 seen[kind] = f"a restart fails with {type(e).__name__}: {e}".splitlines()[0]
             else:
-                seen[kind] = None if error < (0.01 if model.dtype == torch.float32 else 0.1) else f"an unpatched restart is off by {error:.1g}"
+                close = error < (0.01 if model.dtype == torch.float32 else 0.1)
+                seen[kind] = None if close else f"an unpatched restart is off by {error:.1g}"
     return seen[kind]
 
-def _budget(device) -> int: return 2**30 if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory//4
+def _budget(device) -> int:
+    return 2**30 if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory//4
 
 def _shares(a, memory, seq, n_sites): # (pairs whose runs fit, bytes for a block at work)
     size = a.model.dtype.itemsize
@@ -167,23 +172,26 @@ def causal_effects(
     return effects
 
 
-def _needed(
-    pairs, layer, position, last, skip_zero
-):  # the (pair, site) that must be run, and the distinct (pair, layer, position) among them
+def _needed(pairs, layer, position, last, skip_zero):
+    "Which (pair, site) must be run, the distinct (pair, layer, position) among them, and which of these each one is."
     answer, first = pairs.answer_pos.cpu()[:, None], first_difference(pairs).cpu()[:, None]
-    pair, site = ((position <= answer) & (layer < last) & ((position >= first) | (not skip_zero))).nonzero().T
-    return pair, site, *torch.stack([pair, layer[site], position[pair, site]], 1).unique(dim=0, return_inverse=True)
+    wanted = (position <= answer) & (layer < last) & ((position >= first) | (not skip_zero)) # (pair, site)
+    pair, site = wanted.nonzero().T
+    every = torch.stack([pair, layer[site], position[pair, site]], 1)
+    runs, which = every.unique(dim=0, return_inverse=True)
+    return pair, site, runs, which
 
 
 def _batch_effects(model, pairs, mode, layer, position, last, tokens, work, skip_zero):
-    a, device, (base, source, sign) = get_adapter(model), pairs.clean_ids.device, _direction(mode, pairs)
+    a, device = get_adapter(model), pairs.clean_ids.device
+    base, source, sign = _direction(mode, pairs)
     pair, site, runs, which = _needed(pairs, layer, position, last, skip_zero)
     finals = sweep(model, base, source, pairs.answer_pos, first_difference(pairs), runs, tokens, work)
-    ld = lambda final, rows: logit_difference(
-        a, a.final_norm(final), pairs.correct_token_id[rows], pairs.wrong_token_id[rows]
-    )
     every, run = torch.arange(len(pairs), device=device), runs[:, 0].to(device)
-    ld_base, ld_source, ld_run = ld(finals[0], every), ld(finals[1], every), ld(finals[2], run)
+    ld_base, ld_source, ld_run = (
+        logit_difference(a, a.final_norm(final), pairs.correct_token_id[rows], pairs.wrong_token_id[rows])
+        for final, rows in zip(finals, (every, every, run))
+    )
     # the last residual at the answer is the other run's
     whole = ((layer == last) & (position == pairs.answer_pos.cpu()[:, None])).to(device)
     effects = torch.where(whole, (ld_base - ld_source)[:, None], 0.0)
@@ -200,10 +208,8 @@ def sweep_flops(model: nn.Module, pairs: ContrastiveDataset,
     patched) / forward."""
     checked(model, pairs)
     sites, a = list(all_sites(model, pairs) if sites is None else sites), get_adapter(model)
-    _, _, runs, _ = _needed(
-        pairs, torch.tensor([s[0] for s in sites]), site_positions(model, pairs, sites).cpu(), a.n_layers - 1, skip_zero
-    )
+    layer, position = torch.tensor([s[0] for s in sites]), site_positions(model, pairs, sites).cpu()
+    _, _, runs, _ = _needed(pairs, layer, position, a.n_layers - 1, skip_zero)
     macs = count_macs(a, pairs.clean_ids.shape[1], pairs.answer_pos.cpu(), first_difference(pairs).cpu(), runs)
-    return {k: 2 * v for k, v in macs.items()} | {
-        "equivalents": (macs["base"] + macs["source"] + macs["patched"]) / macs["forward"]
-    }
+    flops = {k: 2 * v for k, v in macs.items()}
+    return flops | {"equivalents": (macs["base"] + macs["source"] + macs["patched"]) / macs["forward"]}

@@ -35,7 +35,8 @@ def workspace_path(path: str | Path) -> Path:
     return full
 
 # %% ../../nbs/00_core/00_paths.ipynb #f5877dab
-_ROOM, _RIGHT = "free some disk space and run again", "work in a copy of the repository in a folder that you may write"
+_ROOM = "free some disk space and run again"
+_RIGHT = "work in a copy of the repository in a folder that you may write"
 ADVICE = {errno.ENOSPC: _ROOM, errno.EDQUOT: _ROOM, errno.EROFS: _RIGHT, errno.EACCES: _RIGHT, errno.EPERM: _RIGHT}
 
 @contextmanager
@@ -57,7 +58,8 @@ def atomic_file(path: str | Path, mode: str = "w"):
         try:
             with open(name, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as f:
                 yield f
-                f.flush(); os.fsync(f.fileno())
+                f.flush()
+                os.fsync(f.fileno())
             os.chmod(name, 0o644)
             os.replace(name, path)
         finally:
@@ -140,17 +142,17 @@ def write_checksums(folder: str | Path):
         f.writelines(f"{sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files)
 
 def broken_checksums(folder: str | Path) -> list[str]:
-    "Files of a folder with checksums that are missing or not what they were; nothing is said of a folder without such a list."
+    "Files of a folder that are missing or not what its checksums say; of a folder without such a list, none."
     folder = Path(folder)
     if not (folder/CHECKSUMS).exists(): return []
     text = (folder/CHECKSUMS).read_text(encoding="utf-8", errors="replace").removesuffix("\n")
+    broken = []
     # a name may hold what `splitlines` takes for an end of line
-    lines = [line.partition("  ") for line in text.split("\n")] if text else []
-    return [
-        name or CHECKSUMS
-        for digest, _, name in lines
-        if not name or not (folder / name).is_file() or sha256(folder / name) != digest
-    ]
+    for line in text.split("\n") if text else []:
+        digest, _, name = line.partition("  ")
+        if not name: broken.append(CHECKSUMS)
+        elif not (folder/name).is_file() or sha256(folder/name) != digest: broken.append(name)
+    return broken
 
 # %% ../../nbs/00_core/00_paths.ipynb #74c7baf6
 def mind_git(folder: str | Path):

@@ -6,7 +6,7 @@
 __all__ = ['VARIANTS', 'OPERATIONS', 'problems', 'arithmetic_rows']
 
 # %% ../../nbs/02_data/07_arithmetic.ipynb #896149dd
-import random, re
+import operator, random, re
 from typing import Iterator
 from ..core.paths import embedded
 from .names import SPLITS, names_of, split_of
@@ -15,27 +15,31 @@ from .sources import fill
 
 # %% ../../nbs/02_data/07_arithmetic.ipynb #dd3f1cc7
 VARIANTS = ("id", "ood_templates", "ood_long", "ood_shots")
-OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b}
+OPERATIONS = {"+": operator.add, "-": operator.sub}
 
 def problems(op: str, split: str) -> list[tuple[int, int]]:
     "Operands of one split whose result is one digit; 2 + 3 and 3 + 2 are one problem and share their split."
     if split not in SPLITS: raise ValueError(f"unknown split {split!r}: there are {list(SPLITS)}")
-    key = lambda a, b: f"{min(a, b)}+{max(a, b)}" if op == "+" else f"{a}-{b}"
-    return [
-        (a, b) for a in range(10) for b in range(10) if 0 <= OPERATIONS[op](a, b) <= 9 and split_of(key(a, b)) == split
-    ]
-
+    known = []
+    for a in range(10):
+        for b in range(10):
+            key = f"{min(a, b)}+{max(a, b)}" if op == "+" else f"{a}-{b}"
+            if 0 <= OPERATIONS[op](a, b) <= 9 and split_of(key) == split: known.append((a, b))
+    return known
 
 def _entity(op: str, a: int, b: int) -> int:
-    return 100 * "+-".index(op) + (10 * min(a, b) + max(a, b) if op == "+" else 10 * a + b)
+    "The number of a problem; 2 + 3 and 3 + 2 are one."
+    if op == "+": return 10 * min(a, b) + max(a, b)
+    return 100 + 10 * a + b
 
 # %% ../../nbs/02_data/07_arithmetic.ipynb #7e127acc
 def arithmetic_rows(
     tokenizer,
     split: str = "test",  # which problems: train | val | test
     seed: int = 0,
-    variant: str = "id",  # id | ood_templates (held-out wordings) | ood_long (a sentence before) | ood_shots (one more solved line; symbolic)
-    form: str = "symbolic",  # symbolic | words
+    # id | ood_templates (held-out wordings) | ood_long (a sentence before) | ood_shots (one more solved line; symbolic)
+    variant: str = "id",
+    form: str = "symbolic"  # symbolic | words
 ) -> Iterator[Row]:
     "An endless stream of distinct one-digit problems with one operand changed."
     if variant not in VARIANTS: raise ValueError(f"unknown arithmetic variant {variant!r}: there are {VARIANTS}")
@@ -43,46 +47,41 @@ def arithmetic_rows(
         raise ValueError(f"unknown arithmetic form {form!r}: there are 'symbolic' and 'words'")
     if variant == "ood_shots" and form == "words":
         raise ValueError("arithmetic in words has no solved lines: variant 'ood_shots' is for form 'symbolic'")
-    table, rng = embedded("arithmetic"), random.Random(f"arithmetic-{split}-{seed}-{variant}-{form}")
-    names, templates = names_of(tokenizer, split) or ["She"], [
-        t for t in table[form] if t["ood"] == (variant == "ood_templates")
-    ]
+    table = embedded("arithmetic")
+    rng = random.Random(f"arithmetic-{split}-{seed}-{variant}-{form}")
+    names = names_of(tokenizer, split) or ["She"]
+    templates = [t for t in table[form] if t["ood"] == (variant == "ood_templates")]
     known = {op: problems(op, split) for op in OPERATIONS}
     # a space in the number's token, not in the prompt
     lead = " " if single_token(tokenizer, " 7", "=") is not None else ""
     seen = set()
     for k in range(1_000_000):
         template = templates[k % len(templates)]
-        op, side = template["op"], rng.randrange(2)
-        a, b = clean = rng.choice(known[op])
-        if not (others := [p for p in known[op] if p != clean and p[1 - side] == clean[1 - side]]): continue
+        op = template["op"]
+        side = rng.randrange(2)                                            # which operand changes
+        clean = rng.choice(known[op])
+        others = [p for p in known[op] if p != clean and p[1 - side] == clean[1 - side]]
+        if not others: continue
         corrupt = rng.choice(others)
         result = lambda p: str(OPERATIONS[op](*p))
+        entities = (_entity(op, *clean), _entity(op, *corrupt))
         before = rng.choice(table["prefixes"]) + " " if variant == "ood_long" else ""
         if form == "symbolic":
-            numbers = lambda p: dict(a=str(p[0]), b=str(p[1]), c=result(p))
-            shown = rng.sample(
-                [p for p in known[op] if _entity(op, *p) not in (_entity(op, *clean), _entity(op, *corrupt))],
-                template["shots"] + (variant == "ood_shots"),
-            )
-            before += "".join(fill(template["line"], **numbers(p))[0] + template["sep"] for p in shown)
-            question, words = template["line"].split("{c}")[0].removesuffix(lead), {}
+            solved = [p for p in known[op] if _entity(op, *p) not in entities]
+            for p in rng.sample(solved, template["shots"] + (variant == "ood_shots")):
+                line, _ = fill(template["line"], a=str(p[0]), b=str(p[1]), c=result(p))
+                before += line + template["sep"]
+            question, words = template["line"], {}
         else:
-            question, words = template["text"].split("{c}")[0].removesuffix(lead), dict(
-                name=rng.choice(names), thing=rng.choice(table["things"])
-            )
-        (text, at), (other, _) = (fill(question, a=str(p[0]), b=str(p[1]), **words) for p in (clean, corrupt))
+            question = template["text"]
+            words = dict(name=rng.choice(names), thing=rng.choice(table["things"]))
+        question = question.split("{c}")[0].removesuffix(lead)
+        text, at = fill(question, a=str(clean[0]), b=str(clean[1]), **words)
+        other, _ = fill(question, a=str(corrupt[0]), b=str(corrupt[1]), **words)
         if (before, text, other) in seen: continue
         seen.add((before, text, other))
-        shift = lambda span: (span[0] + len(before), span[1] + len(before))
         cue = list(re.finditer(r"\S+", text))[-1].span()
-        yield Row(
-            before + text,
-            before + other,
-            lead + result(clean),
-            lead + result(corrupt),
-            {"other": shift(at["ab"[1 - side]]), "digit": shift(at["ab"[side]]), "cue": shift(cue)},
-            ("digit",),
-            template["id"],
-            (_entity(op, *clean), _entity(op, *corrupt)),
-        )
+        spans = {"other": at["ab"[1 - side]], "digit": at["ab"[side]], "cue": cue}
+        roles = {role: (start + len(before), end + len(before)) for role, (start, end) in spans.items()}
+        answers = lead + result(clean), lead + result(corrupt)
+        yield Row(before + text, before + other, *answers, roles, ("digit",), template["id"], entities)

@@ -36,10 +36,8 @@ def templated_sentences(
         (p, p2), (o, o2) = rng.sample(ioi["places"], 2), rng.sample(ioi["objects"], 2)
         if rng.random() < 0.6:
             s = rng.choice((x, y))
-            text = (
-                rng.choice(ioi["templates"])["text"].format(A=x, B=y, S=s, place=p, object=o)
-                + f" {y if s == x else x}."
-            )
+            template = rng.choice(ioi["templates"])["text"]
+            text = template.format(A=x, B=y, S=s, place=p, object=o) + f" {y if s == x else x}."
         else:
             text = rng.choice(table["fillers"]).format(X=x, Y=y, place=p, place2=p2, object=o, object2=o2)
         out.append(text)
@@ -78,15 +76,12 @@ def general_text(
         text = file.read_text(encoding="utf-8")
     elif source == "hub":
         if missing := {"id", "name", "revision"} - set(hub or {}):
-            raise ValueError(
-                f"lm.hub lacks {', '.join(sorted(missing))}: text from a hub needs a dataset and a pinned revision"
-            )
+            lacking = ", ".join(sorted(missing))
+            raise ValueError(f"lm.hub lacks {lacking}: text from a hub needs a dataset and a pinned revision")
         text = "".join(r["text"] for r in hub_rows(hub["id"], hub["name"], PARTS[split], hub["revision"]))
     else:
-        raise ValueError(
-            f"general text has no source {source!r}: there are 'path' and 'hub', and 'samples', which the stage `text`"
-            " draws"
-        )
+        known = "'path' and 'hub', and 'samples', which the stage `text` draws"
+        raise ValueError(f"general text has no source {source!r}: there are {known}")
     docs = [d for d in text.split("\n = ") if d.strip()]
     return docs if split == "test" else without_test_entities(docs)
 
@@ -101,6 +96,5 @@ def pad_sentences(texts: list[str], tokenizer, seq: int) -> tuple[Int[Tensor, "b
     "One sentence a row: ids (cut at `seq`, without an EOS that the text does not have) and mask."
     if not texts: raise ValueError("pad_sentences: no sentences given: pass at least one")
     rows = [torch.tensor(r[:seq], dtype=torch.long) for r in prompt_ids(tokenizer, texts)]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id or 0), pad_mask(
-        [len(r) for r in rows]
-    )
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id or 0)
+    return ids, pad_mask([len(r) for r in rows])

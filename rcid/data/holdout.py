@@ -11,13 +11,14 @@ import hashlib, json, re
 from pathlib import Path
 from typing import NamedTuple, Sequence
 from ..core.paths import read_json, write_json
-from .reasoning import STYLES, Problem, load_reasoning
+from .problems import load_reasoning
+from .reasoning import STYLES, Problem
 
 # %% ../../nbs/02_data/11_holdout.ipynb #2e63193b
-SPELLED = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
-    " eighteen nineteen twenty".split()
-)
+SPELLED = """
+zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+eighteen nineteen twenty
+""".split()
 
 class StyledProblem(NamedTuple):
     "A question with its reasoning in several styles."
@@ -33,13 +34,13 @@ class StyledProblem(NamedTuple):
         return Problem(before + self.prompt, self.reasoning[style], self.value, self.kind)
 
     @property
-    def key(self) -> str:
-        return hashlib.sha256(self.prompt.encode()).hexdigest()
+    def key(self) -> str: return hashlib.sha256(self.prompt.encode()).hexdigest()
 
     def spelled(self) -> "StyledProblem":
         "With its numbers as words: one token each for most tokenizers, also for those that split digits."
-        say = lambda text: re.sub(r"\d+", lambda m: SPELLED[int(m[0])], text)
-        return StyledProblem(say(self.prompt), say(self.value), self.kind, {s: say(r) for s, r in self.reasoning.items()})
+        def say(text: str) -> str: return re.sub(r"\d+", lambda m: SPELLED[int(m[0])], text)
+        reasoning = {style: say(text) for style, text in self.reasoning.items()}
+        return StyledProblem(say(self.prompt), say(self.value), self.kind, reasoning)
 
 def styled_problems(
     dataset: str = "word_problems", n: int = 100, styles: Sequence[str] = STYLES, split: str = "train",
@@ -50,18 +51,15 @@ def styled_problems(
     if numerals not in ("digits", "words"):
         raise ValueError(f"styled_problems: unknown numerals={numerals!r}, use digits or words")
     if numerals == "words" and not opts.get("largest", 50) < len(SPELLED):
-        raise ValueError(
-            f"styled_problems: numbers are spelled up to {SPELLED[-1]}: set largest to {len(SPELLED) - 1} or less, or"
-            " numerals to digits"
-        )
+        advice = f"set largest to {len(SPELLED) - 1} or less, or numerals to digits"
+        raise ValueError(f"styled_problems: numbers are spelled up to {SPELLED[-1]}: {advice}")
     streams = [load_reasoning(dataset, split, n, style=s, **opts) for s in styles]
+    told = []
     for same in zip(*streams):
         if len({p.prompt for p in same}) > 1:
             raise ValueError(f"{dataset}: the styles {list(styles)} do not tell the same problems in the same order")
-    told = [
-        StyledProblem(same[0].prompt, same[0].value, same[0].kind, {s: p.reasoning for s, p in zip(styles, same)})
-        for same in zip(*streams)
-    ]
+        reasoning = {style: p.reasoning for style, p in zip(styles, same)}
+        told.append(StyledProblem(same[0].prompt, same[0].value, same[0].kind, reasoning))
     return [t.spelled() for t in told] if numerals == "words" else told
 
 # %% ../../nbs/02_data/11_holdout.ipynb #8db93465
@@ -69,18 +67,23 @@ def split_problems(problems: Sequence[StyledProblem], shares: dict[str, float]) 
     "Every problem to one part, in proportion to `shares`, by its hash alone; repeated questions are dropped."
     if not shares or min(shares.values()) <= 0: raise ValueError(f"split_problems: shares {shares} must all be above 0")
     bounds, low = {}, 0.
-    for name, s in shares.items(): bounds[name] = (low, low + s / sum(shares.values())); low = bounds[name][1]
+    for name, share in shares.items():
+        bounds[name] = (low, low + share / sum(shares.values()))
+        low = bounds[name][1]
     parts, seen = {name: [] for name in shares}, set()
     for p in problems:
         if p.key in seen: continue
         seen.add(p.key)
         at = int(p.key[:12], 16) / 16**12
-        parts[next((n for n, (a, b) in bounds.items() if a <= at < b), list(bounds)[-1])].append(p)
+        part = next((name for name, (a, b) in bounds.items() if a <= at < b), list(bounds)[-1])
+        parts[part].append(p)
     return parts
 
 
 def part_hash(problems: Sequence[StyledProblem]) -> str:
-    return hashlib.sha256("\n".join(json.dumps(p._asdict(), sort_keys=True) for p in problems).encode()).hexdigest()
+    "SHA-256 of the texts of problems, in their order."
+    lines = [json.dumps(p._asdict(), sort_keys=True) for p in problems]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def check_parts(parts: dict[str, Sequence[StyledProblem]]):
@@ -88,18 +91,18 @@ def check_parts(parts: dict[str, Sequence[StyledProblem]]):
     names = list(parts)
     for i, a in enumerate(names):
         for b in names[i+1:]:
-            if shared := {p.key for p in parts[a]} & {p.key for p in parts[b]}:
-                raise ValueError(
-                    f"the parts {a} and {b} share {len(shared)} problems (SHA-256 {min(shared)[:12]}...): draw them"
-                    " with split_problems, or take the shared ones out of one"
-                )
+            shared = {p.key for p in parts[a]} & {p.key for p in parts[b]}
+            if not shared: continue
+            what = f"{len(shared)} problems (SHA-256 {min(shared)[:12]}...)"
+            advice = "draw them with split_problems, or take the shared ones out of one"
+            raise ValueError(f"the parts {a} and {b} share {what}: {advice}")
 
 def save_parts(parts: dict[str, Sequence[StyledProblem]], path: str | Path) -> Path:
     "Writes parts with their hashes; refuses parts that overlap."
     check_parts(parts)
-    return write_json(
-        path, {name: dict(sha256=part_hash(ps), problems=[p._asdict() for p in ps]) for name, ps in parts.items()}
-    )
+    written = {}
+    for name, ps in parts.items(): written[name] = dict(sha256=part_hash(ps), problems=[p._asdict() for p in ps])
+    return write_json(path, written)
 
 def load_parts(path: str | Path) -> dict[str, list[StyledProblem]]:
     "Reads parts; refuses one that does not match its hash, and parts that overlap."
@@ -107,9 +110,7 @@ def load_parts(path: str | Path) -> dict[str, list[StyledProblem]]:
     for name, part in read_json(path).items():
         out[name] = [StyledProblem(**p) for p in part["problems"]]
         if part_hash(out[name]) != part["sha256"]:
-            raise ValueError(
-                f"{path}: the part {name!r} does not match its SHA-256 (it was changed after it was drawn): delete the"
-                " file and run `dvc repro`"
-            )
+            what = "does not match its SHA-256 (it was changed after it was drawn)"
+            raise ValueError(f"{path}: the part {name!r} {what}: delete the file and run `dvc repro`")
     check_parts(out)
     return out

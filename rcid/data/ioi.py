@@ -17,23 +17,25 @@ VARIANTS = ("id", "ood_names", "ood_templates", "ood_long")
 
 def _fill(template: str, words: dict[str, str]) -> tuple[str, dict[str, int]]:
     "The sentence, and where each slot starts."
-    out, starts = "", {}
-    for piece in template.split("{"):
+    first, *pieces = template.split("{")
+    out, starts = first, {}
+    for piece in pieces:
         slot, _, rest = piece.partition("}")
-        if not _: out += piece
-        else: starts[slot] = len(out); out += words[slot] + rest
+        starts[slot] = len(out)
+        out += words[slot] + rest
     return out, starts
-
 
 def ioi_rows(
     tokenizer,
     split: str = "test",  # which names: train | val | test
     seed: int = 0,
-    variant: str = "id",  # id | ood_names (always the test names) | ood_templates (held-out sentences) | ood_long (a sentence before)
+    # id | ood_names (always the test names) | ood_templates (held-out sentences) | ood_long (a sentence before)
+    variant: str = "id"
 ) -> Iterator[Row]:
     "An endless stream of distinct IOI pairs with names of `split`."
     if variant not in VARIANTS: raise ValueError(f"unknown IOI variant {variant!r}: there are {VARIANTS}")
-    table, rng = embedded("ioi"), random.Random(f"ioi-{split}-{seed}-{variant}")
+    table = embedded("ioi")
+    rng = random.Random(f"ioi-{split}-{seed}-{variant}")
     names = names_of(tokenizer, "test" if variant == "ood_names" else split)
     if len(names) < 4:
         raise ValueError(f"only {len(names)} single-token names in the {split} split of this tokenizer: IOI needs 4")
@@ -47,19 +49,15 @@ def ioi_rows(
         io_first = rng.random() < 0.5                                      # ABBA or BABA
         prefix = rng.choice(table["prefixes"]) + " " if variant == "ood_long" else ""
         order = dict(A=io, B=s) if io_first else dict(A=s, B=io)
-        clean, at = _fill(prefix + template["text"], {**words, **order, "S": s})
-        corrupt, _ = _fill(prefix + template["text"], {**words, **order, "S": io})
+        text = prefix + template["text"]
+        clean, at = _fill(text, {**words, **order, "S": s})
+        corrupt, _ = _fill(text, {**words, **order, "S": io})
         if clean in seen: continue
         seen.add(clean)
         first, second = ("A", "B") if io_first else ("B", "A")
-        span = lambda slot, word: (at[slot], at[slot] + len(word))
-        yield Row(
-            clean,
-            corrupt,
-            f" {io}",
-            f" {s}",
-            {"io": span(first, io), "s1": span(second, s), "s2": span("S", s)},
-            ("s2",),
-            template["id"],
-            (index[io], index[s]),
-        )
+        roles = {
+            "io": (at[first], at[first] + len(io)),
+            "s1": (at[second], at[second] + len(s)),
+            "s2": (at["S"], at["S"] + len(s)),
+        }
+        yield Row(clean, corrupt, f" {io}", f" {s}", roles, ("s2",), template["id"], (index[io], index[s]))

@@ -7,7 +7,6 @@ __all__ = ['ContrastiveDataset', 'Row', 'prompt_ids', 'following', 'single_token
            'load_saved_pairs']
 
 # %% ../../nbs/02_data/00_pairs.ipynb #4d085de6
-import hashlib
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Iterable, NamedTuple
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from ..core.paths import read_json, sha256, atomic_file, write_json
+from ..core.paths import read_json, write_json
+from ..core.tensors import content_hash, load_tensors, save_tensors
 
 # %% ../../nbs/02_data/00_pairs.ipynb #b345d9dc
 @dataclass(frozen=True)
@@ -37,21 +37,27 @@ class ContrastiveDataset:
 
     def __post_init__(self):
         if self.clean_ids.shape != self.corrupt_ids.shape:
-            raise ValueError(
-                f"pairs of unequal length: clean {tuple(self.clean_ids.shape)}, corrupt {tuple(self.corrupt_ids.shape)}"
-            )
+            clean, corrupt = tuple(self.clean_ids.shape), tuple(self.corrupt_ids.shape)
+            raise ValueError(f"pairs of unequal length: clean {clean}, corrupt {corrupt}")
         if not (self.attention_mask.gather(1, self.answer_pos[:, None]) == 1).all():
             raise ValueError("an answer position lies in the padding")
 
     def __len__(self): return len(self.clean_ids)
 
     @property
-    def roles(self) -> list[str]:
-        return list(self.key_positions)
+    def roles(self) -> list[str]: return list(self.key_positions)
 
-    def _map(self, f): # applies f to every tensor
-        new = {k.name: f(v) for k in fields(self) if isinstance(v := getattr(self, k.name), Tensor)}
-        return replace(self, **new, key_positions={r: f(v) for r, v in self.key_positions.items()})
+    def tensors(self) -> dict[str, Tensor]:
+        "All tensors by name; positions of roles as `role.NAME`."
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return plain | {f"role.{role}": at for role, at in self.key_positions.items()}
+
+    def _map(self, f) -> "ContrastiveDataset":
+        "With `f` applied to every tensor."
+        new = {name: f(t) for name, t in self.tensors().items()}
+        positions = {role: new.pop(f"role.{role}") for role in self.roles}
+        return replace(self, **new, key_positions=positions)
 
     def __getitem__(self, rows) -> "ContrastiveDataset":
         "A slice, or a list or tensor of row numbers."
@@ -63,22 +69,12 @@ class ContrastiveDataset:
     def trimmed(self) -> "ContrastiveDataset":
         "Without columns that are padding in every row."
         n = int(self.attention_mask.sum(1).max()) if len(self) else 0
-        return replace(
-            self,
-            clean_ids=self.clean_ids[:, :n],
-            corrupt_ids=self.corrupt_ids[:, :n],
-            attention_mask=self.attention_mask[:, :n],
-        )
+        short = {name: getattr(self, name)[:, :n] for name in ("clean_ids", "corrupt_ids", "attention_mask")}
+        return replace(self, **short)
 
     def content_hash(self) -> str:
         "SHA-256 of all tensors: two datasets with one hash are the same pairs."
-        h = hashlib.sha256()
-        for k in sorted(t := _tensors(self)): h.update(k.encode()); h.update(t[k].cpu().contiguous().numpy().tobytes())
-        return h.hexdigest()
-
-def _tensors(p: ContrastiveDataset) -> dict[str, Tensor]:
-    flat = {k.name: getattr(p, k.name) for k in fields(p) if isinstance(getattr(p, k.name), Tensor)}
-    return {**flat, **{f"role.{r}": v for r, v in p.key_positions.items()}}
+        return content_hash(self.tensors())
 
 # %% ../../nbs/02_data/00_pairs.ipynb #a3538681
 class Row(NamedTuple):
@@ -94,7 +90,8 @@ class Row(NamedTuple):
 
 def prompt_ids(tokenizer, texts: list[str]) -> list[list[int]]:
     "Texts to be gone on with: tokens with what the tokenizer puts in front (BOS), without what it puts behind (EOS)."
-    read, out = tokenizer(texts, return_special_tokens_mask=True), []
+    read = tokenizer(texts, return_special_tokens_mask=True)
+    out = []
     for ids, special in zip(read["input_ids"], read["special_tokens_mask"]):
         n = len(ids)
         while n > 1 and special[n - 1]: n -= 1           # the first token stays: an empty text is its BOS
@@ -110,10 +107,17 @@ def single_token(tokenizer, word: str,
     before: str = ""     # what it stands behind; SentencePiece reads a text's first word in another way
 ) -> int | None:
     "The id of `word` if it is one token, else None."
-    ids = following(tokenizer, before, [word])[0] if before else tokenizer(word, add_special_tokens=False)["input_ids"]
+    if before: ids = following(tokenizer, before, [word])[0]
+    else: ids = tokenizer(word, add_special_tokens=False)["input_ids"]
     return ids[0] if ids is not None and len(ids) == 1 else None
 
-def _encode(tokenizer, row: Row) -> dict | str: # a reason when it cannot be taken
+def _last_token(spans: list[tuple[int, int]], start: int, end: int) -> int | None:
+    "The last token that covers a character of `start` to `end`; `spans` are the tokens' characters."
+    inside = [i for i, (a, b) in enumerate(spans) if a < end and b > start and b > a]
+    return max(inside, default=None)
+
+def _encode(tokenizer, row: Row) -> dict | str:
+    "Tokens, answers and positions of a row; a reason, if it cannot be taken."
     answers = following(tokenizer, row.clean, [row.correct, row.wrong])
     if None in answers: return "an answer changes the tokens of its prompt"
     if any(len(ids) != 1 for ids in answers): return "answer is not one token"
@@ -124,10 +128,8 @@ def _encode(tokenizer, row: Row) -> dict | str: # a reason when it cannot be tak
     clean, corrupt = prompt_ids(tokenizer, [row.clean, row.corrupt])
     if len(clean) != len(corrupt): return "clean and corrupt have unequal length"
     spans = tokenizer(row.clean, return_offsets_mapping=True)["offset_mapping"][:len(clean)]
-    last_token = lambda start, end: max(
-        (i for i, (a, b) in enumerate(spans) if a < end and b > start and b > a), default=None
-    )
-    positions = {role: last_token(*span) for role, span in row.roles.items()} | {"end": len(spans) - 1}
+    positions = {role: _last_token(spans, *span) for role, span in row.roles.items()}
+    positions["end"] = len(spans) - 1
     if None in positions.values(): return "a role has no token"
     differ = [i for i, (a, b) in enumerate(zip(clean, corrupt)) if a != b]
     if sorted(positions[r] for r in row.modified) != differ: return "more than the modified word differs"
@@ -141,36 +143,37 @@ def build_pairs(
     "Tokenizes rows; rows that fail a check are dropped and counted in `.dropped`."
     if n is not None and n < 1:
         raise ValueError(f"{task or 'task'}: n={n} pairs asked for: ask for at least one, or leave n out")
-    kept, dropped = [], Counter()
+    kept, encoded, dropped = [], [], Counter()
     for row in rows:
         if n is not None and len(kept) == n: break
         e = _encode(tokenizer, row)
-        if isinstance(e, str):dropped[e] += 1
-        else: kept.append((row, e))
+        if isinstance(e, str):
+            dropped[e] += 1
+            continue
+        kept.append(row)
+        encoded.append(e)
     if not kept or (n is not None and len(kept) < n):
-        raise ValueError(
-            f"{task or 'task'}: only {len(kept)} of {n or 'any'} pairs fit this tokenizer (dropped:"
-            f" {dict(dropped) or 'none'}): ask for fewer, or use another tokenizer"
-        )
-    pad = lambda seqs: torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(s) for s in seqs], batch_first=True, padding_value=tokenizer.pad_token_id or 0
-    )
-    column = lambda key: torch.tensor([e[key] for _, e in kept])
-    first = kept[0][0]
+        few = f"only {len(kept)} of {n or 'any'} pairs fit this tokenizer (dropped: {dict(dropped) or 'none'})"
+        raise ValueError(f"{task or 'task'}: {few}: ask for fewer, or use another tokenizer")
+    def padded(key: str) -> Int[Tensor, "pair seq"]:
+        rows = [torch.tensor(e[key]) for e in encoded]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id or 0)
+    lengths = [len(e["clean"]) for e in encoded]
+    roles = [*kept[0].roles, "end"]
     return ContrastiveDataset(
-        pad([e["clean"] for _, e in kept]),
-        pad([e["corrupt"] for _, e in kept]),
-        pad_mask([len(e["clean"]) for _, e in kept]),
-        torch.tensor([len(e["clean"]) - 1 for _, e in kept]),
-        column("correct"),
-        column("wrong"),
-        {r: torch.tensor([e["positions"][r] for _, e in kept]) for r in (*first.roles, "end")},
-        {r: r in first.modified for r in (*first.roles, "end")},
-        torch.tensor([r.template for r, _ in kept]),
-        torch.tensor([r.entities for r, _ in kept]),
-        model_family or type(tokenizer).__name__,
-        task,
-        dict(dropped),
+        clean_ids=padded("clean"),
+        corrupt_ids=padded("corrupt"),
+        attention_mask=pad_mask(lengths),
+        answer_pos=torch.tensor(lengths) - 1,
+        correct_token_id=torch.tensor([e["correct"] for e in encoded]),
+        wrong_token_id=torch.tensor([e["wrong"] for e in encoded]),
+        key_positions={role: torch.tensor([e["positions"][role] for e in encoded]) for role in roles},
+        is_modified={role: role in kept[0].modified for role in roles},
+        template_id=torch.tensor([row.template for row in kept]),
+        entity_ids=torch.tensor([row.entities for row in kept]),
+        model_family=model_family or type(tokenizer).__name__,
+        task=task,
+        dropped=dict(dropped),
     )
 
 def pad_mask(lengths: list[int]) -> Int[Tensor, "pair seq"]:
@@ -181,40 +184,29 @@ def pad_mask(lengths: list[int]) -> Int[Tensor, "pair seq"]:
 # %% ../../nbs/02_data/00_pairs.ipynb #42ab1b54
 def save_pairs(pairs: ContrastiveDataset, folder: str | Path) -> Path:
     "Writes a dataset; `load_saved_pairs` reads it back and checks it."
-    from safetensors.torch import save
     folder = Path(folder)
-    with atomic_file(folder / "pairs.safetensors", "wb") as f:
-        f.write(save({k: v.contiguous() for k, v in _tensors(pairs).items()}))
-    return write_json(
-        folder / "pairs.json",
-        dict(
-            sha256=pairs.content_hash(),
-            rows=len(pairs),
-            roles=pairs.roles,
-            is_modified=pairs.is_modified,
-            model_family=pairs.model_family,
-            task=pairs.task,
-            dropped=pairs.dropped,
-            entities=sorted(set(pairs.entity_ids.flatten().tolist())),
-            templates=sorted(set(pairs.template_id.tolist())),
-        ),
-    ).parent
+    save_tensors(folder/"pairs.safetensors", pairs.tensors())
+    note = dict(
+        sha256=pairs.content_hash(),
+        rows=len(pairs),
+        roles=pairs.roles,
+        is_modified=pairs.is_modified,
+        model_family=pairs.model_family,
+        task=pairs.task,
+        dropped=pairs.dropped,
+        entities=sorted(set(pairs.entity_ids.flatten().tolist())),
+        templates=sorted(set(pairs.template_id.tolist())),
+    )
+    write_json(folder/"pairs.json", note)
+    return folder
 
 def load_saved_pairs(folder: str | Path) -> ContrastiveDataset:
     "Reads a dataset and checks its hash."
-    from safetensors.torch import load
-    meta = read_json(Path(folder)/"pairs.json")
-    try:t = load((Path(folder)/"pairs.safetensors").read_bytes())
-    except Exception as e:
-        raise ValueError(f"{folder}/pairs.safetensors is damaged ({e}): delete it and run `dvc repro`") from None
-    pairs = ContrastiveDataset(
-        **{k: v for k, v in t.items() if not k.startswith("role.")},
-        key_positions={r: t[f"role.{r}"] for r in meta["roles"]},
-        is_modified=meta["is_modified"],
-        model_family=meta["model_family"],
-        task=meta["task"],
-        dropped=meta["dropped"],
-    )
-    if pairs.content_hash() != meta["sha256"]:
+    note = read_json(Path(folder)/"pairs.json")
+    tensors, _ = load_tensors(Path(folder)/"pairs.safetensors")
+    positions = {role: tensors.pop(f"role.{role}") for role in note["roles"]}
+    said = {name: note[name] for name in ("is_modified", "model_family", "task", "dropped")}
+    pairs = ContrastiveDataset(**tensors, key_positions=positions, **said)
+    if pairs.content_hash() != note["sha256"]:
         raise ValueError(f"{folder}: pairs do not match their SHA-256 (split changed?): delete it and run `dvc repro`")
     return pairs

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..core.paths import broken_checksums, read_json, write_checksums, atomic_folder, write_json
 from .corpus import general_text, without_test_entities
 from ..models.adapters import model_device
+from ..models.modes import evaluating
 
 # %% ../../nbs/02_data/14_samples.ipynb #5a3b0006
 def _first_token(tokenizer) -> int:
@@ -50,9 +51,7 @@ def draw_documents(
 ) -> list[str]:
     "`n` documents that the model tells by itself; the model is left as it was."
     generator, ends, texts = torch.Generator().manual_seed(seed), tokenizer.all_special_ids, []
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        model.eval()
+    with evaluating(model):
         while len(texts) < n:
             rows = _draw(
                 model, min(batch, n - len(texts)), length, _first_token(tokenizer), len(tokenizer), ends, generator
@@ -65,8 +64,6 @@ def draw_documents(
                     " healed on its own samples"
                 )
             texts += told
-    finally:
-        for m, mode in modes: m.training = mode
     return texts[:n]
 
 # %% ../../nbs/02_data/14_samples.ipynb #5a3b000b

@@ -27,15 +27,14 @@ def read_rows(dataset: str, file: str) -> list[dict]:
     if not path.exists(): raise FileNotFoundError(f"no {path}: the {dataset} folder is incomplete")
     expected = _sizes(path.parent).get(file, path.stat().st_size)
     if path.stat().st_size != expected:
-        raise ValueError(
-            f"{path} has {path.stat().st_size} bytes instead of {expected}: it is truncated or was changed; copy it"
-            " again"
-        )
+        size = f"{path.stat().st_size} bytes instead of {expected}"
+        raise ValueError(f"{path} has {size}: it is truncated or was changed; copy it again")
     rows = []
     for n, line in enumerate(_lines(path), 1):
-        try:rows.append(json.loads(line))
+        try: rows.append(json.loads(line))
         except json.JSONDecodeError:
-            raise ValueError(f"{path}, line {n} is not valid JSON: the file is truncated or damaged; copy it again") from None
+            why = "the file is truncated or damaged; copy it again"
+            raise ValueError(f"{path}, line {n} is not valid JSON: {why}") from None
     return rows
 
 def read_table(dataset: str, file: str) -> dict:

@@ -22,32 +22,31 @@ class Reader(NamedTuple):
 _NUMBER = rf"\d+|\b(?:{'|'.join(SPELLED)})\b"
 def _number(word: str) -> int: return int(word) if word.isdigit() else SPELLED.index(word)
 
-def story_row(problem: StyledProblem, before: str = "", between: str = "", largest: int = 50, seed: int = 0) -> Row | None:
+def story_row(
+    problem: StyledProblem,
+    before: str = "", between: str = "",   # see `Reader`
+    largest: int = 50, seed: int = 0
+) -> Row | None:
     "The pair of a problem of one step; None where there is no other number with another answer up to `largest`."
     numbers = list(re.finditer(_NUMBER, problem.prompt))
     if problem.kind not in ("+", "-") or len(numbers) != 2: return None
     a, b, value = (_number(x) for x in (numbers[0][0], numbers[1][0], problem.value))
-    say, largest = (str, largest) if problem.value.isdigit() else (SPELLED.__getitem__, min(largest, len(SPELLED) - 1))
+    spelled = not problem.value.isdigit()
+    if spelled: largest = min(largest, len(SPELLED) - 1)
+    def say(number: int) -> str: return SPELLED[number] if spelled else str(number)
     answer = {c: a + c if problem.kind == "+" else a - c for c in range(1, largest + 1)}
     if answer.get(b) != value: return None
     others = [c for c, v in answer.items() if c != b and 1 <= v <= largest]
     if not others: return None
     c = random.Random(f"story-{seed}-{problem.prompt}").choice(others)
     low, high = numbers[1].span()
-    text = lambda prompt: f"{before}{prompt}{between}\n{CUE}"
-    at = lambda start, end: (start + len(before), end + len(before))
-    return Row(
-        text(problem.prompt),
-        text(problem.prompt[:low] + say(c) + problem.prompt[high:]),
-        f" {problem.value}",
-        f" {say(answer[c])}",
-        dict(
-            first=at(*numbers[0].span()), second=at(low, high), asked=at(len(problem.prompt) - 1, len(problem.prompt))
-        ),
-        ("second",),
-        "+-".index(problem.kind),
-        (a, b),
-    )
+    other = problem.prompt[:low] + say(c) + problem.prompt[high:]
+    clean, corrupt = (f"{before}{prompt}{between}\n{CUE}" for prompt in (problem.prompt, other))
+    end = len(problem.prompt)
+    spans = dict(first=numbers[0].span(), second=(low, high), asked=(end - 1, end))
+    roles = {role: (i + len(before), j + len(before)) for role, (i, j) in spans.items()}
+    answers = f" {problem.value}", f" {say(answer[c])}"
+    return Row(clean, corrupt, *answers, roles, ("second",), "+-".index(problem.kind), (a, b))
 
 def story_pairs(
     problems: Sequence[StyledProblem],
@@ -67,11 +66,8 @@ def story_pairs(
             continue
         kept.append(rows)
     if not kept or (n is not None and len(kept) < n):
-        raise ValueError(
-            f"only {len(kept)} of {n or 'any'} stories fit all of {', '.join(readers)}: give more problems, or ask for"
-            " fewer"
-        )
-    return {
-        name: build_pairs([rows[name] for rows in kept], r.tokenizer, task="stories", model_family=name)
-        for name, r in readers.items()
-    }
+        few = f"only {len(kept)} of {n or 'any'} stories fit all of {', '.join(readers)}"
+        raise ValueError(f"{few}: give more problems, or ask for fewer")
+    for name, r in readers.items():
+        out[name] = build_pairs([rows[name] for rows in kept], r.tokenizer, task="stories", model_family=name)
+    return out

@@ -27,67 +27,56 @@ class Twin(NamedTuple):
     entities: tuple[int, ...]
     people: bool
 
-
-def _twin(
-    one: str, two: str, options: tuple[str, str], id: int
-) -> Twin | None:  # None: not one word, or the blank comes after it
+def _twin(one: str, two: str, options: tuple[str, str], id: int) -> Twin | None:
+    "The twin of two sentences; None if they differ in more than a word, or the blank comes after it."
     a, b = one.split(" "), two.split(" ")
-    if len(a) != len(b) or len(differ := [i for i, (x, y) in enumerate(zip(a, b)) if x != y]) != 1: return None
-    at, strip = differ[0], lambda w: re.fullmatch(r"(\w[\w'-]*)(\W*)", w)
+    if len(a) != len(b): return None
+    differ = [i for i, (x, y) in enumerate(zip(a, b)) if x != y]
+    if len(differ) != 1: return None
+    at = differ[0]
     text = " ".join(a[:at])
-    if not (w := strip(a[at])) or not (v := strip(b[at])) or w[2] != v[2] or text.count("_") != 1 or "_" in w[1]:
-        return None
-    if any(c in text for c in "{}[]"): return None
-    return Twin(
-        text.replace("_", "{R}"),
-        " ".join([w[2], *a[at + 1 :]]) if a[at + 1 :] else w[2],
-        (w[1], v[1]),
-        options,
-        id,
-        (id,),
-        options[0][:1].isupper(),
-    )
+    word, other = (re.fullmatch(r"(\w[\w'-]*)(\W*)", w[at]) for w in (a, b))            # (the word, its punctuation)
+    if not word or not other or word[2] != other[2]: return None
+    if text.count("_") != 1 or "_" in word[1] or any(c in text for c in "{}[]"): return None
+    tail = " ".join([word[2], *a[at + 1:]]) if a[at + 1:] else word[2]
+    people = options[0][:1].isupper()
+    return Twin(text.replace("_", "{R}"), tail, (word[1], other[1]), options, id, (id,), people)
 
 # %% ../../nbs/02_data/06_winogrande.ipynb #cdb7fcfb
 def real_twins(source: str = "path") -> list[Twin]:
     "The dataset's twins that differ in one word after the blank, from RCID_DATA_DIR or from the hub."
-    groups: dict[tuple, list] = {}
-    if source == "hub":rows = hub_rows("allenai/winogrande", "winogrande_xl")
+    if source == "hub": rows = hub_rows("allenai/winogrande", "winogrande_xl")
     else: rows = [r for f in FILES for r in read_rows("winogrande", f)]
+    groups: dict[tuple[str, str], dict[str, str]] = {}                     # options -> sentence -> what the blank is
     for r in rows:
-        two = (
-            [(r[f"sentence{k}"], r[f"answer{k}"]) for k in "12"] if "sentence1" in r else [(r["sentence"], r["answer"])]
-        )
-        for sentence, answer in two:
-            groups.setdefault(tuple(sorted((r["option1"], r["option2"]))), {})[sentence] = (
-                r[f"option{answer}"] if answer in ("1", "2") else ""
-            )
-    twins, id = [], 0
+        if "sentence1" in r: told = [(r["sentence1"], r["answer1"]), (r["sentence2"], r["answer2"])]
+        else: told = [(r["sentence"], r["answer"])]
+        group = groups.setdefault(tuple(sorted((r["option1"], r["option2"]))), {})
+        for sentence, answer in told: group[sentence] = r[f"option{answer}"] if answer in ("1", "2") else ""
+    twins = []
     for options, sentences in sorted(groups.items()):
         for (one, a), (two, b) in itertools.combinations(sorted(sentences.items()), 2):
-            if {a, b} == set(options) and (twin := _twin(one, two, (a, b), id)): twins.append(twin); id += 1
+            if {a, b} != set(options): continue
+            twin = _twin(one, two, (a, b), len(twins))
+            if twin is not None: twins.append(twin)
     return twins
 
 # %% ../../nbs/02_data/06_winogrande.ipynb #bdcb89f6
-def _embedded_twins(
-    tokenizer, split: str, rng: random.Random
-) -> Iterator[Twin]:  # endless; a round shows every scheme once
+def _embedded_twins(tokenizer, split: str, rng: random.Random) -> Iterator[Twin]:
+    "An endless stream; a round shows every scheme once."
     table, names = embedded("winogrande")["twins"], names_of(tokenizer, split)
     index = {n: 1000 + i for i, n in enumerate(embedded("names")["first_names"])}
-    mine = [
-        (i, t)
-        for i, t in enumerate(table)
-        if split_of(f"twin {t['text']}") == split and (t["A"] != "name" or len(names) > 1)
-    ]
+    mine = []
+    for i, t in enumerate(table):
+        if split_of(f"twin {t['text']}") == split and (t["A"] != "name" or len(names) > 1): mine.append((i, t))
     rng.shuffle(mine)
     while mine:
         for i, t in mine:
             people = t["A"] == "name"
             a, b = rng.sample(names, 2) if people else (rng.choice(t["A"]), rng.choice(t["B"]))
             text = t["text"].replace("{A}", a).replace("{B}", b)
-            yield Twin(
-                text, ".", tuple(t["words"]), (a, b), i, (i, index[a], index[b]) if people else (i, i, i), people
-            )
+            entities = (i, index[a], index[b]) if people else (i, i, i)
+            yield Twin(text, ".", tuple(t["words"]), (a, b), i, entities, people)
 
 # %% ../../nbs/02_data/06_winogrande.ipynb #82bd9c3b
 NOWHERE = (0, 0) # an option that the sentence does not mention: build_pairs drops the row and counts it
@@ -97,7 +86,8 @@ def _mention(word: str, text: str) -> tuple[int, int]:
 
 def _partial(twin: Twin, side: int) -> Row:
     same, other = twin.options[side], twin.options[1 - side]
-    (clean, at), (corrupt, _) = fill(twin.text, R=same), fill(twin.text, R=other)
+    clean, at = fill(twin.text, R=same)
+    corrupt, _ = fill(twin.text, R=other)
     after = re.compile(r"\w[\w'-]*").search(clean, at["R"][1])
     roles = {
         "referent": at["R"],
@@ -105,11 +95,11 @@ def _partial(twin: Twin, side: int) -> Row:
         "other": _mention(other, clean[: at["R"][0]]),
         "after": after.span() if after else NOWHERE,
     }
-    return Row(
-        clean, corrupt, f" {twin.words[side]}", f" {twin.words[1 - side]}", roles, ("referent",), twin.id, twin.entities
-    )
+    right, wrong = f" {twin.words[side]}", f" {twin.words[1 - side]}"
+    return Row(clean, corrupt, right, wrong, roles, ("referent",), twin.id, twin.entities)
 
-def _pieces(tokenizer, before: str, word: str) -> list[str]: # the text of each token that a word adds
+def _pieces(tokenizer, before: str, word: str) -> list[str]:
+    "The text of each token that a word adds."
     ends = [max(b, len(before)) for _, b in tokenizer(before + word, return_offsets_mapping=True)["offset_mapping"]]
     return [(before + word)[a:b] for a, b in zip([len(before), *ends], ends) if b > a]
 
@@ -135,16 +125,20 @@ def winogrande_rows(
     tokenizer,
     split: str = "test",        # which twins: train | val | test
     seed: int = 0,
-    variant: str = "id",        # id | ood_long (a sentence before) | ood_distractors (a sentence before that names a third referent)
+    # id | ood_long (a sentence before) | ood_distractors (a sentence before that names a third referent)
+    variant: str = "id",
     source: str = "embedded",   # embedded | path | hub
     form: str = "partial"       # partial | referent
 ) -> Iterator[Row]:
     "Both directions of every twin."
     if variant not in VARIANTS: raise ValueError(f"unknown WinoGrande variant {variant!r}: there are {VARIANTS}")
-    if form not in ("partial", "referent"): raise ValueError(f"unknown WinoGrande form {form!r}: there are 'partial' and 'referent'")
+    if form not in ("partial", "referent"):
+        raise ValueError(f"unknown WinoGrande form {form!r}: there are 'partial' and 'referent'")
     if split not in SPLITS: raise ValueError(f"unknown split {split!r}: there are {list(SPLITS)}")
-    if source not in ("embedded", "path", "hub"): raise ValueError(f"task 'winogrande' has no source {source!r}: there are 'embedded', 'path', 'hub'")
-    table, rng = embedded("winogrande"), random.Random(f"winogrande-{split}-{seed}-{variant}-{form}")
+    if source not in ("embedded", "path", "hub"):
+        raise ValueError(f"task 'winogrande' has no source {source!r}: there are 'embedded', 'path', 'hub'")
+    table = embedded("winogrande")
+    rng = random.Random(f"winogrande-{split}-{seed}-{variant}-{form}")
     if source == "embedded": stream = ((t, rng.randrange(2)) for t in _embedded_twins(tokenizer, split, rng))
     else:
         twins = [t for t in real_twins(source) if split_of(f"twin {t.text}") == split]
@@ -152,13 +146,15 @@ def winogrande_rows(
         stream = ((t, side) for side in (0, 1) for t in twins)
     names, seen, idle = names_of(tokenizer, split), set(), 0
     for twin, side in stream:
-        key, text = (twin.text, twin.words, side), twin.text
+        key = (twin.text, twin.words, side)
         idle = idle + 1 if key in seen else 0
         if idle > 10_000: return                                    # every filling of every scheme has come
         if key in seen: continue
         seen.add(key)
         kind = "person" if twin.people and names else "thing"
-        third = rng.choice([w for w in (names if kind == "person" else table["distractors"]["things"]) if w not in twin.options] or ["stone"])
+        others = names if kind == "person" else table["distractors"]["things"]
+        third = rng.choice([w for w in others if w not in twin.options] or ["stone"])
+        text = twin.text
         if variant == "ood_long": text = f"{rng.choice(table['prefixes'])} {text}"
         if variant == "ood_distractors": text = fill(table["distractors"][kind], D=third)[0] + f" {text}"
         twin = twin._replace(text=text)

@@ -6,9 +6,11 @@
 __all__ = []
 
 # %% ../../nbs/05_distill/index.ipynb #75af51d0
+from .method import Method, Objective, PairMethod, Signals
 from .methods import METHODS, StandardKD, FitNets, InformedFitNets, RCID, get_method
 from .losses import divergence, rcid_loss, rcid_floor, relative_error
-from .targets import SignalRequest, teacher_targets, model_hash
-from .plan import DistillConfig, budget_steps, random_sites, run_cost, step_flops
+from .teacher_cache import SignalRequest, teacher_targets, model_hash
+from .config import DistillConfig, random_sites
+from .cost import budget_steps, run_cost, step_flops
 from .trainer import DistillResult, distill, plain_distill
 from .language import train_language

@@ -13,13 +13,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 # %% ../../nbs/05_distill/00_losses.ipynb #54811f79
-def _kl(
-    log_p, log_q, zeros
-):  # two dot products: with a large vocabulary at all tokens, every pass over the logits counts
+def _kl(log_p, log_q, zeros):
     if zeros:                                            # 0 log 0 = 0, and so is its gradient
         nothing = log_p.exp() == 0
-        log_p, log_q = (x.masked_fill(nothing, 0) for x in (log_p, log_q))
+        log_p, log_q = log_p.masked_fill(nothing, 0), log_q.masked_fill(nothing, 0)
     p = log_p.exp()
+    # two dot products: with a large vocabulary at all tokens, every pass over the logits counts
     return torch.linalg.vecdot(p, log_p) - torch.linalg.vecdot(p, log_q)
 
 
@@ -47,9 +46,9 @@ def divergence(
     skew: float = 0.1                        # skew: share of the teacher in KL(p || skew p + (1 - skew) q)
 ) -> Float[Tensor, "*batch"]:
     "Divergence between teacher and student per row, in float32."
-    log_q, log_p = (
-        F.log_softmax(x.float() if temperature == 1 else x.float() / temperature, -1) for x in (student, teacher)
-    )
+    s, t = student.float(), teacher.float()
+    if temperature != 1: s, t = s / temperature, t / temperature
+    log_q, log_p = F.log_softmax(s, -1), F.log_softmax(t, -1) # (..., vocab)
     if kind == "jsd": kind = {0: "forward", 1: "reverse"}.get(beta, "jsd")   # the limits of GKD
     if kind not in KINDS: raise ValueError(f"unknown divergence {kind!r}: there are {', '.join(KINDS)}")
     loss = _between(log_p, log_q, kind, beta, skew, zeros=False)

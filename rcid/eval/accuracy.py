@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from ..models.adapters import get_adapter, model_device
-from ..causal.engine import evaluating
+from ..models.modes import evaluating
 from .stats import wilson
 
 # %% ../../nbs/07_eval/02_accuracy.ipynb #6768f2ad

@@ -11,9 +11,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 from torch import nn
-from ..causal.engine import evaluating
 from ..data.sources import read_rows
 from ..models.generation import plain_generation
+from ..models.modes import evaluating
 
 # %% ../../nbs/07_eval/08_bench.ipynb #4466fa9d
 class Copy(NamedTuple):

@@ -10,11 +10,11 @@ from typing import Sequence
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from ..causal.engine import evaluating
 from ..data.pairs import pad_mask
 from ..data.reasoning import ReasoningDataset, exact_match
 from ..models.adapters import get_adapter, model_device
 from ..models.generation import end_tokens
+from ..models.modes import evaluating
 
 # %% ../../nbs/07_eval/07_decode.ipynb #64bd2ab3
 @torch.no_grad()
@@ -47,7 +47,7 @@ def greedy_decode(
         return [texts[i] for i in range(len(mask))]
     positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     with evaluating(model):
-        out = model.model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True)
+        out = a.body(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True)
         if out.past_key_values is None:
             raise ValueError(
                 f"greedy_decode: this {model.config.model_type} model returned no key-value cache: use a model with"
@@ -56,12 +56,12 @@ def greedy_decode(
         hidden, new = out.last_hidden_state[row, length - 1], []
         going = torch.ones_like(length, dtype=torch.bool)
         for step in range(max_new):
-            token = model.lm_head(hidden).argmax(-1)
+            token = a.lm_head(hidden).argmax(-1)
             going = going & ~torch.isin(token, ends)
             new.append(torch.where(going, token, -1))
             if step == max_new - 1 or not going.any(): break
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            out = model.model(
+            out = a.body(
                 input_ids=token[:, None],
                 attention_mask=mask,
                 position_ids=(length + step)[:, None],

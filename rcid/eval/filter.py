@@ -10,8 +10,8 @@ import torch
 from dataclasses import replace
 from jaxtyping import Bool
 from torch import Tensor, nn
-from ..causal.engine import evaluating
 from .accuracy import answer_logits
+from ..models.modes import evaluating
 
 # %% ../../nbs/07_eval/04_filter.ipynb #29cd1e7e
 def both_right(

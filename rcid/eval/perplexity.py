@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from ..data.pairs import prompt_ids
 from ..models.adapters import get_adapter, model_device
-from ..causal.engine import evaluating
+from ..models.modes import evaluating
 
 # %% ../../nbs/07_eval/03_perplexity.ipynb #4eb5f6d4
 def windows(n: int, window: int, stride: int) -> list[tuple[int, int, int]]:

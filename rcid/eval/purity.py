@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from ..causal.effects import checked, first_difference
-from ..causal.engine import evaluating
 from ..causal.hooks import Site, read
 from ..models.adapters import get_adapter
+from ..models.modes import evaluating
 
 # %% ../../nbs/07_eval/05_purity.ipynb #24844417
 def task_label(

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from ..data.reasoning import ReasoningDataset
-from ..models.adapters import get_adapter, in_memory
+from ..models.adapters import get_adapter, in_memory, share_parts
 
 # %% ../../nbs/06_kv/09_latent.ipynb #2d321ff4
 def with_latents(
@@ -41,12 +41,7 @@ class _Trunk(nn.Module):
     "The trunk of a model, whose latent places are filled before the last pass."
     def __init__(self, trunk: nn.Module, latent_id: int, iterations: int):
         super().__init__()
-        self.embed_tokens, self.layers, self.norm, self.rotary_emb = (
-            trunk.embed_tokens,
-            trunk.layers,
-            trunk.norm,
-            trunk.rotary_emb,
-        )
+        share_parts(trunk, self)
         # in a tuple: its parameters are already there, under the names they have in the model
         self.trunk, self.latent_id, self.iterations = (trunk,), latent_id, iterations
 
@@ -56,8 +51,9 @@ class _Trunk(nn.Module):
             raise ValueError(
                 f"row {int(at[:, 0].nonzero()[0])} begins with a latent place: a thought needs a token before it"
             )
-        words = self.embed_tokens(input_ids)
-        with in_memory(self.embed_tokens) as embed:
+        embed_tokens = self.trunk[0].get_input_embeddings()
+        words = embed_tokens(input_ids)
+        with in_memory(embed_tokens) as embed:
             size = torch.linalg.vector_norm(embed.weight.detach(), dtype=torch.float32) / embed.weight.numel()**.5
         x = words
         # whole rows, so that a hook finds its position in every pass
@@ -105,7 +101,8 @@ class LatentModel(nn.Module):
                 f"LatentModel: {iterations} iterations with token {latent_id}: needs at least 0, and a token below"
                 f" {get_adapter(plain).vocab}"
             )
-        self.model, self.lm_head, self.plain = _Trunk(plain.model, latent_id, iterations), plain.lm_head, (plain,)
+        parts = get_adapter(plain)
+        self.model, self.lm_head, self.plain = _Trunk(parts.body, latent_id, iterations), parts.lm_head, (plain,)
 
     def __getattr__(self, name):
         try:return super().__getattr__(name)

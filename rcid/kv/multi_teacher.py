@@ -12,21 +12,21 @@ from jaxtyping import Bool, Float, Int
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from ..core.params import FusionConfig
+from ..core.teacher_params import FusionConfig
 from ..data.reasoning import ReasoningDataset
-from ..distill.budget import Budget, planned
-from ..distill.plan import DistillConfig
-from ..distill.trainer import whole_batch
+from ..distill.config import DistillConfig
+from ..distill.cost import Budget, planned
+from ..distill.method import Method, Objective
+from ..distill.schedule import whole_batch
 from .cache import forward_kv
 from .fusion import Fused, Router, fuse, router_regulariser
 from .fusion_targets import FusionTargets
 from .losses import token_mean
-from .methods import NoPairs
 from ..models.adapters import get_adapter
 
 # %% ../../nbs/06_kv/17_multi_teacher.ipynb #b6452df8
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class KVFusion(FusionConfig, NoPairs):
+class KVFusion(FusionConfig, Method):
     """Cross-entropy on the answer, and the fused keys and values of the teachers in `fusion_targets`; none in them: the
     control. A setting of `params.yaml`, and what a run adds."""
     temperature: float = .1            # similarity
@@ -35,8 +35,8 @@ class KVFusion(FusionConfig, NoPairs):
 
     def objective(self, student, teacher, fusion_targets, c): return FusionObjective(self, student, fusion_targets, c)
 
-class FusionObjective:
-    "The objective on fusion targets, see `rcid.distill.trainer.PairObjective`; the teachers are not needed any more."
+class FusionObjective(Objective):
+    "The objective on fusion targets, see `rcid.distill.objective.PairObjective`; the teachers are not needed any more."
     base = "ce"
 
     def __init__(self, method: KVFusion, student: nn.Module, fusion_targets: FusionTargets, c: DistillConfig):

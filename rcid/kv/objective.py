@@ -16,9 +16,11 @@ from ..align.procrustes import procrustes
 from ..causal.hooks import capture
 from ..data.reasoning import ReasoningDataset
 from ..distill.losses import divergence
-from ..distill.plan import DistillConfig, step_flops
-from ..distill.targets import changed_by_hand, code_hash, computes_hash, kept_tensors, model_hash
-from ..distill.trainer import whole_batch
+from ..distill.config import DistillConfig
+from ..distill.cost import step_flops
+from ..distill.method import Objective
+from ..distill.teacher_cache import changed_by_hand, code_hash, computes_hash, kept_tensors, model_hash
+from ..distill.schedule import whole_batch
 from .aligner import AlignedKV, MapProjectionAligner, pretrain_aligner
 from .attention import kv_attention
 from .cache import KVCache, forward_kv
@@ -39,8 +41,8 @@ class KVState(nn.Module):
         self.aligner = aligner
         for name, value in codi.items(): self.register_buffer(f"codi_{name}", value)
 
-class KVObjective:
-    "The objective of a `KVMethod` on reasoning problems, see `rcid.distill.trainer.PairObjective`."
+class KVObjective(Objective):
+    "The objective of a `KVMethod` on reasoning problems, see `rcid.distill.objective.PairObjective`."
     base = "ce"
 
     def __init__(self, method, student: nn.Module, teacher: nn.Module, data: ReasoningDataset, c: DistillConfig):

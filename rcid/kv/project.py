@@ -6,16 +6,13 @@
 __all__ = ['uniform_head_weights', 'match_heads', 'HeadwiseMapProjector', 'FlatProjector', 'load_projector']
 
 # %% ../../nbs/06_kv/03_project.ipynb #25ea5a5c
-import json
 from pathlib import Path
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from safetensors import safe_open
-from safetensors.torch import save
 from scipy.optimize import linear_sum_assignment
 from ..align.cka import linear_cka
-from ..core.paths import atomic_file
+from ..core.tensors import load_tensors, save_tensors
 
 # %% ../../nbs/06_kv/03_project.ipynb #a3a455fb
 def uniform_head_weights(
@@ -80,15 +77,8 @@ class _Projector(nn.Module):
 
     def save(self, path: str | Path) -> Path:
         "Write weights and settings as one safetensors file."
-        # one entry: safetensors shuffles several
-        header = {
-            "projector": json.dumps(
-                dict(kind=type(self).__name__, settings=dict(self.settings, frozen=self.frozen)), sort_keys=True
-            )
-        }
-        with atomic_file(path, "wb") as f:
-            f.write(save({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, header))
-        return Path(path)
+        settings = dict(self.settings, frozen=self.frozen)
+        return save_tensors(path, self.state_dict(), dict(kind=type(self).__name__, settings=settings))
 
 # %% ../../nbs/06_kv/03_project.ipynb #4229ee2c
 class HeadwiseMapProjector(_Projector):
@@ -176,25 +166,12 @@ class FlatProjector(_Projector):
 # %% ../../nbs/06_kv/03_project.ipynb #52301586
 def load_projector(path: str | Path) -> _Projector:
     "A projector as `save` wrote it."
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"load_projector: no file {path}: train a projector and save it there, or mend the path"
-        )
-    try:
-        with safe_open(path, framework="pt") as f:
-            header, tensors = json.loads((f.metadata() or {}).get("projector", "{}")), {
-                k: f.get_tensor(k) for k in f.keys()
-            }
-    except Exception as e:
-        raise ValueError(
-            f"load_projector: {path} is not a whole safetensors file ({e}): save the projector again"
-        ) from None
+    tensors, meta = load_tensors(path)
     kinds = {c.__name__: c for c in (HeadwiseMapProjector, FlatProjector)}
-    if header.get("kind") not in kinds:
-        raise ValueError(
-            f"load_projector: {path} holds no projector (its header says {header.get('kind')!r}), expected one of"
-            f" {sorted(kinds)}"
-        )
-    projector = kinds[header["kind"]](**header["settings"])
+    kind = meta.get("kind")
+    if kind not in kinds:
+        known = sorted(kinds)
+        raise ValueError(f"load_projector: {path} holds no projector (it says {kind!r}), expected one of {known}")
+    projector = kinds[kind](**meta["settings"])
     projector.load_state_dict(tensors)
     return projector

@@ -16,9 +16,9 @@ from jaxtyping import Bool
 from torch import Tensor
 from ..align.tokens import byte_spans
 from ..core.hardware import pick_device
-from ..core.params import TeacherVariant
+from ..core.teacher_params import TeacherVariant
 from ..core.paths import read_json, sha256, write_json
-from ..distill.targets import code_hash
+from ..distill.teacher_cache import code_hash
 from ..data.holdout import StyledProblem, part_hash
 from ..data.pairs import prompt_ids
 from ..data.reasoning import CUE, Problem, ReasoningDataset, encode_problems

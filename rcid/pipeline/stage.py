@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import quote
 from .deps import code_view, module_deps, write_code_views
 from ..core.commands import CommandFailed, run_command
-from ..core.environment import kernel_command, stage_environment
+from ..core.environment import kernel_manager, short_folder
 from ..core.params import load_params
 from ..core.paths import root, atomic_file, writing
 
@@ -80,26 +80,9 @@ def _papermill():
         if absent: del sys.modules["pyarrow"]
     return papermill
 
-def _local_kernel(folder: str):
-    "A manager of kernels: this interpreter, in a closed environment, talking through local sockets in the folder."
-    from jupyter_client.kernelspec import KernelSpec
-    from jupyter_client.manager import AsyncKernelManager
-    class LocalKernel(AsyncKernelManager):                      # no TCP port that others could reach, no name twice
-        def __init__(self, *args, **kw):
-            files = {"ip": f"{folder}/kernel", "connection_file": f"{folder}/kernel.json"}
-            super().__init__(*args, **{**kw, "transport": "ipc", **files})
-        @property
-        def kernel_spec(self): return KernelSpec(argv=kernel_command(), display_name="python3", language="python")
-        def start_kernel(self, **kw): return super().start_kernel(**{**kw, "env": stage_environment(f"{folder}/user")})
-    return LocalKernel
-
-def _short_folder() -> str:
-    "Where temporary files go, or /tmp if sockets there would have names that are too long for the system (107 bytes)."
-    usual = tempfile.gettempdir()
-    return usual if len(os.fsencode(usual)) < 80 else "/tmp"
-
 def run_notebook(
-    name: str, /,                                # of the notebook in `nbs/experiments`
+    name: str,                                   # of the notebook in `nbs/experiments`
+    forked=None, /,                              # a kernel that waits (`rcid.pipeline.warm`); None: one is started
     **coordinates                                # values for its parameters cell, which may have one called `name`
 ) -> Path:
     "Executes `nbs/experiments/<name>.ipynb` with the given coordinates; returns the path of the record."
@@ -114,37 +97,26 @@ def run_notebook(
     if set(coordinates) - known:
         raise ValueError(f"{name}.ipynb has no parameter {sorted(set(coordinates) - known)}: it takes {sorted(known)}")
     try:
-        with tempfile.TemporaryDirectory(prefix="rcid-", dir=_short_folder()) as folder:
-            os.mkdir(f"{folder}/user")
-            kernel = dict(
-                kernel_manager_class=_local_kernel(folder), extra_arguments=[f"--IPKernelApp.exec_lines={LAZY}"]
-            )
+        with tempfile.TemporaryDirectory(prefix="rcid-", dir=short_folder()) as folder:
             papermill.execute_notebook(
                 str(source),
                 str(draft),
                 parameters=coordinates,
                 cwd=str(root()),
                 kernel_name="python3",
+                kernel_manager_class=kernel_manager(folder, forked),
+                extra_arguments=[f"--IPKernelApp.exec_lines={LAZY}"],
                 progress_bar=False,
                 stdout_file=sys.stdout,
                 stderr_file=sys.stderr,
-                **kernel,
             )
     except DeadKernelError:
         raise RuntimeError(f"{name} {label}: its kernel was killed: too little memory?") from None
     except papermill.PapermillExecutionError as e:
         with atomic_file(draft) as f: f.write(redact(draft.read_text(encoding="utf-8")))
         raise RuntimeError(f"{name} {label}: {e.ename}: {redact(e.evalue)} (see {draft.relative_to(root())})") from None
-    with atomic_file(record) as f:
-        f.write(
-            json.dumps(
-                strip_notebook(json.loads(draft.read_text(encoding="utf-8")), str(root())),
-                indent=1,
-                sort_keys=True,
-                ensure_ascii=False,
-            )
-            + "\n"
-        )
+    executed = strip_notebook(json.loads(draft.read_text(encoding="utf-8")), str(root()))
+    with atomic_file(record) as f: f.write(json.dumps(executed, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
     draft.unlink()
     return record
 
@@ -175,12 +147,12 @@ def bring_back():
         try: run_command(["git", "checkout", "--", path], "", cwd=root())
         except CommandFailed: pass                                          # it was never committed
 
-def main(argv: list[str]):
-    "`NAME key=value ...` runs a notebook; `code` writes the code views."
+def main(argv: list[str], forked=None):
+    "`NAME key=value ...` runs a notebook, in `forked` if there is one; `code` writes the code views."
     try:
         if not argv: raise ValueError("usage: python -m rcid.pipeline.stage NAME key=value ..., or code")
         if argv == ["code"]: return write_code_views()
-        run_notebook(argv[0], **coordinates_of(argv[1:]))
+        run_notebook(argv[0], forked, **coordinates_of(argv[1:]))
     except (RuntimeError, OSError, ValueError, KeyboardInterrupt) as e:
         bring_back()
         if isinstance(e, KeyboardInterrupt): sys.exit("rcid: interrupted")

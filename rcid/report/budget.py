@@ -10,7 +10,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 from ..data.pairs import ContrastiveDataset
-from ..distill.plan import DistillConfig, plan_signals, run_cost
+from ..distill.config import DistillConfig, plan_signals
+from ..distill.cost import run_cost
 from ..distill.trainer import distill
 from ..models.adapters import get_adapter
 
@@ -51,7 +52,7 @@ def layer_bytes(model: nn.Module) -> int:
     scores are not kept."""
     a = get_adapter(model)
     q, kv, d_mlp = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim, model.config.intermediate_size
-    normed = 4 * (q + kv) if hasattr(a.attention(0), "q_norm") else 0
+    normed = 4 * (q + kv) if a.has_head_norms else 0
     # two norms; q, k, v; their norms; rotated; attended; gate, up, act, product
     return 2 * (4 + 2) * a.d_model + 2 * (q + 2 * kv) + normed + 2 * (q + kv) + 2 * q + 2 * 4 * d_mlp
 

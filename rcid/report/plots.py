@@ -8,17 +8,16 @@ __all__ = ['curve_rows', 'method_rows_of', 'effect_rows', 'write_plots']
 # %% ../../nbs/08_report/11_plots.ipynb #5a3d0003
 from pathlib import Path
 from ..core.paths import write_json
-from .figures import in_order, label
+from .style import in_order, label
 
 # %% ../../nbs/08_report/11_plots.ipynb #5a3d0004
 def curve_rows(trained: list[dict]) -> list[dict]:
     "A row for each logged step of each `distill` cell."
-    about = lambda c: dict(family=label(c["family"]), task=label(c["task"]), method=label(c["method"]), seed=c["seed"])
-    return [
-        {**about(c), **{k: point[k] for k in ("step", "loss", "accuracy", "consistency")}}
-        for c in trained
-        for point in c["curve"]
-    ]
+    out = []
+    for c in trained:
+        about = dict(family=label(c["family"]), task=label(c["task"]), method=label(c["method"]), seed=c["seed"])
+        out += [{**about, **{k: point[k] for k in ("step", "loss", "accuracy", "consistency")}} for point in c["curve"]]
+    return out
 
 def method_rows_of(rows: list[dict], value: str) -> list[dict]:
     "A row for each method with its interval; `value` is accuracy, or consistency (at held-out sites)."
@@ -28,23 +27,19 @@ def method_rows_of(rows: list[dict], value: str) -> list[dict]:
         if value == "consistency": x, interval = x.get("held_out"), (interval or {}).get("held_out")
         if x is None: continue                                              # an undefined consistency is no zero
         low, high = interval or (None, None)
-        out.append(
-            dict(family=label(r["family"]), task=label(r["task"]), method=label(r["method"]), low=low, high=high) | {
-                value: x
-            }
-        )
+        about = dict(family=label(r["family"]), task=label(r["task"]), method=label(r["method"]))
+        out.append({**about, "low": low, "high": high, value: x})
     return out
 
 def effect_rows(plans: dict[tuple[str, str], dict]) -> list[dict]:
-    """A row for each layer and role of each `(family, task)`, from `metrics/sites`; sites that are excluded are left
-    out."""
-    return [
-        dict(model=f"{label(family)}, {label(task)}", layer=layer, role=label(role), effect=value)
-        for (family, task), plan in plans.items()
-        for layer, line in enumerate(plan["score"])
-        for role, value in zip(plan["roles"], line)
-        if value is not None
-    ]
+    "A row for each layer and role of each `(family, task)`, from `metrics/sites`; excluded sites are left out."
+    out = []
+    for (family, task), plan in plans.items():
+        for layer, line in enumerate(plan["score"]):
+            for role, value in zip(plan["roles"], line):
+                if value is None: continue
+                out.append(dict(model=f"{label(family)}, {label(task)}", layer=layer, role=label(role), effect=value))
+    return out
 
 def write_plots(trained: list[dict], rows: list[dict], plans: dict, folder: str | Path = "metrics/plots"):
     "The files that the `plots` of dvc.yaml name."

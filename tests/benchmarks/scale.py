@@ -19,7 +19,7 @@ def settings(p):
         seeds=p.seeds,
         families=p.families,
         bootstrap=p.eval.bootstrap,
-        **{k: getattr(p, k).model_dump() for k in ("main_matrix", "extra_matrix", "data", "distill", "lm")},
+        **p.model_dump(include={"main_matrix", "extra_matrix", "data", "distill", "lm"}),
     )
 
 

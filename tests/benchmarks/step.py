@@ -12,8 +12,8 @@ import plain_step
 from common import TEACHER, pairs_of_20, peak_memory, save, show, with_student
 from peers import ENVS, run_peer
 from rcid.distill import DistillConfig, distill, step_flops
-from rcid.distill.targets import pack_pairs
-from rcid.distill.trainer import lr_at
+from rcid.distill.teacher_cache import pack_pairs
+from rcid.distill.schedule import lr_at
 from safetensors.torch import save_file
 
 PARTS = ("cached", "joined", "head_at_answer", "fused")

@@ -1,0 +1,430 @@
+"""Experiments 6 and 7, from the files of single students to the paper: rows, tests, every table cell, every sentence."""
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from conftest import ROOT, assert_shows, page
+from rcid.core import load_params, read_json, write_json
+from rcid.report import sentences
+from rcid.report import holm, outcome
+
+EXP6, EXP7 = page("exp6"), page("exp7")
+
+
+def metrics(name: str): return read_json(ROOT/"metrics"/f"{name}.json")
+
+
+def table(name: str) -> str: return (ROOT/"paper"/"tables"/f"{name}.tex").read_text(encoding="utf-8")
+
+
+# tables: the committed ones are what the functions make of the committed metrics, cell by cell
+
+def test_tables_of_experiment_6_are_its_metrics():
+    record = metrics("exp6")
+    assert_shows(table("exp6"), EXP6.kv_table, record["rows"])
+    assert_shows(table("kv_tests"), EXP6.kv_tests_table, record["tests"])
+    assert_shows(table("kv_profile"), EXP6.kv_profile_table, metrics("kv/diagnosis")["profile"])
+
+
+def test_tables_of_experiment_7_are_its_metrics():
+    record = metrics("exp7")
+    names = load_params().teachers.names
+    assert_shows(table("exp7"), lambda rows: EXP7.several_table(rows, names), record["rows"])
+    assert_shows(table("exp7_tests"), lambda tests: EXP7.teacher_tests_table(tests, names), record["tests"])
+    models = {model: metrics(f"kv_base/{model}") for model in load_params().teachers.base_models}
+    assert_shows(table("teachers"), EXP7.models_table, models)
+
+
+def test_another_number_is_another_cell():
+    rows = metrics("exp6")["rows"]
+    rows[3]["accuracy"] += .01
+    with pytest.raises(AssertionError, match=r"\(9, 2\)"): assert_shows(table("exp6"), EXP6.kv_table, rows)
+
+
+def test_methods_without_a_group_come_last():
+    rows = metrics("exp6")["rows"][:3]
+    rows.append({**rows[0], "method": "my_method"})
+    text = EXP6.kv_table(rows)
+    assert text.index("emph{others}") > text.index("emph{controls}") and r"\quad my method &" in text
+    assert len(EXP6.kv_figure(rows).axes[0].get_yticks()) == 3, "the figure shows the methods of the paper"
+
+
+def test_a_star_marks_what_is_detected():
+    tests = [planted("accuracy", .1, .01, a="fixed", b="none"), planted("llama", .1, .5, a="fixed", b="none")]
+    text = EXP7.teacher_tests_table(tests, ["llama"])
+    assert text.count("$^*$") == 1 and r"0.10 [0.00, 0.20]$^*$ & 0.10 [0.00, 0.20] \\" in text
+
+
+def test_benchmarks_are_a_column_where_they_were_run():
+    row = dict(setting="fixed", accuracy=.9, consistency={"llama": .5}, weights={}, bench=None)
+    assert "benchmarks" not in EXP7.several_table([row], ["llama"])
+    assert r"benchmarks \\" in EXP7.several_table([row, {**row, "bench": .5}], ["llama"])
+
+
+# rows and tests, of invented students
+
+def kv_student(method: str, seed: int, right: str, consistency: float | None = .5, **more) -> dict:
+    "A student of experiment 6 as its stage writes it."
+    null = dict(mean=0., low=-.2, high=.2)
+    report = dict(consistency=consistency, low=.4, high=.6, n_undefined=1, null=null, concordance_mean=.5, iia_mean=.9)
+    student = dict(
+        method=method,
+        seed=seed,
+        accuracy=right.count("1") / len(right),
+        right=right,
+        accuracy_words=.9,
+        cosine=dict(k_all=.5, v_all=.4),
+        consistency=report,
+        reading=dict(accuracy=.9),
+        projector_parameters=100,
+        nan=0,
+        grad_norm=dict(max=2. + seed),
+        tokens=10,
+        flops=1e9,
+    )
+    return student | more
+
+
+def test_rows_average_seeds():
+    students = [kv_student("kava", 1, "1100", .2), kv_student("kava", 2, "1111", .8, grad_norm=None)]
+    row, = EXP6.kv_rows(students)
+    assert (row["accuracy"], row["n_seeds"], row["undefined"], row["grad_norm"]) == (.75, 2, 2, 3.)
+    assert row["consistency"] == pytest.approx(np.tanh((np.arctanh(.2) + np.arctanh(.8)) / 2))
+    assert row["accuracy_ci"] == pytest.approx([(.15003899 + .51010922) / 2, (.84996101 + 1) / 2])
+    assert [s["accuracy"] for s in row["seeds"]] == [.5, 1.]
+    assert EXP6.kv_rows([kv_student("kava", 1, "10", .2), kv_student("kava", 2, "10", None)])[0]["consistency"] is None
+
+
+def test_a_missing_student_is_named(tmp_path):
+    write_json(tmp_path/"undistilled-0.json", {})
+    with pytest.raises(FileNotFoundError, match=r"kava-1\.json is missing: run `dvc repro`"):
+        EXP6.read_students(tmp_path, ["kava"], [1])
+
+
+def test_problems_with_the_same_numbers_are_one_chain():
+    one = dict(kind="+-", prompt="Emma has 5 apples and 13.")
+    other = dict(kind="+-", prompt="Tom has 5 cards, 13.")
+    assert EXP6.chain_clusters([one, other, {**one, "kind": "++"}]) == ["+-5 13", "+-5 13", "++5 13"]
+
+
+def test_methods_are_compared_on_both_metrics(tmp_path):
+    rng = np.random.default_rng(0)
+    teacher = rng.normal(size=(40, 3))
+    save_effects(tmp_path/"sites"/"teacher.safetensors", teacher)
+    save_effects(tmp_path/"effects"/"kv_structured-1.safetensors", 2 * teacher)
+    save_effects(tmp_path/"effects"/"kv_flat-1.safetensors", rng.normal(size=(40, 3)))
+    students = [kv_student("kv_structured", 1, "1" * 40), kv_student("kv_flat", 1, "0" * 20 + "1" * 20)]
+    tests = EXP6.kv_tests(students, list(range(40)), np.arange(40), tmp_path, n=500)
+    assert [(t["a"], t["b"], t["metric"]) for t in tests] == [
+        ("kv_structured", "kv_flat", "accuracy"),
+        ("kv_structured", "kv_flat", "consistency"),
+    ]
+    assert tests[0]["diff"] == .5 and [outcome(t) for t in tests] == ["higher", "higher"]
+
+
+def save_effects(path, effects: np.ndarray, **more):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"effects": effects.astype(np.float32), **more}, path)
+
+
+def fused(setting: str, seed: int, effects: np.ndarray, teachers=("llama", "qwen3")) -> dict:
+    "A student of experiment 7 as `read_students` gives it."
+    weights = [1 / len(teachers) for _ in teachers]
+    routing = dict(weight=weights, teachers=list(teachers), by_kind={"+": weights, "-": weights}) if teachers else {}
+    return dict(
+        setting=setting,
+        seed=seed,
+        effects=effects,
+        right=np.arange(len(effects)) % 5 > 0,
+        top1=.8,
+        teachers=list(teachers),
+        closeness=dict(llama=.5, qwen3=.4),
+        routing=routing,
+    )
+
+
+@pytest.fixture
+def family() -> tuple[list[dict], dict]:
+    "Students that copied LLaMA's effects, that have nothing to do with either teacher, and that mix both."
+    rng = np.random.default_rng(0)
+    llama, qwen3 = rng.normal(size=(2, 60, 2))
+    teachers = {
+        "llama": dict(effects=llama, columns=[0, 1], clusters=np.arange(60)),
+        "qwen3": dict(effects=qwen3, columns=[2, 3], clusters=np.arange(60)),
+    }
+    students = []
+    for seed in (1, 2):
+        noise = rng.normal(size=(60, 4))
+        students.append(fused("none", seed, rng.normal(size=(60, 4)), []))
+        students.append(fused("single_llama", seed, np.concatenate([llama, noise[:, 2:]], 1), ["llama"]))
+        students.append(fused("fixed", seed, np.concatenate([llama, qwen3], 1) + .1 * noise))
+    return students, teachers
+
+
+def test_whose_mechanism_is_found(family):
+    students, teachers = family
+    rows = EXP7.student_rows(students, teachers, {"fixed-1": {"arc": {"n": 4, "acc": .5}}})
+    assert [r["setting"] for r in rows] == ["none", "single_llama", "fixed"]
+    assert rows[1]["consistency"]["llama"] > .999 and abs(rows[0]["consistency"]["llama"]) < .4
+    assert [r["bench"] for r in rows] == [None, None, .5] and rows[2]["weights"] == dict(llama=.5, qwen3=.5)
+    tests = EXP7.teacher_tests(students, teachers, n=500)
+    found = {(t.get("setting", t["a"]), t["metric"]): outcome(t) for t in tests}
+    assert found["single_llama", "llama"] == found["single_llama", "lean"] == "higher"
+    assert found["none", "lean"] == found["fixed", "lean"] == "same"
+    assert len(EXP7.teacher_tests(students, {"llama": teachers["llama"]}, n=100)) == 2 * 2, "one teacher, no lean"
+
+
+def test_a_student_without_effects_has_no_consistency(family):
+    students, teachers = family
+    still = [fused("none", 1, np.zeros((60, 4)))]
+    assert np.isnan(EXP7.consistency_of(teachers["llama"], still))
+    assert outcome(holm([EXP7.lean_test(still, teachers, np.arange(60), 100)])[0]) == "untested"
+
+
+def test_single_stands_for_every_teacher():
+    assert EXP7.comparisons(["none", "single_llama", "single_qwen3", "fixed"]) == [
+        ("single_llama", "none"),
+        ("single_qwen3", "none"),
+        ("fixed", "single_llama"),
+        ("fixed", "single_qwen3"),
+    ]
+
+
+def test_students_of_another_cost_or_without_effects_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"fixed-1\.json is missing: run `dvc repro`"):
+        EXP7.read_students(["fixed"], [1], tmp_path)
+    for setting, steps in (("fixed", 1), ("none", 2)):
+        budget = dict(steps=steps, tokens=2, flops=3.)
+        write_json(tmp_path/"metrics"/"kv_fuse"/f"{setting}-1.json", dict(setting=setting, seed=1, budget=budget))
+    with pytest.raises(FileNotFoundError, match=r"effects\.safetensors is missing: run `dvc repro`"):
+        EXP7.read_students(["fixed"], [1], tmp_path)
+    for setting in ("fixed", "none"):
+        file = tmp_path/"artifacts"/"kv_fuse"/f"{setting}-1"/"effects.safetensors"
+        save_effects(file, np.ones((3, 4)), right=np.array([1, -1, 1]))
+    assert EXP7.read_students(["fixed"], [1], tmp_path)[0]["right"].tolist() == [True, False, True]
+    with pytest.raises(ValueError, match="fixed and none cannot be compared: they have 1 and 2 steps"):
+        EXP7.read_students(["fixed", "none"], [1], tmp_path)
+
+
+def test_a_teacher_is_read_at_its_sites(tmp_path):
+    plan = dict(roles=["first", "end"], sites=[[2, "end"], [0, "first"]], layer_map=[0, 0, 1])
+    write_json(tmp_path/"metrics"/"kv_teachers"/"llama.json", plan)
+    effects = np.arange(12.).reshape(2, 6)
+    save_effects(tmp_path/"artifacts"/"kv_teachers"/"llama"/"effects.safetensors", effects, clusters=np.array([0, 1]))
+    teacher = EXP7.read_teacher("llama", tmp_path)
+    assert teacher["columns"] == [3, 0] and teacher["effects"].tolist() == [[5, 0], [11, 6]]
+
+
+@pytest.mark.parametrize("name, printed", [
+    ("none", "no teacher"),
+    ("single_llama", "LLaMA alone"),
+    ("learnable", "learnable"),
+    ("fixed_k", "fixed (k)"),
+    ("govern_teacher", "gradient vote of three (by teacher)"),
+])
+def test_settings_have_names(name, printed): assert EXP7.setting_name(name) == printed
+
+
+def test_teachers_have_names(): assert EXP7.teacher_name("llama_prompted") == "LLaMA (prompted)"
+
+
+def test_routing_figure_shows_weights_and_consistencies(family):
+    students, teachers = family
+    rows = EXP7.student_rows(students, teachers, {})
+    left, right = EXP7.routing_figure(rows, students, list(teachers)).axes
+    assert len(left.patches) == 2 * 2, "one setting with two teachers, two operations"
+    assert [t.get_text() for t in right.get_yticklabels()] == ["no teacher", "LLaMA alone", "fixed"]
+
+
+def test_losses_are_shown_before_distillation():
+    losses = metrics("kv/diagnosis")["losses"]
+    left, right = page("kv_diagnose").losses_figure(losses).axes
+    assert [t.get_text() for t in left.get_yticklabels()] == [r["part"] for r in losses]
+    assert [bar.get_width() for bar in right.patches] == [100 * r["share"] for r in losses]
+
+
+def test_only_keys_have_an_attention():
+    keys, values = [r for r in metrics("kv/diagnosis")["profile"] if r["aligner"] == "flat"]
+    line = page("kv_diagnose").profile_line
+    assert "KL 0.191" in line(keys) and "KL" not in line(values) and line(values).endswith("cosine 0.753")
+
+
+# sentences: one case an outcome
+
+def planted(metric: str, diff: float | None, p: float | None, a: str = "kava", b: str = "latent_sft", **more) -> dict:
+    "A test with this result."
+    ci = [None, None] if diff is None else [diff - .1, diff + .1]
+    return dict(a=a, b=b, metric=metric, diff=diff, ci=ci, p=p, p_holm=p, **more)
+
+
+RESULTS = {"higher": (.4, .001), "lower": (-.4, .02), "same": (.01, .6), "untested": (None, None)}
+DIFFERENCES = {
+    "higher": "is higher (difference 0.40 [0.30, 0.50], $p = 0.001$)",
+    "lower": "is lower (difference $-0.40$ [$-0.50$, $-0.30$], $p = 0.020$)",
+    "same": "does not differ detectably (difference 0.01 [$-0.09$, 0.11], $p = 0.60$)",
+    "untested": "could not be compared",
+}
+
+
+def row6(method: str = "kava", **more) -> dict:
+    row = dict(method=method, accuracy=.5, consistency=.5, consistency_ci=[.3, .7], null=[-.2, .2], nan=0, grad_norm=2.)
+    return row | more
+
+
+def health(collapsed: str) -> dict:
+    before = dict(size=1., rank=10., collapsed="")
+    return {
+        "frozen": dict(before=before, after=before, loss=.1),
+        "trainable": dict(before=before, after=dict(size=.13, rank=9., collapsed=collapsed), loss=.0025),
+    }
+
+
+def against_6(kind: str) -> list[dict]:
+    diff, p = RESULTS[kind]
+    return [planted("accuracy", diff, p), planted("consistency", diff, p)]
+
+
+def mechanism(kind: str | None, *rows: dict) -> str:
+    return EXP6.mechanism_sentence(list(rows), against_6(kind) if kind else [])
+
+
+MECHANISM = {
+    "higher": "it is higher than with cross-entropy only for KaVa.",
+    "lower": "it is lower than with cross-entropy only for KaVa.",
+    "same": "it is not detectably different from cross-entropy only for KaVa.",
+    "untested": "it is not comparable with cross-entropy only for KaVa.",
+}
+ABOVE = "Consistency lies above the shuffled-pair null for"
+GONE = "A projector that was trained together with the student was"
+KEPT = "its targets kept 13\\% of their size and 90\\% of their effective rank, while the distance fell to 0.0025 (0.1"
+HIDDEN = row6(consistency_ci=[.1, .7])
+UNDEFINED = row6(consistency=None)
+STUDENT = dict(accuracy=.96)
+
+
+def cases_of_exp6() -> list[tuple]:
+    "(sentence, what it has to say), at least one a template of exp6.yaml."
+    cases = []
+    for kind, phrase in DIFFERENCES.items():
+        said = f"For KaVa against cross-entropy only, exact match after latent places {phrase} and consistency {phrase}."
+        cases.append((EXP6.against_sentence("kava", "latent_sft", against_6(kind)), said))
+        cases.append((mechanism(kind, row6()), f"{ABOVE} one of one students distilled through keys and values;"
+                      f" {MECHANISM[kind]}"))
+    two = [planted("consistency", *RESULTS["higher"], a="kv_mse"), planted("consistency", *RESULTS["same"])]
+    losses = [
+        dict(part="kv_k", share=.4, weight=1.),
+        dict(part="kv_v_plain", share=.9, weight=0),
+        dict(part="codi", share=.3, weight=10.),
+        dict(part="answer", share=.3, weight=1.),
+    ]
+    shape = dict(layers=6, heads=4, kv_heads=2, head_dim=32)
+    rows = [row6(accuracy=.095), row6("kv_mse", accuracy=.168), row6("undistilled", accuracy=.99)]
+    worked = "and the student before distillation 96.0\\%; after latent places the distilled students solve between"
+    return cases + [
+        (EXP6.against_sentence("kv_mse", "kava", []), "This run does not compare squared error with KaVa."),
+        (mechanism(None, UNDEFINED), "Consistency is defined for no student that was distilled through keys and values."),
+        (mechanism(None, row6(), HIDDEN, row6("latent_kd")), f"{ABOVE} one of two students distilled through keys and"
+         " values; this run does not compare them with cross-entropy only."),
+        (mechanism("same", HIDDEN), f"{ABOVE} none of one students distilled through keys and values;"
+         f" {MECHANISM['same']}"),
+        (EXP6.mechanism_against(two), "higher than with cross-entropy only for squared error, and not detectably"
+         " different from cross-entropy only for KaVa"),
+        (EXP6.competence_sentence(dict(accuracy=.98), STUDENT, rows), f"In words the teacher solves 98.0\\% of the test"
+         f" problems {worked} 9.5\\% (KaVa) and 16.8\\% (squared error)."),
+        (EXP6.competence_sentence(dict(accuracy=.8), STUDENT, rows), f"In words the teacher solves 80.0\\% of the test"
+         f" problems, which is below the 90\\% that we asked for, {worked} 9.5\\% (KaVa) and 16.8\\% (squared error)."),
+        (EXP6.stability_sentence([row6(), row6("kv_mse", grad_norm=6.94)]), "No run met a loss that was not finite. The"
+         " largest gradient norm before clipping was 6.9 (squared error)."),
+        (EXP6.stability_sentence([row6(nan=2, grad_norm=None), row6("kv_mse", nan=1, grad_norm=None)]), "Training stopped"
+         " at a loss that was not finite for KaVa and squared error."),
+        (EXP6.trivial_sentence(health("size")), f"{GONE} reported as collapsed: {KEPT} with the frozen one)."),
+        (EXP6.trivial_sentence(health("")), f"{GONE} not reported as collapsed: {KEPT} with the frozen one)."),
+        (EXP6.scale_sentence(losses), "Before training the keys and values (with attention) make up 40\\% of a loss that"
+         " holds all parts, CODI 30\\%, the CKA term -- and the cross-entropies 30\\%."),
+        (EXP6.shape_phrase(shape), "six layers, 4 query and 2 key-value heads of dimension 32"),
+        (EXP6.seeds_phrase([42]), "one seed"),
+        (EXP6.seeds_phrase([42, 123]), "two seeds"),
+        (EXP6.sites_phrase([[0, "end"], [2, "number"]]), "layer 0 end and layer 2 number"),
+    ]
+
+
+def compared(*kinds: str, what: str = "accuracy") -> str:
+    "The sentence on comparisons of these outcomes, `fixed` against `none` first and `learnable` against it then."
+    tests = [planted(what, *RESULTS[kind], a=a, b="none") for kind, a in zip(kinds, ("fixed", "learnable"))]
+    return EXP7.compared_sentence(what, tests)
+
+
+def leans(**settings: str) -> str:
+    "The sentence on settings with these outcomes."
+    tests = [planted("lean", *RESULTS[k], a="llama", b="qwen3", setting=s) for s, k in settings.items()]
+    return EXP7.lean_sentence(tests)
+
+
+def spread(p: float, *differences: float) -> str:
+    names = ("fixed", "learnable", "similarity")
+    tests = [planted("accuracy", d, p + .1 * (a == "fixed"), a=a, b="none") for d, a in zip(differences, names)]
+    return EXP7.compared_sentence("accuracy", tests)
+
+
+def cases_of_exp7() -> list[tuple]:
+    "(sentence, what it has to say), at least one a template of exp7.yaml."
+    none = "did not differ detectably between fixed and no teacher"
+    two = f"Accuracy {none} or between learnable and no teacher"
+    wins = [planted("accuracy", *RESULTS[k], a=a, b="none") for k, a in (("higher", "fixed"), ("same", "learnable"))]
+    word = sentences.word
+    return [
+        (compared("higher", "lower"), "Accuracy was higher with fixed than with no teacher (difference 0.40 [0.30, 0.50],"
+         " Holm-corrected $p = 0.001$); it was lower with learnable than with no teacher (difference $-0.40$ [$-0.50$,"
+         " $-0.30$], Holm-corrected $p = 0.020$)."),
+        (compared("same", "untested"), f"Accuracy {none} (difference 0.01 [$-0.09$, 0.11], Holm-corrected $p = 0.60$); it"
+         " could not be compared (too few observations) between learnable and no teacher."),
+        (spread(.348, .011, .012), f"{two} (difference 0.01 each, all Holm-corrected $p \\ge 0.34$)."),
+        (spread(.348, .01, -.02), f"{two} (differences from $-0.02$ to 0.01, all Holm-corrected $p \\ge 0.34$)."),
+        (compared(), "Accuracy was not compared: this run lacks one of the settings."),
+        (EXP7.compared_sentence(word("exp7", "time"), []), "With segments rather than the same index, accuracy was not"
+         " compared: this run lacks one of the settings."),
+        (EXP7.compared_sentence(word("exp7", "layers"), []), "With CKA rather than proportional layers, accuracy was not"
+         " compared: this run lacks one of the settings."),
+        (word("exp7", "accuracy"), "accuracy"),
+        (word("exp7", "mechanism", teacher="LLaMA"), "causal consistency with LLaMA"),
+        (leans(), "Whose mechanism a student took was not tested: there is one teacher."),
+        (leans(none="same", fixed="same"), "In none of the 2 settings did the students lean to one teacher detectably."),
+        (leans(none="untested", single_llama="higher", fixed="lower", learnable="higher", govern="same"),
+         "The students of LLaMA alone and learnable were more consistent with LLaMA than with Qwen3; the students of"
+         " fixed were more consistent with Qwen3 than with LLaMA; the students of gradient vote of three leaned to"
+         " neither teacher detectably; the students of no teacher could not be tested."),
+        (EXP7.verdict_sentence(wins), "On accuracy, fixed beat no teacher."),
+        (EXP7.verdict_sentence(wins[1:]), "No fusion beat what it was compared with on accuracy."),
+    ]
+
+
+@pytest.mark.parametrize("name, cases", [("exp6", cases_of_exp6), ("exp7", cases_of_exp7)])
+def test_every_template_is_said_word_for_word(name, cases, monkeypatch):
+    "Each sentence in each of its outcomes, and no template that nothing asks for."
+    said = set()
+    fill = sentences.fill_template
+    def noted(template, values, where):
+        said.add(where)
+        return fill(template, values, where)
+    monkeypatch.setattr(sentences, "fill_template", noted)
+    for text, wanted in cases(): assert text == wanted
+    written = {f"{name}.yaml, {key}, {kind}" for key, kinds in sentences.templates(name).items() for kind in kinds}
+    assert said == written
+
+
+def test_committed_sentences_are_said_of_the_committed_numbers():
+    record = metrics("exp6")
+    values = record["values"]
+    for key, pairs in EXP6.COMPARISONS.items():
+        assert values[f"claim.{key}"] == " ".join(EXP6.against_sentence(a, b, record["tests"]) for a, b in pairs)
+    teacher, student, diagnosis = metrics("kv/teacher"), metrics("kv/student"), metrics("kv/diagnosis")
+    assert values["claim.exp6.competence"] == EXP6.competence_sentence(teacher, student, record["rows"])
+    assert values["claim.exp6.stability"] == EXP6.stability_sentence(record["rows"])
+    assert values["claim.exp6.mechanism"] == EXP6.mechanism_sentence(record["rows"], record["tests"])
+    assert values["claim.exp6.trivial"] == EXP6.trivial_sentence(diagnosis["health"])
+    assert values["claim.exp6.scale"] == EXP6.scale_sentence(diagnosis["losses"])
+    record = metrics("exp7")
+    pairs = EXP7.comparisons([r["setting"] for r in record["rows"]])
+    accuracy = EXP7.tests_of(record["tests"], EXP7.of_fusions(pairs), "accuracy")
+    assert record["values"]["claim.several.fusions"] == EXP7.compared_sentence("accuracy", accuracy)
+    assert record["values"]["claim.several.lean"] == EXP7.lean_sentence(record["tests"])

@@ -1,0 +1,104 @@
+"""From a number of the paper to its line: every key leads to the value that is printed, and to a line that names it."""
+
+import json, random, re
+import pytest
+from conftest import ROOT
+from rcid.core.paths import read_json
+from rcid.pipeline.provenance import all_keys, artifacts, find_value, main, origins_tex, stages_by_output, where
+from rcid.report.paper import MARK, fill, keys_used
+from rcid.report.values import read_values
+from ruamel.yaml import YAML
+
+PRINTED = read_values(ROOT/"paper"/"values.tex")
+STAGES = YAML(typ="safe").load((ROOT/"dvc.yaml").read_text(encoding="utf-8"))["stages"]
+
+
+def at(file: str, path: tuple):
+    "The value at a path of a JSON."
+    content = read_json(ROOT/file)
+    for step in path: content = content[step]
+    return content
+
+
+def source_of(line) -> str:
+    "The code that a line of an origin stands in: of its cell, or of its module."
+    if not line.cell: return (ROOT/line.file).read_text(encoding="utf-8")
+    return "".join(json.loads((ROOT/line.file).read_text(encoding="utf-8"))["cells"][line.cell - 1]["source"])
+
+
+def check(key: str, origin):
+    "What an origin says is so: the line is there, names the key's last part, and the command is of a stage."
+    first = origin.lines[0]
+    assert source_of(first).splitlines()[first.line - 1].strip() == first.text, key
+    tails = [key.split(".", n)[-1] for n in range(key.count(".") + 1)]
+    names = [*tails, *(t.replace(".", "__") for t in tails), *(t.rsplit(".", 1)[0] + "." for t in tails if "." in t)]
+    if origin.file.endswith(".json"): assert any(n in first.text for n in names), (key, first)
+    stage = origin.command.split()[-1]
+    assert stage.split("@")[0] in STAGES and origin.page == f"nbs/experiments/{origin.page[16:-6]}.ipynb", key
+    assert (ROOT/origin.page).exists() and (ROOT/origin.file).exists()
+
+
+@pytest.mark.parametrize("key", random.Random(18).sample(sorted(all_keys()), 20))
+def test_a_key_leads_to_what_is_printed(key):
+    origins = where(key, commit=False)
+    assert len(origins) == 1 and at(origins[0].file, origins[0].path) == origins[0].value
+    if key in PRINTED: assert PRINTED[key] == origins[0].value
+    check(key, origins[0])
+
+
+ROWS = [(f"exp{n}", row) for n in (1, 2, 5) for row in read_json(ROOT/"metrics"/f"exp{n}.json")["rows"]]
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_a_cell_of_a_table_leads_to_its_row(number):
+    draw = random.Random(number)
+    table, row = draw.choice(ROWS)
+    field = draw.choice(["accuracy", "perplexity", "consistency.held_out", "spearman.held_out", "iia_flipped.trained"])
+    key = f"{table}.{row['family']}.{row['task']}.{row['method']}.{field}"
+    (origin,) = where(key, commit=False)
+    value = row
+    for part in field.split("."): value = value[part]
+    assert origin.value == value == at(origin.file, origin.path)
+    check(field.split(".")[0], origin)
+
+
+@pytest.mark.parametrize("label", sorted(k for k in artifacts() if ":" in k))
+def test_a_label_leads_to_the_cell_that_writes_its_file(label):
+    (origin,) = where(label, commit=False)
+    assert (ROOT/origin.file).exists() and f"label{{{label}}}" in "".join(
+        f.read_text(encoding="utf-8") for f in (ROOT/"paper"/"sections").glob("*.tex")
+    )
+    name = origin.file.removeprefix("paper/").rsplit(".", 1)[0]
+    assert origin.lines[0].file == origin.page and name in origin.lines[0].text
+    assert stages_by_output()[origin.file].name == origin.stage
+
+
+def test_a_key_that_leads_nowhere_is_one_line_with_its_neighbours(capsys):
+    with pytest.raises(SystemExit) as e: main(["fig:scater"])
+    assert str(e.value) == f"rcid: nothing is called 'fig:scater'; something like it: {str(e.value).split(': ', 3)[-1]}"
+    assert "fig:scatter" in str(e.value) and "\n" not in str(e.value) and find_value("exp2.no.such.thing") == []
+
+
+def test_the_list_of_origins_links_and_changes_no_word(tmp_path):
+    "With the list every printed key is a link; without links the text is that of the paper without a list."
+    folder = tmp_path/"paper"
+    (folder/"tables").mkdir(parents=True)
+    (folder/"main.tex").write_text(
+        "\\val{n} models.\n\\claim{x} Then\n\\caption{Rows.}\\label{tab:t}\n\\input{tables/origins}\n", encoding="utf-8"
+    )
+    (folder/"tables"/"origins.tex").write_text("", encoding="utf-8")
+    values = {"n": "six", "claim.x": "It is so."}
+    plain = fill(folder, values)
+    anchors = "".join(rf"\hypertarget{{where.{k}}}{{:}}" for k in ("n", "claim.x", "tab:t")) + "\n"
+    (folder/"tables"/"origins.tex").write_text(anchors, encoding="utf-8")
+    linked = fill(folder, values).replace(anchors, "")
+    assert linked.startswith(r"\hyperlink{where.n}{six} models.") and linked.count("\\hyperlink{where.") == 3
+    for key in ("claim.x", "tab:t"): linked = linked.replace(MARK % key, "")
+    assert re.sub(r"\\hyperlink\{where\.[^}]+\}\{([^}]*)\}", r"\1", linked) == plain
+
+
+def test_every_key_of_the_paper_has_a_line_in_the_list():
+    known = set(all_keys())
+    keys = [k for k in keys_used(ROOT/"paper") if k in known]
+    text = origins_tex(keys)
+    assert len(keys) > 40 and [k for k in keys if rf"\hypertarget{{where.{k}}}{{:}}" not in text] == []

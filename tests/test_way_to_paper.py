@@ -1,0 +1,247 @@
+"""From metrics/*.json to the paper: its words and tables are what the pages make of the committed metrics."""
+from itertools import product
+import pytest
+from conftest import ROOT, assert_shows, nudged, page
+from rcid.core import load_params, read_json
+from rcid.eval import robustness_correlation
+from rcid.report import lint_sentences, read_families, read_matrix, read_values, sentence, templates, word
+from rcid.report.sentences import fields
+
+PAGES = ("exp1", "exp2", "exp3", "exp4", "exp5", "paper")
+METRICS = ROOT/"metrics"
+
+
+def metrics(name: str) -> dict: return read_json(METRICS/f"{name}.json")
+
+
+# tables
+
+
+def tables() -> dict:
+    "`{name of a file in paper/tables: (what makes it, from what of the committed metrics)}`."
+    p = load_params()
+    models, heals, pilots = (read_families(METRICS, stage, p.families) for stage in ("models", "heal", "pilot"))
+    plans = {f: read_json(METRICS/"sites"/f"{f}-{p.tasks[0]}.json") for f in p.families}
+    files = {f: p.models[f].teacher.get("file", "") for f in p.families}
+    paper, e = page("paper"), {k: metrics(f"exp{k}") for k in range(1, 6)}
+    return {
+        "exp1": (page("exp1").methods_table, e[1]["rows"]),
+        "exp2": (page("exp2").methods_table, e[2]["rows"]),
+        "companions": (page("exp2").companions_table, e[2]["rows"]),
+        "tests": (page("exp2").tests_table, e[2]["tests"]),
+        "exp3": (page("exp3").robustness_table, e[3]["points"]),
+        "exp4": (page("exp4").purity_table, e[4]["rows"]),
+        "exp5": (lambda x: page("exp5").architecture_table(*x), [e[5]["rows"], e[5]["tests"]]),
+        "models": (lambda x: paper.models_table(*x, files), [models, heals]),
+        "budget": (paper.budget_table, read_matrix(METRICS, "distill", p)),
+        "pilot": (paper.pilot_table, pilots),
+        "sites": (lambda plans: paper.sites_table(plans, p.sites.layer_map), plans),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(f.stem for f in (ROOT/"paper"/"tables").glob("*.tex")))
+def test_a_table_is_what_its_page_makes_of_the_metrics(name):
+    made = tables()
+    if name not in made: pytest.skip("test_kv_pages.py has the tables of experiments 6 and 7")
+    assert_shows((ROOT/"paper"/"tables"/f"{name}.tex").read_text(encoding="utf-8"), *made[name])
+
+
+def test_a_cell_of_the_main_table_is_a_number_of_the_metrics():
+    "Not the page's function, but its numbers: accuracy and r of each row stand in the row's line."
+    for name in ("exp1", "exp2"):
+        lines = (ROOT/"paper"/"tables"/f"{name}.tex").read_text(encoding="utf-8").splitlines()
+        lines = [line for line in lines if line.startswith(r"\quad")]
+        rows = metrics(name)["rows"]
+        assert len(lines) == len(rows)
+        for row, line in zip(rows, lines):
+            accuracy, trained, held_out = (cell.split()[0] for cell in line.split(" & ")[1:])
+            assert accuracy == f"{row['accuracy']:.3f}"
+            for cell, part in ((trained, "trained"), (held_out, "held_out")):
+                r = row["consistency"][part]
+                assert float(cell.strip("$")) == pytest.approx(r, abs=.0051) if r is not None else cell == "--"
+
+
+# sentences
+
+
+def sentences_of(record: dict) -> dict[str, str]:
+    "What the pages say of the metrics of experiments 1, 2, 4 and 5."
+    return {
+        **page("exp1").exp1_sentences(record["exp1"]["rows"], record["exp1"]["tests"]),
+        **page("exp2").exp2_sentences(record["exp2"]["tests"]),
+        **page("exp4").exp4_sentences(record["exp4"]["rows"]),
+        "claim.exp5.architectures": page("exp5").architecture_sentence(record["exp5"]["tests"]),
+    }
+
+
+def test_a_sentence_is_what_its_page_makes_of_the_metrics():
+    committed = read_values(ROOT/"paper"/"values.tex")
+    record = {name: metrics(name) for name in ("exp1", "exp2", "exp4", "exp5")}
+    versions = [sentences_of(nudged(record, by)) for by in (-6e-9, 0, 6e-9)]
+    for key in versions[0]: assert committed[key] in [v[key] for v in versions], key
+
+
+def test_no_digit_is_typed_into_a_sentence():
+    assert lint_sentences(ROOT/"paper"/"sentences") == []
+
+
+def test_a_digit_that_is_typed_is_found(tmp_path):
+    text = (ROOT/"paper"/"sentences"/"exp3.yaml").read_text(encoding="utf-8")
+    (tmp_path/"exp3.yaml").write_text(text.replace("{level} interval", r"95\% interval", 1), encoding="utf-8")
+    found = lint_sentences(tmp_path)
+    line = next(n for n, words in enumerate(text.splitlines(), 1) if "{level}" in words)
+    assert len(found) == 1 and found[0].startswith(f"exp3.yaml:{line}: 95 in: ")
+
+
+def test_a_value_that_is_lacking_or_left_over_is_refused():
+    with pytest.raises(KeyError, match="no sentence 'exp2.nothing'"): sentence("exp2", "exp2.nothing", "same")
+    with pytest.raises(KeyError, match="no template for the outcome 'better', only for higher"):
+        sentence("exp2", "exp2.pairs", "better", result="")
+    with pytest.raises(ValueError, match="exp2.pairs, same: no value for result"):
+        sentence("exp2", "exp2.pairs", "same")
+    with pytest.raises(ValueError, match="the template has no place for r"):
+        sentence("exp2", "exp2.pairs", "missing", r="0.5")
+    with pytest.raises(TypeError, match="result is the float 0.5"): sentence("exp2", "exp2.pairs", "same", result=.5)
+
+
+# every template is reached by a page's own rule
+
+KINDS = ("higher", "lower", "same", "untested")
+PLACES = (
+    [("llama", "ioi")],
+    [("llama", "ioi"), ("qwen3", "ioi")],
+    [("llama", "ioi"), ("llama", "factual")],
+    [("llama", "ioi"), ("qwen3", "factual")],
+    [("llama", "ioi"), ("qwen3", "ioi"), ("qwen2", "factual")],
+)
+
+
+def a_test(place, pair, metric, kind, holm=True):
+    diff = {"higher": .3, "lower": -.2, "same": .01, "untested": None}[kind]
+    p = {"higher": .001, "lower": .02, "same": .6, "untested": None}[kind]
+    ci = [None, None] if diff is None else [diff - .1, diff + .1]
+    test = dict(family=place[0], task=place[1], a=pair[0], b=pair[1], metric=metric, diff=diff, ci=ci, p=p)
+    return test | ({"p_holm": p} if holm else {})
+
+
+def many_tests(pairs, accuracy=None):
+    "Lists of tests of `pairs`: every combination of outcomes at one, two and three places."
+    for places in PLACES:
+        for kinds in product(KINDS, repeat=len(places)):
+            out = []
+            for pair, metric in product(pairs, ("accuracy", "trained", "held_out")):
+                fixed = accuracy if metric == "accuracy" else None
+                out += [a_test(at, pair, metric, fixed or kind) for at, kind in zip(places, kinds)]
+            yield out
+
+
+def a_row(method, accuracy, r, family="llama"):
+    around = None if r is None else [r - .1, r + .1]
+    return dict(
+        family=family,
+        task="ioi",
+        method=method,
+        accuracy=accuracy,
+        consistency=dict(held_out=r),
+        consistency_ci=dict(held_out=around),
+        null_band=dict(held_out=[-.2, .2]),
+    )
+
+
+def cases_of_exp1():
+    rows = [a_row("undistilled", .5, .1), a_row("fitnets", .95, .9), a_row("sft", .8, .8), a_row("rcid", .7, .1)]
+    say = page("exp1")
+    for n in (2, 3, 4): say.competence_sentence(rows[:n])
+    say.competence_sentence(rows[2:])
+    for some in (rows[:2], rows[3:], rows, [a_row("fitnets", .9, None)]): say.null_sentence(some)
+    for tests in (*many_tests(say.EXP1), *many_tests(say.EXP1, "same"), []): say.exp1_sentences(rows, tests)
+    one = [a_test(("llama", "ioi"), ("fitnets", "standard_kd"), metric, "same") for metric in ("accuracy", "held_out")]
+    say.exp1_sentences(rows, one)
+
+
+def cases_of_exp2():
+    say = page("exp2")
+    for tests in (*many_tests(say.EXP2), []): say.exp2_sentences(tests)
+    say.exp2_sentences([a_test(("llama", "ioi"), say.EXP2[0], "held_out", "same", holm=False)])
+
+
+def cases_of_exp3():
+    say = page("exp3")
+    follows, unrelated = [0, 1, 2, 3], [1, 0, 0, 1]          # of four seeds in each of three groups
+    for y in (follows, follows[::-1], unrelated):
+        say.exp3_sentences(robustness_correlation(follows * 3, y * 3, [g for g in "abc" for _ in y], 500))
+    say.exp3_sentences(robustness_correlation(follows, follows, list("abcd"), 50))    # one seed a group
+    say.exp3_sentences(robustness_correlation([.5] * 4, [.1] * 4, list("aabb"), 50))
+
+
+def cases_of_exp4():
+    row = dict(family="llama", task="ioi", who="teacher", sites=4, higher=3, lower=0)
+    row |= dict(template_lower=2, template_higher=0)
+    with_template, without = dict(template_h=.9, template_d=.3), dict(template_h=None, template_d=None)
+    for rows in ([], [row | with_template], [row | without]): page("exp4").exp4_sentences(rows)
+
+
+def cases_of_exp5():
+    for tests in many_tests(page("exp5").EXP5): page("exp5").architecture_sentence(tests)
+
+
+def cases_of_paper():
+    say = page("paper")
+    own, pretrained = dict(source="trained here, 600 steps"), dict(source="a wheel")
+    for n in (1, 2, 3): say.unit_sentence(n, "pairs", 1000)
+    say.unit_sentence(3, "seeds", 1000)
+    passed, failed = ({"gates": {"accuracy": dict(value=v, bound=.9)}} for v in (.95, .8))
+    for pilots in ("p", "pp", "ppp", "pf", "ff"):
+        say.pilot_sentence({f"family {i}": passed if kind == "p" else failed for i, kind in enumerate(pilots)})
+    say.sites_sentence({"llama": dict(roles=["s2", "end"], score=[[3., 0.], [2., 0.], [0., 4.]])})
+    right = {"test": {"teacher_right": dict(kept=96, dropped=32)}}
+    for data in ({"llama": {"tasks": {"factual": right}}}, {}): say.filter_sentence(data)
+    say.models_sentence(dict(llama=own, qwen3=pretrained, qwen2=pretrained), dict(qwen2="a.Q4_1.gguf"))
+    cells = [dict(family="llama", task=t, method="rcid", seed=s) for t in ("ioi", "factual") for s in (1, 2)]
+    for some in (cells, cells[:1]):
+        for models in (dict(a=own), dict(a=own, b=own), dict(a=own, b=pretrained)): say.limits_sentence(models, some)
+        say.setup_values(some, "tiny")
+    say.setup_values(cells + [dict(family="qwen3", task="ioi", method="rcid", seed=1)], "tiny")
+    say.span([4, 6])
+    for name in ("entity", "or"): word("paper", name)      # said by the page's own cells, which need a run
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_template_has_a_case(name, monkeypatch):
+    "The page's functions reach each template of its file, and fill it: no template is dead, no outcome without words."
+    reached, say = set(), page(name)
+    def recorded(where, key, outcome, /, **values):
+        reached.add((key, outcome))
+        return sentence(where, key, outcome, **values)
+    monkeypatch.setattr(say, "sentence", recorded)
+    def recorded_word(where, name, /, **values): return recorded(where, "words", name, **values)
+    monkeypatch.setattr(say, "word", recorded_word, raising=False)
+    globals()[f"cases_of_{name}"]()
+    if name == "paper": reached |= {("words", "entity"), ("words", "or")}
+    every = {(key, outcome) for key, outcomes in templates(name).items() for outcome in outcomes}
+    assert every - reached == set(), "templates that no outcome reaches"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_keys_of_a_page_are_literal(name):
+    "grep finds the page of every sentence: its key stands in the notebook as it stands in the file."
+    source = (ROOT/"nbs"/"experiments"/f"{name}.ipynb").read_text(encoding="utf-8")
+    for key in templates(name):
+        if key == "words": continue
+        assert f'\\"{key}\\"' in source, f"{key} of paper/sentences/{name}.yaml is not in {name}.ipynb"
+
+
+def test_a_template_says_what_it_needs():
+    "A field is a plain name: no number format and no lookup can hide in a template."
+    for name in PAGES:
+        for key, outcomes in templates(name).items():
+            for outcome, text in outcomes.items():
+                assert all(field.isidentifier() for field in fields(text)), f"{name}.yaml, {key}, {outcome}"
+
+
+def test_the_claims_of_the_paper_are_made_by_a_page():
+    "Every key of experiments 1 to 5 that the text asks for is the key of a sentence of its page."
+    from rcid.report.paper import keys_used
+    asked = {key for key in keys_used(ROOT/"paper") if key.startswith("claim.exp") and key[9] in "12345"}
+    made = {"claim." + key for name in PAGES for key in templates(name)}
+    assert asked and asked <= made, asked - made
