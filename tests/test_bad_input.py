@@ -257,6 +257,7 @@ def test_broken_weights_are_reported(make_model, pairs):
     [
         ("seeds:", "sedes:", "unknown key|Field required"),
         ("  k: 6", "  k: 6\n  kk: 7", "sites.kk: unknown key"),
+        ("      time: kava", "      tiem: kava", "teachers.settings.fixed_kava.tiem: unknown key"),
         ("  gate_accuracy: 0.95", "  gate_accuracy: 1.01", "eval.gate_accuracy: "),
         ("  batch: 8", "  batch: many", "batch: "),
         ("scale: laptop", "scale: moon", "scale: "),

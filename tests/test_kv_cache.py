@@ -233,16 +233,44 @@ def test_decoding_keeps_its_window_and_equals_the_formula(thought):
             )
 
 
+def test_rkv_judges_the_reasoning_as_if_it_were_the_whole_text(thought):
+    cache, reasoning, _ = thought
+    kept = compress_kv(cache, 6, "rkv", key_at=reasoning, window=3, pool=3)
+    for b in range(2):
+        at = reasoning[b].nonzero()[:, 0]
+        q = cache.q[b:b + 1, :, :, at]
+        alone = KVCache(cache.k[b:b + 1, :, :, at], cache.v[b:b + 1, :, :, at], torch.ones(1, len(at)), q=q)
+        index = compress_kv(alone, 6, "rkv", window=3, pool=3).index[0]
+        assert kept.index[b].tolist() == at[index].tolist() and (kept.index[b][..., -3:] == at[-3:]).all()
+    # the paper's window of 8, or half of a budget that is too small for it
+    assert torch.equal(compress_kv(cache, 6, "rkv", key_at=reasoning, pool=3).index, kept.index)
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(budget=0), "budget 0"),
+    (dict(method="best"), "unknown compression"),
+    (dict(query_at=None), "needs query_at"),
+    (dict(per="token"), "unknown per"),
+    (dict(crop="middle"), "unknown crop"),
+    (dict(method="rkv", budget=1), "does not exceed the window"),
+    (dict(method="rkv", window=4), "does not exceed the window"),
+    (dict(method="rkv", budget=20, window=15), "no tokens before its window of 15"),
+    (dict(method="rkv", pool=4), "must be odd")])
+def test_bad_arguments_of_compression(thought, wrong, message):
+    cache, reasoning, answer = thought
+    with pytest.raises(ValueError, match=message):
+        compress_kv(cache, **dict(budget=4, query_at=answer, key_at=reasoning) | wrong)
+
+
 def test_bad_compression(thought):
     cache, reasoning, answer = thought
-    with pytest.raises(ValueError, match="budget 0"): compress_kv(cache, 0, query_at=answer)
     with pytest.raises(ValueError, match="row 0 has no candidate"):
         compress_kv(cache, 2, query_at=answer, key_at=reasoning & False)
     with pytest.raises(ValueError, match="in row 0 no query"):
         compress_kv(cache, 2, query_at=reasoning & False, key_at=reasoning)
     with pytest.raises(ValueError, match="needs queries"):
         compress_kv(KVCache(cache.k, cache.v, cache.mask), 2, query_at=answer)
-    with pytest.raises(ValueError, match="does not exceed the window"): compress_kv(cache, 8, "rkv", window=8)
+    with pytest.raises(TypeError, match="belong to method 'rkv'"): compress_kv(cache, 4, "crop", window=3)
 
 
 def test_positions_count_from_the_first_token():

@@ -3,7 +3,7 @@
 import copy, gc, json, weakref
 import pytest, torch
 from rcid.align import map_layers
-from rcid.core import read_json
+from rcid.core import load_params, read_json
 from rcid.data.holdout import check_parts, load_parts, save_parts, split_problems, styled_problems
 from rcid.data.reasoning import encode_problems
 from rcid.distill import DistillConfig, distill
@@ -287,6 +287,23 @@ def test_two_voters_have_no_majority(recorded, student):
 
 
 # bad input
+
+@pytest.mark.parametrize("wrong", (dict(fusion="mean"), dict(time="rkv_decode"), dict(depth="middle"), dict(wieghts=(1.0,))))
+def test_a_setting_that_does_not_exist(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))): KVFusion(**wrong)
+
+
+def test_a_setting_of_params_is_the_method(root):
+    """What `params.yaml` says of a fusion and of a teacher is what runs, field by field, and an unknown field is refused
+    by name."""
+    teachers = load_params().teachers
+    for setting in teachers.settings.values():
+        method = KVFusion(**vars(setting))
+        assert all(getattr(method, name) == value for name, value in vars(setting).items())
+    for variant in teachers.variants.values():
+        teacher = Teacher(name="x", folder="", **vars(variant))
+        assert (teacher.model, teacher.style, teacher.before) == (variant.model, variant.style, variant.before)
+
 
 def test_a_run_of_another_cost_is_refused(student):
     model, _, words, thought = student

@@ -41,7 +41,8 @@ def shape_of(model: nn.Module) -> KVShape:
 
 
 def layer_matrix(
-    layer_map: Sequence,  # per student layer a teacher layer or a list of (teacher layer, weight): `map_layers(n_student, n_teacher, ...)`
+    # per student layer a teacher layer or a list of (teacher layer, weight): `map_layers(n_student, n_teacher, ...)`
+    layer_map: Sequence,
     n_teacher: int,
 ) -> Float[Tensor, "layer_s layer_t"]:
     "A layer map as weights, rows summing to 1."
@@ -68,7 +69,8 @@ class MapProjectionAligner(nn.Module):
         teacher: KVShape,
         student: KVShape,
         mode: str = "structured",  # structured | flat
-        layer_map: Sequence | None = None,  # see `layer_matrix`; none: proportional (flat: every teacher layer goes into the one matrix)
+        # see `layer_matrix`; none: proportional (flat: every teacher layer goes into the one matrix)
+        layer_map: Sequence | None = None,
         warper: TimeWarper | None = None,  # none: the two sequences have the same tokens
         parts: str = "kv",  # what is projected: kv | kvq
         share_dim_proj: bool = True,

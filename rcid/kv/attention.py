@@ -18,12 +18,14 @@ def kv_attention(
     k: Float[Tensor, "batch layer kv_head seq_k head_dim"],
     mask: Bool[Tensor, "batch seq_k"],  # valid keys
     temperature: float = 1.0,  # > 0
-    visible: Bool[Tensor, "batch seq_q seq_k"] | None = None,  # what a query may see; none: causal, queries are the last seq_q places
+    # what a query may see; none: causal, queries are the last seq_q places
+    visible: Bool[Tensor, "batch seq_q seq_k"] | None = None,
     log: bool = False,
 ) -> Float[Tensor, "batch layer head seq_q seq_k"]:
     "softmax(q k' / (sqrt(d) temperature)) in float32; a query that sees nothing gets zeros (log: -inf)."
     if temperature <= 0: raise ValueError(f"kv_attention: temperature={temperature} must be above 0")
-    (b, l, h, n, d), (h_k, m) = q.shape, k.shape[2:4]
+    b, _, h, n, d = q.shape
+    h_k, m = k.shape[2:4]
     if k.shape[:2] != q.shape[:2] or k.shape[4] != d or h % h_k or tuple(mask.shape) != (b, m):
         raise ValueError(
             f"kv_attention: queries {tuple(q.shape)}, keys {tuple(k.shape)} and mask {tuple(mask.shape)} do not fit:"

@@ -92,7 +92,7 @@ def decode_score(
         row = int((~past.any(1)).nonzero()[0])
         raise ValueError(f"row {row} has no tokens before its window of {window}: use a smaller window")
     importance = answer_importance(cache, last, past)
-    rows = importance.flatten(0, 2)[:, None]                                                 # (batch*layer*head, 1, seq)
+    rows = importance.flatten(0, 2)[:, None]                            # (batch*layer*head, 1, seq)
     importance = F.max_pool1d(rows, pool, 1, pool // 2)[:, 0].view(*cache.k.shape[:4])
     valid = text[:, None, :, None] & text[:, None, None]                                     # (batch, 1, seq, seq)
     diagonal = torch.eye(cache.seq, dtype=torch.bool, device=cache.k.device)
@@ -100,7 +100,7 @@ def decode_score(
     redundancy = []
     for l in range(cache.n_layers):
         unit = _unit(cache.k[:, l])
-        cosine = (unit @ unit.mT).masked_fill(diagonal | ~valid, 0)                          # (batch, kv_head, seq, seq)
+        cosine = (unit @ unit.mT).masked_fill(diagonal | ~valid, 0)     # (batch, kv_head, seq, seq)
         # the latest look-alikes of every token; -1: there is none
         late = torch.where(cosine > threshold, order, -1).topk(min(recent, cache.seq), -1).values
         none = torch.zeros_like(cosine, dtype=torch.bool)
@@ -146,7 +146,8 @@ def compress_kv(
     per: str = "head",        # one choice for each: head (of each layer) | layer | sample
     crop: str = "first",      # which end crop keeps: first | last
     seed: int = 0,            # of random
-    **decode                  # rkv: pool, threshold, recent, and window (8, or half of a budget that is too small for it)
+    # rkv: pool, threshold, recent, and window (8, or half of a budget that is too small for it)
+    **decode
 ) -> CompressedKV:
     "Keeps `budget` tokens per row, layer and head (KaVa, arXiv 2510.02312; R-KV, arXiv 2505.24133)."
     if budget < 1: raise ValueError(f"budget {budget}: keep at least one token")
@@ -176,7 +177,7 @@ def compress_kv(
             score = _blind_score(cache, at, budget, method, crop, seed, per)
         if per == "layer": score = score.mean(2, keepdim=True).expand(*cache.k.shape[:4])
         if per == "sample": score = score.mean((1, 2), keepdim=True).expand(*cache.k.shape[:4])
-        kept = keep_best(score, at[:, None, None], budget)                                   # (batch, layer, kv_head, budget)
+        kept = keep_best(score, at[:, None, None], budget)                 # (batch, layer, kv_head, budget)
     # the same number for every head
     full = kept[:, 0, 0] < cache.seq                                                         # (batch, budget)
     index = kept.masked_fill(kept >= cache.seq, 0)

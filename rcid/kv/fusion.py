@@ -45,7 +45,8 @@ def router_regulariser(
     weights: Float[Tensor, "batch teacher"],
     available: Bool[Tensor, "batch teacher"],
     entropy: float = 0.0,  # weight of the mean entropy in nats: above 0 decisive routing, below 0 even routing
-    load: float = 0.01,  # weight of the load imbalance: sum over teachers of (share / fair share - 1)^2 times fair share
+    # weight of the load imbalance: sum over teachers of (share / fair share - 1)^2 times fair share
+    load: float = 0.01,
 ) -> Float[Tensor, ""]:
     "Keeps a router from going to one teacher for everything, or to all for each."
     fair = (available / available.sum(1, keepdim=True)).mean(0)
@@ -104,10 +105,12 @@ def fuse(
     *,
     weights: Sequence[float] | None = None,  # fixed: one per teacher, none: equal
     features: Float[Tensor, "batch d"] | None = None,  # similarity, learnable: what a sample is
-    prototypes: Float[Tensor, "teacher d"] | None = None,  # similarity, learnable: what a teacher is; see `teacher_prototype`
+    # similarity, learnable: what a teacher is; see `teacher_prototype`
+    prototypes: Float[Tensor, "teacher d"] | None = None,
     temperature: float = 0.1,  # similarity: > 0
     router: Router | None = None,  # learnable
-    student: Float[Tensor, "batch layer kv_head seq head_dim"] | None = None,  # govern: the student's own keys (or values)
+    # govern: the student's own keys (or values)
+    student: Float[Tensor, "batch layer kv_head seq head_dim"] | None = None,
     vote: str = "coordinate",  # govern: coordinate | teacher
 ) -> Fused:
     "One target from several teachers; only a router receives gradients."

@@ -75,7 +75,7 @@ def make_fusion_targets(
     time: str = "segment",                  # see `place_matrices`
     # by teacher, per student layer a teacher layer or (layer, weight) pairs; None: proportional
     layer_maps: dict[str, list] | None = None,
-    # structured: heads and dimensions of each teacher, fitted to the initial student | zspace: one latent space of all teachers
+    # structured: each teacher by itself, fitted to the initial student | zspace: one latent space of all teachers
     projection: str = "structured",
     tokenizer=None,                         # for last, soft and iou: the student's
     tokenizers: dict | None = None,         # and, by teacher, the teachers'

@@ -6,7 +6,6 @@
 __all__ = ['with_latents', 'LatentModel']
 
 # %% ../../nbs/06_kv/09_latent.ipynb #2d9e70d0
-from dataclasses import replace
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn

@@ -140,8 +140,8 @@ def codi_loss(
     std: Float[Tensor, "layer"] | None = None,
 ) -> Float[Tensor, ""]:
     """Smooth L1 of hidden states in units of the teacher's standard deviation, mean over layers (CODI, Shen et al.,
-    2502.21074); `KVObjective` gives residuals after each layer, the last one before the final norm (CODI's code: after
-    it)."""
+    2502.21074). `KVObjective` gives residuals after each layer, the last one before the final norm
+    (CODI's code: after it)."""
     if student.shape != teacher.shape or student.ndim != 3:
         both = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
         raise ValueError(f"codi_loss: hidden states {both}: needs (batch, layer, d_model) twice")

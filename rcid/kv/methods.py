@@ -83,8 +83,8 @@ class KVMethod(Method):
     # CODI: residuals after each layer (the last one before the final norm) at the last token of the cue
     a_codi: float = 0.0
     kv: Warped | Kept | None = None                    # keys and values
-    fit_steps: int = Field(40, ge=0)                   # steps that fit the projector to the initial student; 0: as initialised
-    fit_rows: int = Field(128, gt=0)                   # on so many problems, as are CODI's maps
+    fit_steps: int = Field(40, ge=0)   # steps that fit the projector to the initial student; 0: as initialised
+    fit_rows: int = Field(128, gt=0)   # on so many problems, as are CODI's maps
 
     def __post_init__(self):
         if not (self.thinks or self.a_cot): raise ValueError("KVMethod: every weight is 0: nothing to learn from")

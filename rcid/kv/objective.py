@@ -77,7 +77,8 @@ class KVObjective(Objective):
         extra = {}
         if m.a_codi:
             at = torch.arange(len(data), device=self.device)
-            extra["hidden"] = torch.stack([hidden[l][at, data.cue_pos] for l in self.layers], 1)  # (row, layer, d_model)
+            # (row, layer, d_model)
+            extra["hidden"] = torch.stack([hidden[l][at, data.cue_pos] for l in self.layers], 1)
         if m.a_kl: extra["final"] = self._answer_rows(final, data)
         if not m.kv: return cache, extra
         if m.kv.warps: return cache.unrotated(rope_of(self.teacher)), extra
@@ -93,7 +94,8 @@ class KVObjective(Objective):
             )
         if not m.a_codi: return final, cache, None
         at = torch.arange(len(thought), device=self.device)
-        return final, cache, torch.stack([hidden[l][at, thought.cue_pos] for l in range(n)], 1)   # (row, layer, d_model)
+        # (row, layer, d_model)
+        return final, cache, torch.stack([hidden[l][at, thought.cue_pos] for l in range(n)], 1)
 
     def align(self, aligner: MapProjectionAligner, cache: KVCache, rows) -> AlignedKV:
         "What `of_teacher` gave, in the student's shape."
@@ -159,7 +161,7 @@ class KVObjective(Objective):
         fitted = state.state_dict()
         frozen = content_hash(fitted, layout(fitted))
         code = code_hash(
-            KVObjective, type(self.method), teacher_at_places, MapProjectionAligner, HeadwiseMapProjector, KVCache,
+            KVObjective.of_teacher, type(self.method), teacher_at_places, MapProjectionAligner, HeadwiseMapProjector, KVCache,
             compress_kv, rope_of, TimeWarper, with_latents, map_layers, ReasoningDataset, capture, get_adapter,
         )
         depends = (
@@ -235,7 +237,7 @@ class KVObjective(Objective):
         weighting = self.method.kv.weighting
         if weighting is None: return None
         q, k = (target.q, target.k) if weighting.source == "teacher" else (own.q, own.k)
-        attention = kv_attention(q.detach(), k.detach(), target.mask).mean(1)                     # (batch, head, query, key)
+        attention = kv_attention(q.detach(), k.detach(), target.mask).mean(1)     # (batch, head, query, key)
         return weighting(step, target.mask, attention, attention)
 
     def _deviation(self, whole) -> tuple[Tensor, Tensor]: # of keys and of values, over the batch of all processes

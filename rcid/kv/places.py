@@ -23,7 +23,8 @@ from .warp import TimeWarper
 TIMES = ("segment", "index", "last", "soft", "iou", "kava", "rkv", "crop", "random", "uniform")
 
 def overlap_rows(
-    spans_s: list[tuple[int, int]], spans_t: list[tuple[int, int]],   # bytes of one text; tokens without text have start == end
+    # bytes of one text; tokens without text have start == end
+    spans_s: list[tuple[int, int]], spans_t: list[tuple[int, int]],
     how: str = "soft"                                                 # last | soft | iou
 ) -> Float[Tensor, "seq_s seq_t"]:
     """Weights of the teacher's tokens for each of the student's; a row sums to 1, or to 0 where the token shares no
@@ -151,6 +152,7 @@ def teacher_at_places(
     mask = thought.attention_mask.bool().scatter(1, place, kept.mask)
     return KVCache(_at(base.k, place, kept.k), _at(base.v, place, kept.v), mask, pre_rope=True)
 
-def _at(x: Tensor, place: Tensor, new: Tensor) -> Tensor: # `x` (batch, layer, kv_head, seq, head_dim) with `new` in its places
+# `x` (batch, layer, kv_head, seq, head_dim) with `new` in its places
+def _at(x: Tensor, place: Tensor, new: Tensor) -> Tensor:
     index = place[:, None, None, :, None].expand(-1, *x.shape[1:3], -1, x.shape[4])
     return x.scatter(3, index, new)

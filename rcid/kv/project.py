@@ -88,7 +88,8 @@ class HeadwiseMapProjector(_Projector):
         n_layers: int = 1,                      # the student's layers: teacher layers are mapped to them before
         share_dim_proj: bool = True,            # one dimension map for all heads of a layer, or one per student head
         init_uniform: bool = True,              # head mixer from `uniform_head_weights`; else random, variance kept
-        head_weights: Float[Tensor, "*n_layers heads_s heads_t"] | None = None,   # of `match_heads`; goes before `init_uniform`
+        # of `match_heads`; goes before `init_uniform`
+    head_weights: Float[Tensor, "*n_layers heads_s heads_t"] | None = None,
         frozen: bool = False, seed: int = 0
     ):
         super().__init__()
@@ -127,7 +128,8 @@ class FlatProjector(_Projector):
         layers_s: int,
         heads_s: int,
         dim_s: int,
-        init: str = "xavier",  # xavier | orthogonal | identity (ones on the diagonal, scaled to keep a token's mean square)
+        # xavier | orthogonal | identity (ones on the diagonal, scaled to keep a token's mean square)
+    init: str = "xavier",
         frozen: bool = False,
         seed: int = 0,
     ):
