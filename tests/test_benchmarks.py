@@ -1,4 +1,5 @@
-"""The committed benchmark results are whole, and the benchmark's own rulers measure what they say. Nothing here is about how fast a machine is."""
+"""The committed benchmark results are whole, and the benchmark's own rulers measure what they say. Nothing here is
+about how fast a machine is."""
 
 import json, sys
 import pytest, torch

@@ -1,4 +1,5 @@
-"""The large scales before anything is paid for: counts of the 8B models, the a100 matrix, the conversion of the gpu scale."""
+"""The large scales before anything is paid for: counts of the 8B models, the a100 matrix, the conversion of the gpu
+scale."""
 
 import sys
 import pytest, torch

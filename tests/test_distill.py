@@ -327,12 +327,15 @@ from rcid.distill import DistillConfig, distill
 from rcid.distill.teacher_cache import model_hash
 from rcid.models import load_model, shrink
 seed_all(0)
-teacher, tok = load_model(dict(arch="llama", layers=4, d_model=32, heads=2, kv_heads=1, d_mlp=64, tokenizer=sys.argv[1]))
+teacher, tok = load_model(dict(arch="llama", layers=4, d_model=32, heads=2, kv_heads=1, d_mlp=64,
+    tokenizer=sys.argv[1]))
 pairs = load_pairs("ioi", tok, split="train", n=24)
-c = DistillConfig(sites=(Site(1, "s2"), Site(2, "end")), layer_map={0: 0, 1: 0, 2: 1, 3: 1}, steps=6, batch=8, lr=3e-3, log_every=1)
+c = DistillConfig(sites=(Site(1, "s2"), Site(2, "end")), layer_map={0: 0, 1: 0, 2: 1, 3: 1}, steps=6, batch=8,
+    lr=3e-3, log_every=1)
 r = distill(shrink(teacher, 2), teacher, pairs, "rcid_identity", c)
 state = PartialState()
-json.dump(dict(n=state.num_processes, loss=[h["loss"] for h in r.history], hash=model_hash(r.student)), open(f"{sys.argv[2]}-{state.process_index}.json", "w"))
+json.dump(dict(n=state.num_processes, loss=[h["loss"] for h in r.history], hash=model_hash(r.student)),
+    open(f"{sys.argv[2]}-{state.process_index}.json", "w"))
 if state.num_processes > 1: state.destroy_process_group()
 """
 

@@ -308,7 +308,8 @@ def test_commit_refuses_half_a_notebook(clone):
 
 @pytest.mark.parametrize("edited", ("notebook", "module"))
 def test_commit_refuses_a_stale_module(clone, edited):
-    if edited == "module": (clone/MODULE).write_text((clone/MODULE).read_text().replace("CHECKSUMS = ", "CHECKSUMS  = "))
+    if edited == "module":
+        (clone/MODULE).write_text((clone/MODULE).read_text().replace("CHECKSUMS = ", "CHECKSUMS  = "))
     else: change(clone/EDITED, append("CHECKSUMS = ", "x = 1"))
     git(clone, "add", "-A")
     done = commit(clone)

@@ -1,4 +1,5 @@
-"""Accidents: after each, a rerun ends with the results of an undisturbed run, or the launcher says what is wrong. Nothing wrong is ever taken for good.
+"""Accidents: after each, a rerun ends with the results of an undisturbed run, or the launcher says what is wrong.
+Nothing wrong is ever taken for good.
 
 `make faults` runs all of it and writes the table tests/faults.json; the test suite runs a selection.
 """

@@ -1,4 +1,5 @@
-"""Golden numbers of CKA and of the divergences, each beside the data that it is of (formulas: nbs/04_align/01_cka.ipynb, nbs/05_distill/00_losses.ipynb), and Procrustes against scipy."""
+"""Golden numbers of CKA and of the divergences, each beside the data that it is of (formulas:
+nbs/04_align/01_cka.ipynb, nbs/05_distill/00_losses.ipynb), and Procrustes against scipy."""
 
 import numpy as np, pytest, torch
 from scipy.linalg import orthogonal_procrustes

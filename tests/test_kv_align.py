@@ -1,4 +1,5 @@
-"""Projection, time, alignment, losses and fusion of keys and values: goldens, identities, slow loops, gradients, bad input."""
+"""Projection, time, alignment, losses and fusion of keys and values: goldens, identities, slow loops, gradients, bad
+input."""
 
 import json, subprocess, sys
 import pytest, torch

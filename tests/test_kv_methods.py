@@ -1,4 +1,5 @@
-"""Latent places, KV methods in the one trainer, greedy decoding: identities, resume, gradients, causal evaluation, bad input."""
+"""Latent places, KV methods in the one trainer, greedy decoding: identities, resume, gradients, causal evaluation,
+bad input."""
 
 import ast, itertools
 from dataclasses import replace
@@ -13,8 +14,8 @@ from rcid.data.reasoning_pairs import reasoning_rows
 from rcid.distill import DistillConfig, distill, model_hash
 from rcid.eval import causal_consistency, task_accuracy
 from rcid.eval.decode import greedy_decode, solve
-from rcid.kv import KV_METHODS, Kept, KVObjective, KVMethod, LatentModel, MercatorKVLoss, RegressionKVLoss, StructuralKVLoss
-from rcid.kv import AttentionWeighting, Warped, forward_kv, kv_method, with_latents
+from rcid.kv import KV_METHODS, Kept, KVObjective, KVMethod, LatentModel, MercatorKVLoss, RegressionKVLoss
+from rcid.kv import StructuralKVLoss, AttentionWeighting, Warped, forward_kv, kv_method, with_latents
 from rcid.models import load_model, train_tokenizer
 
 CONFIG = DistillConfig(steps=8, batch=8, lr=3e-3, log_every=1, checkpoint_every=4, seed=0)
@@ -277,10 +278,12 @@ def test_bad_input(world):
         greedy_decode(teacher, data.input_ids, data.attention_mask.flip(1), 2)
     broken = load_model(dict(arch="llama", vocab=len(tokenizer), seed=3), dtype="float32", device="cpu")[0]
     with torch.no_grad(): broken.model.layers[1].self_attn.v_proj.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match="NaN or inf"): KVObjective(SMALL["kava"], student(), broken, data, CONFIG).start()
+    with pytest.raises(ValueError, match="NaN or inf"):
+        KVObjective(SMALL["kava"], student(), broken, data, CONFIG).start()
     # more than padding
     other = load_model(dict(arch="llama", vocab=len(tokenizer) + 1031), dtype="float32", device="cpu")[0]
-    with pytest.raises(ValueError, match="vocabulary mismatch"): KVObjective(SMALL["kava"], student(), other, data, CONFIG)
+    with pytest.raises(ValueError, match="vocabulary mismatch"):
+        KVObjective(SMALL["kava"], student(), other, data, CONFIG)
 
 
 def test_solve_counts_right_numbers(world):

@@ -1,4 +1,5 @@
-"""The pipeline: stages declare what they use; at tiny scale everything runs, nothing runs twice, a killed stage goes on."""
+"""The pipeline: stages declare what they use; at tiny scale everything runs, nothing runs twice, a killed stage goes
+on."""
 
 import functools, json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path

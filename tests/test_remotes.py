@@ -1,4 +1,5 @@
-"""Students and results travel through a DVC remote: whoever has the repository makes any figure again without training."""
+"""Students and results travel through a DVC remote: whoever has the repository makes any figure again without
+training."""
 
 import json, shutil
 import pytest, toy

@@ -22,7 +22,9 @@ def lines(tracked):
 
 def test_nothing_loads_code(tracked):
     bad = re.compile(
-        r"\b(import|from)\s+(pickle|cPickle|cloudpickle|dill|joblib|marshal|shelve)\b|\b(torch|joblib)\.load\(|allow_pickle\s*=\s*True|trust_remote_code\s*=\s*(?!False)|weights_only\s*=\s*False|yaml\.(unsafe_load|Loader)|typ\s*=\s*[\"']unsafe|use_safetensors\s*=\s*False"
+        r"\b(import|from)\s+(pickle|cPickle|cloudpickle|dill|joblib|marshal|shelve)\b|\b(torch|joblib)\.load\("
+        r"|allow_pickle\s*=\s*True|trust_remote_code\s*=\s*(?!False)|weights_only\s*=\s*False"
+        r"|yaml\.(unsafe_load|Loader)|typ\s*=\s*[\"']unsafe|use_safetensors\s*=\s*False"
     )
     found = list(lines(tracked))
     assert len(found) > 3000 and [f"{where}: {line.strip()}" for where, line in found if bad.search(line)] == []
@@ -67,7 +69,8 @@ def test_malicious_caches_are_not_used(malicious, make_model, pairs, tmp_path):
     (kept,) = (tmp_path/"targets").glob("*.safetensors")
     kept.unlink()
     kept.write_bytes(blob)
-    assert all(v.equal(whole[k]) for k, v in teacher_targets(model, some, SignalRequest(False), tmp_path/"targets").items())
+    assert all(v.equal(whole[k]) for k, v in teacher_targets(model, some, SignalRequest(False),
+        tmp_path/"targets").items())
     save_pairs(some, tmp_path/"pairs")
     (tmp_path/"pairs"/"pairs.safetensors").write_bytes(blob)
     with pytest.raises(ValueError, match="not a whole file of tensors"): load_saved_pairs(tmp_path/"pairs")

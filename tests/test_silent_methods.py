@@ -1,4 +1,5 @@
-"""What trains and says nothing: shares of a batch that are averaged as if they were equal, controls that are none, caches of another teacher, padded heads, probabilities of zero."""
+"""What trains and says nothing: shares of a batch that are averaged as if they were equal, controls that are none,
+caches of another teacher, padded heads, probabilities of zero."""
 
 import copy, json, math, os, signal, subprocess, sys
 from contextlib import contextmanager
@@ -104,43 +105,99 @@ state, results = PartialState(cpu=True), {}
 def keep():
     if state.is_main_process: json.dump(results, open(sys.argv[1], "w"))
 def case(name, student, teacher, data, method, c):
-    try: results[name] = [{k: v for k, v in h.items() if k != "step"} for h in distill(student, teacher, data, method, c).history]
-    except ValueError as e: results[name] = f"{e}"
+    try:
+        results[name] = [
+            {k: v for k, v in h.items() if k != "step"} for h in distill(student, teacher, data, method, c).history
+        ]
+    except ValueError as e:
+        results[name] = f"{e}"
     keep()
-tok = train_tokenizer([f" {n}" for n in embedded("names")["first_names"]] * 3 + [t["text"] for t in embedded("ioi")["templates"]], vocab=1500, bos=True)
-teacher, _ = load_model(dict(arch="llama", vocab=len(tok), layers=4, d_model=32, heads=2, kv_heads=1, d_mlp=64), dtype="float32", device="cpu")
-short, long = load_pairs("ioi", tok, split="train", n=20), load_pairs("ioi", tok, split="train", n=20, variant="ood_long")
+tok = train_tokenizer(
+    [f" {n}" for n in embedded("names")["first_names"]] * 3 + [t["text"] for t in embedded("ioi")["templates"]],
+    vocab=1500,
+    bos=True,
+)
+teacher, _ = load_model(
+    dict(arch="llama", vocab=len(tok), layers=4, d_model=32, heads=2, kv_heads=1, d_mlp=64),
+    dtype="float32",
+    device="cpu",
+)
+short, long = load_pairs("ioi", tok, split="train", n=20), load_pairs(
+    "ioi", tok, split="train", n=20, variant="ood_long"
+)
 def joined(a, b): # pairs of very unequal lengths, one after the other
     wide = b.clean_ids.shape[1]
-    pad = lambda x: torch.nn.functional.pad(x, (0, wide - x.shape[1])) if x.ndim == 2 and x.shape[1] == a.clean_ids.shape[1] else x
+    pad = lambda x: (
+        torch.nn.functional.pad(x, (0, wide - x.shape[1])) if x.ndim == 2 and x.shape[1] == a.clean_ids.shape[1] else x
+    )
     both = lambda x, y: torch.stack([pad(x), y], 1).flatten(0, 1)
-    tensors = {k: both(getattr(a, k), getattr(b, k)) for k in ("clean_ids", "corrupt_ids", "attention_mask", "answer_pos", "correct_token_id", "wrong_token_id", "template_id", "entity_ids")}
-    return replace(a, **tensors, key_positions={r: both(a.key_positions[r], b.key_positions[r]) for r in a.key_positions})
+    tensors = {
+        k: both(getattr(a, k), getattr(b, k))
+        for k in (
+            "clean_ids",
+            "corrupt_ids",
+            "attention_mask",
+            "answer_pos",
+            "correct_token_id",
+            "wrong_token_id",
+            "template_id",
+            "entity_ids",
+        )
+    }
+    return replace(
+        a, **tensors, key_positions={r: both(a.key_positions[r], b.key_positions[r]) for r in a.key_positions}
+    )
 mixed = joined(short, long)
-c = DistillConfig(sites=(Site(0, "s2"), Site(1, "end")), layer_map={0: 0, 1: 0, 2: 1, 3: 1}, steps=3, batch=4, lr=1e-3, log_every=1)
-for name, data, method, config in (("rcid", short, "rcid", replace(c, batch=2)), ("shuffled", short, "rcid_shuffled", replace(c, batch=2)), ("shuffled of four", mixed, "rcid_shuffled", c),
-        ("kl at all tokens", mixed, "standard_kd", replace(c, kl_at="all")), ("kl on pairs at all tokens", mixed, "standard_kd_pairs", replace(c, kl_at="all")), ("fitnets", mixed, "fitnets", c),
-        ("micro-batches", mixed, "fitnets", replace(c, kl_at="all", batch=8, micro_batch=3)), ("five pairs for a batch of eight", mixed[:5], "standard_kd", replace(c, batch=8)), ("cka", mixed, "cka", c)):
+c = DistillConfig(
+    sites=(Site(0, "s2"), Site(1, "end")), layer_map={0: 0, 1: 0, 2: 1, 3: 1}, steps=3, batch=4, lr=1e-3, log_every=1
+)
+for name, data, method, config in (
+    ("rcid", short, "rcid", replace(c, batch=2)),
+    ("shuffled", short, "rcid_shuffled", replace(c, batch=2)),
+    ("shuffled of four", mixed, "rcid_shuffled", c),
+    ("kl at all tokens", mixed, "standard_kd", replace(c, kl_at="all")),
+    ("kl on pairs at all tokens", mixed, "standard_kd_pairs", replace(c, kl_at="all")),
+    ("fitnets", mixed, "fitnets", c),
+    ("micro-batches", mixed, "fitnets", replace(c, kl_at="all", batch=8, micro_batch=3)),
+    ("five pairs for a batch of eight", mixed[:5], "standard_kd", replace(c, batch=8)),
+    ("cka", mixed, "cka", c),
+):
     case(name, shrink(teacher, 2), teacher, data, method, config)
 problems = [p.styled("equation") for p in styled_problems(n=40, steps=(1, 2, 3), operations="+-", largest=400)]
 words = train_tokenizer([p.text for p in problems], vocab=320)
 data = encode_problems(problems, words)
 make = lambda **sizes: load_model(dict(vocab=len(words), d_mlp=64) | sizes, dtype="float32", device="cpu")[0]
 thinker = make(arch="qwen3", layers=4, d_model=48, heads=4, kv_heads=4, head_dim=16, seed=1)
-student = lambda: LatentModel(make(arch="llama", layers=2, d_model=32, heads=4, kv_heads=2, head_dim=8, seed=2), words.bos_token_id, 2)
-for name in ("latent_sft", "latent_kd", "kava", "kv_structured"): case(name, student(), thinker, data, replace(KV_METHODS[name], latents=4, fit_steps=2), c)
-case("kv cka", student(), thinker, data, replace(KV_METHODS["latent_sft"], latents=4, kv=Warped(loss=None, cka=0.05)), c)
-plain, g = make(arch="qwen3", layers=2, d_model=32, heads=4, kv_heads=2, head_dim=8, seed=3), torch.Generator().manual_seed(0)
+student = lambda: LatentModel(
+    make(arch="llama", layers=2, d_model=32, heads=4, kv_heads=2, head_dim=8, seed=2), words.bos_token_id, 2
+)
+for name in ("latent_sft", "latent_kd", "kava", "kv_structured"):
+    case(name, student(), thinker, data, replace(KV_METHODS[name], latents=4, fit_steps=2), c)
+case(
+    "kv cka", student(), thinker, data, replace(KV_METHODS["latent_sft"], latents=4, kv=Warped(loss=None, cka=0.05)), c
+)
+plain, g = make(
+    arch="qwen3", layers=2, d_model=32, heads=4, kv_heads=2, head_dim=8, seed=3
+), torch.Generator().manual_seed(0)
 thought = with_latents(data[:12], 4, words.bos_token_id)
 def fusion_targets(*have): # two teachers, each there for the problems of its list
     n, seq = len(thought), thought.input_ids.shape[1]
     targets = {}
     for name, there in zip("ab", have):
         mask = thought.attention_mask.bool() & torch.tensor([i in there for i in range(n)])[:, None]
-        targets[name] = AlignedKV(*(torch.randn(n, 2, 2, seq, 8, generator=g) * mask[:, None, None, :, None] for _ in "kv"), mask)
-    return FusionTargets(thought, targets, torch.randn(n, 16, generator=g), {name: torch.randn(16, generator=g) for name in targets})
-for name, have, how in (("fixed", (range(12), range(12)), {}), ("some taught", ((0, 1, 2, 3, 4, 7, 9), (0, 2, 4, 5, 9)), {}), ("govern", (range(12), range(12)), dict(fusion="govern")),
-        ("router", (range(12), range(0, 12, 2)), dict(fusion="learnable", load=5., entropy=.1)), ("a share without teachers", ((1,), (1, 5)), dict(fusion="learnable", load=5.))):
+        targets[name] = AlignedKV(
+            *(torch.randn(n, 2, 2, seq, 8, generator=g) * mask[:, None, None, :, None] for _ in "kv"), mask
+        )
+    return FusionTargets(
+        thought, targets, torch.randn(n, 16, generator=g), {name: torch.randn(16, generator=g) for name in targets}
+    )
+for name, have, how in (
+    ("fixed", (range(12), range(12)), {}),
+    ("some taught", ((0, 1, 2, 3, 4, 7, 9), (0, 2, 4, 5, 9)), {}),
+    ("govern", (range(12), range(12)), dict(fusion="govern")),
+    ("router", (range(12), range(0, 12, 2)), dict(fusion="learnable", load=5.0, entropy=0.1)),
+    ("a share without teachers", ((1,), (1, 5)), dict(fusion="learnable", load=5.0)),
+):
     case(name, copy.deepcopy(plain), plain, fusion_targets(*have), KVFusion(**how), c)
 results["processes"] = state.num_processes
 keep()
@@ -153,9 +210,12 @@ def processes(tmp_path_factory):
     "The same runs by one process and by two."
     folder = tmp_path_factory.mktemp("processes")
     (folder/"job.py").write_text(JOB)
-    start = lambda name, *how: subprocess.Popen([sys.executable, *how, str(folder/"job.py"), str(folder/f"{name}.json")], cwd=ROOT, env=environment(ROOT, OMP_NUM_THREADS="1"), text=True,
+    env = environment(ROOT, OMP_NUM_THREADS="1")
+    command = lambda name, *how: [sys.executable, *how, str(folder/"job.py"), str(folder/f"{name}.json")]
+    start = lambda *words: subprocess.Popen(command(*words), cwd=ROOT, env=env, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    jobs, said = [start("one"), start("two", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")], []
+    two = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    jobs, said = [start("one"), start("two", *two)], []
     for job in jobs:
         try: said.append(job.communicate(timeout=180)[0])
         except subprocess.TimeoutExpired:                                   # processes that wait for one another
@@ -348,7 +408,8 @@ def changed(teacher, how, pairs):
     elif how == "parametrization":
         torch.nn.utils.parametrize.register_parametrization(layer.mlp.down_proj, "weight", Halved())
         try:yield
-        finally: torch.nn.utils.parametrize.remove_parametrizations(layer.mlp.down_proj, "weight", leave_parametrized=False)
+        finally:
+            torch.nn.utils.parametrize.remove_parametrizations(layer.mlp.down_proj, "weight", leave_parametrized=False)
     elif how == "a forward of its own":
         layer.mlp.forward = lambda x, plain=layer.mlp.forward: plain(x) * 1.5
         try:yield

@@ -8,7 +8,8 @@ from conftest import ROOT
 from rcid.causal import Site
 from rcid.data import load_pairs
 from rcid.data.reasoning import encode_problems, word_problems
-from rcid.distill import DistillConfig, SignalRequest, distill, model_hash, plain_distill, teacher_targets, train_language
+from rcid.distill import DistillConfig, SignalRequest, distill, model_hash, plain_distill, teacher_targets
+from rcid.distill import train_language
 from rcid.kv import LatentModel, kv_method
 from rcid.models import byte_tokenizer, load_model, shrink
 

@@ -1,4 +1,5 @@
-"""Several teachers: one in memory at a time, missing ones have no weight, order does not matter, and what is compared cost the same."""
+"""Several teachers: one in memory at a time, missing ones have no weight, order does not matter, and what is
+compared cost the same."""
 
 import copy, gc, json, weakref
 import pytest, torch
@@ -92,7 +93,8 @@ def test_one_model_under_two_prompts_and_two_checkpoints(recorded):
 def test_samples_are_drawn_by_seed_and_wrong_ones_are_missing(folders, problems):
     model, tokenizer = load(folders["b"])
     one, two, again = (
-        Teacher(name="s", folder=str(folders["b"]), sample=s, longest=12).read(problems[:2], model, tokenizer) for s in (1, 2, 1)
+        Teacher(name="s", folder=str(folders["b"]), sample=s, longest=12).read(problems[:2], model, tokenizer)
+            for s in (1, 2, 1)
     )
     # untrained: nothing ends in the right number
     assert one == again == [None, None] and two == [None, None]
@@ -199,7 +201,8 @@ def test_rotation_does_not_enter(folders, problems, tmp_path, student):
     other = type(model)(model.config); other.load_state_dict(model.state_dict())
     save_model(other, tokenizer, tmp_path/"other")
     a, b = (
-        load_recording(t, record_teacher(t, problems, tmp_path / f"{t.name}.safetensors", dtype=torch.float32), tokenizer)
+        load_recording(t, record_teacher(t, problems, tmp_path / f"{t.name}.safetensors", dtype=torch.float32),
+            tokenizer)
         for t in (Teacher(name="one", folder=str(folders["b"])), Teacher(name="two", folder=str(tmp_path / "other")))
     )
     assert torch.allclose(a.cache.k[:, 0], b.cache.k[:, 0], atol=1e-4) and not torch.allclose(
@@ -278,7 +281,8 @@ def test_ablations_change_the_loss_and_not_the_cost(change, recorded, student):
 
 def test_two_voters_have_no_majority(recorded, student):
     model, _, words, thought = student
-    fusion_targets, c = make_fusion_targets(model, words, thought, {n: recorded[n] for n in ("a", "b")}, fit_steps=0), DistillConfig(
+    fusion_targets, c = make_fusion_targets(model, words, thought, {n: recorded[n] for n in ("a", "b")},
+        fit_steps=0), DistillConfig(
         steps=2, batch=8, lr=1e-3, log_every=1
     )
     def run(m): s = copy.deepcopy(model); return [p["loss"] for p in distill(s, s, fusion_targets, m, c).history]
@@ -288,13 +292,15 @@ def test_two_voters_have_no_majority(recorded, student):
 
 # bad input
 
-@pytest.mark.parametrize("wrong", (dict(fusion="mean"), dict(time="rkv_decode"), dict(depth="middle"), dict(wieghts=(1.0,))))
+@pytest.mark.parametrize("wrong", (dict(fusion="mean"), dict(time="rkv_decode"), dict(depth="middle"),
+    dict(wieghts=(1.0,))))
 def test_a_setting_that_does_not_exist(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))): KVFusion(**wrong)
 
 
 def test_a_setting_of_params_is_the_method(root):
-    """What `params.yaml` says of a fusion and of a teacher is what runs, field by field, and an unknown field is refused
+    """What `params.yaml` says of a fusion and of a teacher is what runs, field by field,
+        and an unknown field is refused
     by name."""
     teachers = load_params().teachers
     for setting in teachers.settings.values():
@@ -336,7 +342,8 @@ def test_no_teacher_left_and_wrong_weights(recorded, student):
     with pytest.raises(ValueError, match="no teacher is left for sample 5"): fuse([x.k for x in t], [none, none])
     with pytest.raises(ValueError, match="1 fixed weights for 2 teachers"):
         KVFusion(weights=(1.0,)).objective(model, model, fusion_targets, DistillConfig(steps=1, batch=4))
-    absent = TeacherRecording(recorded["b"].teacher, recorded["b"].data, recorded["b"].cache, torch.zeros(len(thought), dtype=torch.bool))
+    absent = TeacherRecording(recorded["b"].teacher, recorded["b"].data, recorded["b"].cache,
+        torch.zeros(len(thought), dtype=torch.bool))
     with pytest.raises(ValueError, match="teacher b is missing for all 40 problems"):
         make_fusion_targets(model, words, thought, {"b": absent})
 

@@ -170,7 +170,7 @@ def compress_kv(
             window = decode.pop("window", min(8, budget // 2))
             if not 0 < window < budget:
                 raise ValueError(
-                    f"budget {budget} does not exceed the window of {window} that R-KV always keeps: raise it or pass window="
+                    f"budget {budget} does not exceed the window of {window} that R-KV keeps: raise it or pass window="
                 )
             score = decode_score(cache, lam, window, text=at, **decode)
         else:

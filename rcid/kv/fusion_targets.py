@@ -97,8 +97,8 @@ def make_fusion_targets(
         mask = places.mask & h.available[:, None]
         if not mask.any():
             raise ValueError(
-                f"make_fusion_targets: teacher {name} is missing for all {len(thought)} problems: train it longer, or leave"
-                " it out"
+                f"make_fusion_targets: teacher {name} is missing for all {len(thought)} problems: train it longer, or"
+                " leave it out"
             )
         place = mask[:, None, None, :, None]
         k, v = places(h.cache.k) * place, places(h.cache.v) * place

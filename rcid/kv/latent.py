@@ -75,7 +75,8 @@ class _Trunk(nn.Module):
     ):
         at = input_ids == self.latent_id
         if not at.any() or not self.iterations:kw = dict(input_ids=input_ids)
-        elif past_key_values is not None:raise ValueError("latent places after a cache: give question and places in one pass")
+        elif past_key_values is not None:
+            raise ValueError("latent places after a cache: give question and places in one pass")
         else:
             kw = dict(inputs_embeds=self.thoughts(at, input_ids, attention_mask, position_ids))
         return self.trunk[0](

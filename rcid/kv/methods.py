@@ -89,7 +89,8 @@ class KVMethod(Method):
     def __post_init__(self):
         if not (self.thinks or self.a_cot): raise ValueError("KVMethod: every weight is 0: nothing to learn from")
         if not self.latents and self.kv and (not self.kv.warps or self.kv.places == "latents"):
-            raise ValueError("KVMethod: latents=0 leaves no places to match: use Warped(places='all'), or latents above 0")
+            raise ValueError(
+                "KVMethod: latents=0 leaves no places to match: use Warped(places='all'), or latents above 0")
 
     def whole_batch(self) -> bool: # a CKA compares the tokens of a batch with one another
         return bool(self.kv and self.kv.cka)

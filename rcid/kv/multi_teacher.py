@@ -56,8 +56,8 @@ class FusionObjective(Objective):
             )
         if method.weights is not None and len(method.weights) != len(targets):
             raise ValueError(
-                f"KVFusion: {len(method.weights)} fixed weights for {len(targets)} teachers ({', '.join(targets)}): give one"
-                " each"
+                f"KVFusion: {len(method.weights)} fixed weights for {len(targets)} teachers ({', '.join(targets)}):"
+                " give one each"
             )
         n = get_adapter(student).n_layers
         self.layers = dict(all=slice(n), shallow=slice((n + 1) // 2), deep=slice(n // 2, n))[method.depth]
@@ -159,7 +159,8 @@ def _mean(of: Tensor, rows: Tensor) -> Tensor: return of[rows].float().mean()
 
 @torch.no_grad()
 def routing(fusion_targets: FusionTargets) -> tuple[Float[Tensor, "problem teacher"], Bool[Tensor, "problem teacher"]]:
-    """Weights of the teachers in each problem after the last training, and which are available; a problem without any has
+    """Weights of the teachers in each problem after the last training,
+        and which are available; a problem without any has
     weights 0."""
     objective, t = fusion_targets.taken, fusion_targets.thought
     available, seq, device = objective.available, t.input_ids.shape[1], objective.student.device

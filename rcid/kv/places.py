@@ -30,7 +30,8 @@ def overlap_rows(
     """Weights of the teacher's tokens for each of the student's; a row sums to 1, or to 0 where the token shares no
     byte."""
     s, t = (torch.tensor(x).reshape(-1, 2) for x in (spans_s, spans_t))
-    both = (torch.minimum(s[:, None, 1], t[None, :, 1]) - torch.maximum(s[:, None, 0], t[None, :, 0])).clamp_min(0).float()
+    both = (torch.minimum(s[:, None, 1], t[None, :, 1]) - torch.maximum(s[:, None, 0], t[None, :,
+        0])).clamp_min(0).float()
     if how == "iou": both = both / ((s[:, 1] - s[:, 0])[:, None] + (t[:, 1] - t[:, 0])[None] - both).clamp_min(1)
     elif how == "last":                                                # a group ends where tokens of both end
         cuts = sorted({e for a, e in spans_s if e > a} & {e for a, e in spans_t if e > a})

@@ -93,11 +93,18 @@ class HeadwiseMapProjector(_Projector):
         frozen: bool = False, seed: int = 0
     ):
         super().__init__()
-        if min(heads_t, heads_s, dim_t, dim_s, n_layers) < 1: raise ValueError(f"HeadwiseMapProjector: heads {heads_t} -> {heads_s}, dims {dim_t} -> {dim_s}, {n_layers} layers: all must be at least 1")
-        self.settings = dict(heads_t=heads_t, heads_s=heads_s, dim_t=dim_t, dim_s=dim_s, n_layers=n_layers, share_dim_proj=share_dim_proj, init_uniform=init_uniform, seed=seed)
+        if min(heads_t, heads_s, dim_t, dim_s, n_layers) < 1:
+            sizes = f"heads {heads_t} -> {heads_s}, dims {dim_t} -> {dim_s}, {n_layers} layers"
+            raise ValueError(f"HeadwiseMapProjector: {sizes}: all must be at least 1")
+        self.settings = dict(heads_t=heads_t, heads_s=heads_s, dim_t=dim_t, dim_s=dim_s, n_layers=n_layers,
+            share_dim_proj=share_dim_proj, init_uniform=init_uniform, seed=seed)
         g = torch.Generator().manual_seed(seed)
         if head_weights is not None:
-            if tuple(head_weights.shape[-2:]) != (heads_s, heads_t): raise ValueError(f"HeadwiseMapProjector: head_weights {tuple(head_weights.shape)}, needs ({heads_s}, {heads_t}), with the layers before or not")
+            given, needed = tuple(head_weights.shape), (heads_s, heads_t)
+            if given[-2:] != needed:
+                raise ValueError(
+                    f"HeadwiseMapProjector: head_weights {given}, needs {needed}, with the layers before or not"
+                )
             mixer = head_weights.detach().float().expand(n_layers, -1, -1).clone()
         elif init_uniform: mixer = uniform_head_weights(heads_t, heads_s).expand(n_layers, -1, -1).clone()
         else:
@@ -110,9 +117,12 @@ class HeadwiseMapProjector(_Projector):
             for layer in dims: layer[:] = nn.init.orthogonal_(torch.empty(dim_t, dim_s), generator=g)
         self.mixer, self.dims = nn.Parameter(mixer), nn.Parameter(dims)
         self.freeze(frozen)
-    def forward(self, x: Float[Tensor, "batch layer kv_head_t seq d_t"]) -> Float[Tensor, "batch layer kv_head_s seq d_s"]:
+    def forward(
+        self, x: Float[Tensor, "batch layer kv_head_t seq d_t"]
+    ) -> Float[Tensor, "batch layer kv_head_s seq d_s"]:
         s = self.settings
-        _check(x, (x.shape[1] if s["n_layers"] == 1 and x.ndim == 5 else s["n_layers"], s["heads_t"], s["dim_t"]), "HeadwiseMapProjector")
+        layers = x.shape[1] if s["n_layers"] == 1 and x.ndim == 5 else s["n_layers"]
+        _check(x, (layers, s["heads_t"], s["dim_t"]), "HeadwiseMapProjector")
         layers = x.shape[1]
         mixed = torch.einsum("blhtd,lsh->blstd", x.to(self.mixer.dtype), self.mixer.expand(layers, -1, -1))
         return mixed @ self.dims.expand(layers, -1, -1, -1)

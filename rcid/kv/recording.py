@@ -146,7 +146,7 @@ def load_recording(teacher: Teacher, path: str | Path, tokenizer) -> TeacherReco
     cache, data = load_kv(path), encode_problems([Problem(*p) for p in note["problems"]], tokenizer)
     if data.content_hash() != note.get("tokens", data.content_hash()):
         raise ValueError(
-            f"teacher {teacher.name}: {path} was recorded through another tokenizer: pass the one of the teacher's folder"
+            f"teacher {teacher.name}: {path} was recorded through another tokenizer: pass that of the teacher's folder"
         )
     rope = Rope(torch.tensor(note["rope"]["inv_freq"]), note["rope"]["scaling"])
     return TeacherRecording(teacher, data, cache.to(torch.float32), torch.tensor(note["available"]), rope)

@@ -130,7 +130,8 @@ exclude_patterns = []
 '''
 CSS = '''div.cell div.cell_output img { background: white; padding: 4px; }
 div.cell details.admonition.hide { background: transparent; border: 0; box-shadow: none; padding: 0; margin: .2rem 0; }
-div.cell details.admonition.hide > summary > p.admonition-title { background: transparent; padding: .1rem 0; margin: 0 0 0 1.1rem;
+div.cell details.admonition.hide > summary > p.admonition-title { background: transparent; padding: .1rem 0;
+  margin: 0 0 0 1.1rem;
   font-size: var(--font-size--small); font-weight: normal; color: var(--color-foreground-secondary); }
 div.cell details.admonition.hide > summary > p.admonition-title::before { display: none; }
 div.cell_output pre { font-size: var(--code-font-size); max-height: 30em; }

@@ -1,6 +1,8 @@
-"""Debiased CKA of all layer pairs against torch_cka, ckatorch and the Gram form: python tests/benchmarks/cka.py [--envs FOLDER]
+"""Debiased CKA of all layer pairs against torch_cka, ckatorch and the Gram form: python tests/benchmarks/cka.py
+[--envs FOLDER]
 
-8 x 8 layers, d 576, n 512 and 2048 in fp32; CPU time in units of the 64 products X'Y, which run in between. Errors against the Gram form in float64.
+8 x 8 layers, d 576, n 512 and 2048 in fp32; CPU time in units of the 64 products X'Y, which run in between. Errors
+against the Gram form in float64.
 Then teacher and student, 30 x 10 layers on 4096 tokens: seconds and peak memory of `layer_cka`."""
 
 import argparse, tempfile

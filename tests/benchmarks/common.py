@@ -1,4 +1,5 @@
-"""What the benchmarks share: CPU time, memory, the models and pairs, and results.json. Peers import it too, in environments without rcid."""
+"""What the benchmarks share: CPU time, memory, the models and pairs, and results.json. Peers import it too, in
+environments without rcid."""
 
 import ctypes, json, os, platform, random, statistics, time
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""What every peer does: the sweep, one site after another, between plain forwards of the same model in the same process.
+"""What every peer does: the sweep, one site after another, between plain forwards of the same model in the same
+process.
 
 peers.py runs a peer_*.py in its own environment: python peer_NAME.py JOB_FOLDER OUT.json STRIDE"""
 

@@ -1,4 +1,5 @@
-"""nnsight: residuals of both sides saved in one trace each, then a trace for each site; and the same with the layers before the site skipped."""
+"""nnsight: residuals of both sides saved in one trace each, then a trace for each site; and the same with the layers
+before the site skipped."""
 
 import torch
 from nnsight import NNsight

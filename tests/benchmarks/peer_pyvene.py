@@ -1,4 +1,5 @@
-"""pyvene: a vanilla intervention on a block's output, with the source's representations cached, or run again for each site."""
+"""pyvene: a vanilla intervention on a block's output, with the source's representations cached, or run again for
+each site."""
 
 import pyvene, torch
 from peer import Job, measure, write

@@ -1,4 +1,5 @@
-"""TRL's GKDTrainer on the batch of step.py, off-policy (lmbda 0), forward KL (beta 0), against the plain loop in the same process. Run by step.py."""
+"""TRL's GKDTrainer on the batch of step.py, off-policy (lmbda 0), forward KL (beta 0), against the plain loop in the
+same process. Run by step.py."""
 
 import json, statistics, sys, time
 from importlib.metadata import version

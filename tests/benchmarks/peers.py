@@ -1,6 +1,8 @@
-"""The same sweep in TransformerLens, nnsight and pyvene: python tests/benchmarks/peers.py [--stride 10] [--envs FOLDER] [--only nnsight]
+"""The same sweep in TransformerLens, nnsight and pyvene: python tests/benchmarks/peers.py [--stride 10] [--envs
+FOLDER] [--only nnsight]
 
-Each peer has its own environment, made here with pip; one that cannot be made is left out with a note. Ours runs in this process, in units of the same plain forward.
+Each peer has its own environment, made here with pip; one that cannot be made is left out with a note. Ours runs in
+this process, in units of the same plain forward.
 A stride above 1 measures every n-th site, and the cost of all sites is counted from that."""
 
 import argparse, json, os, subprocess, sys, tempfile

@@ -1,6 +1,9 @@
-"""All benchmarks, one after the other, each in its own process: python tests/benchmarks/run.py [sweep] [peers] [step] [cka] [startup]
+"""All benchmarks, one after the other, each in its own process: python tests/benchmarks/run.py [sweep] [peers]
+[step] [cka] [startup]
 
-Prints every table, then a summary, and writes results.json beside this file; a part that is named alone replaces only its own numbers there. One thread unless OMP_NUM_THREADS says otherwise. About half an hour of CPU time; peers need the package index once.
+Prints every table, then a summary, and writes results.json beside this file; a part that is named alone replaces
+only its own numbers there. One thread unless OMP_NUM_THREADS says otherwise. About half an hour of CPU time; peers
+need the package index once.
 """
 
 import json, os, subprocess, sys

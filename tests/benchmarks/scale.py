@@ -1,6 +1,7 @@
 """What a finished run of another scale says: python tests/benchmarks/scale.py gpu COMMIT
 
-Reads .workspaces/gpu and writes tests/benchmarks/gpu.json: settings, models, experiments 1 to 5, stage times, machine, and the commit that its sources are. Refuses a run with stale stages or with sources
+Reads .workspaces/gpu and writes tests/benchmarks/gpu.json: settings, models, experiments 1 to 5, stage times,
+machine, and the commit that its sources are. Refuses a run with stale stages or with sources
 of another commit. nbs/guides/gpu_scale.ipynb shows the file."""
 
 import json, os, subprocess, sys

@@ -1,6 +1,7 @@
 """What an experiment costs before it does anything: python tests/benchmarks/startup.py [repeats]
 
-An empty notebook, and one that imports the sweep engine and the trainer, run as stages in a workspace of their own. CPU seconds of all processes, and wall time.
+An empty notebook, and one that imports the sweep engine and the trainer, run as stages in a workspace of their own.
+CPU seconds of all processes, and wall time.
 """
 
 import json, os, resource, shutil, statistics, subprocess, sys, tempfile, time

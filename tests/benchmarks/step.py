@@ -1,8 +1,12 @@
-"""A distillation step against a plain loop and TRL: python tests/benchmarks/step.py [--rounds 3] [--steps 4] [--quick] [--envs FOLDER]
+"""A distillation step against a plain loop and TRL: python tests/benchmarks/step.py [--rounds 3] [--steps 4]
+[--quick] [--envs FOLDER]
 
-Teacher SmolLM2-135M, ten-layer student, 16 clean + 16 corrupt prompts x 20 tokens; CPU time of a step, plain loop = 1.00. All train the same parameters in fp32.
-Runs are interleaved: a round runs each of them once, and a cost is the median over rounds of the ratio to the plain loop of that round.
-The parts are switched on one after the other in the plain loop; the last rows are `rcid.distill.distill` itself, which also packs both prompts of a pair into one row.
+Teacher SmolLM2-135M, ten-layer student, 16 clean + 16 corrupt prompts x 20 tokens; CPU time of a step, plain loop =
+1.00. All train the same parameters in fp32.
+Runs are interleaved: a round runs each of them once, and a cost is the median over rounds of the ratio to the plain
+loop of that round.
+The parts are switched on one after the other in the plain loop; the last rows are `rcid.distill.distill` itself,
+which also packs both prompts of a pair into one row.
 """
 
 import argparse, json, statistics, tempfile, time

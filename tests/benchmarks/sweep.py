@@ -1,6 +1,8 @@
-"""The patching sweep against the naive loop and its hand-counted floor: python tests/benchmarks/sweep.py [repeats] [costs] [errors] [prefilter] [memory]
+"""The patching sweep against the naive loop and its hand-counted floor: python tests/benchmarks/sweep.py [repeats]
+[costs] [errors] [prefilter] [memory]
 
-CPU process time in units of one full forward of the same batch, which runs in between. Needs artifacts/models/llama/teacher (`dvc repro models@llama`).
+CPU process time in units of one full forward of the same batch, which runs in between. Needs
+artifacts/models/llama/teacher (`dvc repro models@llama`).
 """
 
 import sys
