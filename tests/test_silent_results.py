@@ -1,5 +1,4 @@
-"""Results depend on the repository and its params alone; what is printed was measured; a green run says what it left
-out."""
+"""Results depend on the repository and its params alone; what is printed was measured; what was not seen is said."""
 
 import json, os, re, subprocess, sys
 from pathlib import Path
