@@ -58,7 +58,7 @@ endif
 
 # where a number of the paper comes from: stage, notebook cell, function, commit
 where: .venv/.ready
-	@$(BIN)/python -m rcid.report.provenance "$(KEY)"
+	@$(BIN)/python -m rcid.pipeline.provenance "$(KEY)"
 
 test: setup
 	$(call say,library notebooks)
