@@ -41,7 +41,7 @@ def accuracy_difference(
     return bootstrap_test(lambda w: w @ d / w.sum(1), clusters, n, seed)
 
 # %% ../../nbs/07_eval/09_differences.ipynb #d517b3ef
-FLOOR = 1e-3    # logits; where the LD difference that `effect_floor` asks for is not at hand
+FLOOR = 1e-3    # logits; for effects whose LD differences, which `effect_floor` asks for, are not at hand
 
 def mean_consistency(
     teacher: Float[np.ndarray, "pair site"], students: list[Float[np.ndarray, "pair site"]], weights: np.ndarray
