@@ -146,8 +146,7 @@ class KVObjective(Objective):
         return state
 
     @staticmethod
-    def _codi_maps(student: Float[Tensor, "row layer d_s"], teacher: Float[Tensor, "row layer d_t"]) -> dict[str,
-        Tensor]:
+    def _codi_maps(student: Float[Tensor, "row layer d_s"], teacher: Float[Tensor, "row layer d_t"]) -> dict:
         s, t = student.float(), teacher.float()
         mean_s, mean_t = s.mean(0), t.mean(0)                                                     # (layer, d)
         turns = []
@@ -157,19 +156,16 @@ class KVObjective(Objective):
 
     @torch.no_grad()
     def _speak(self, state: KVState) -> dict[str, Tensor]:
-        """Targets of all problems, from `targets_dir` if they are there: keys and values in the student's shape, not
-        the teacher's."""
+        "Targets of all problems, from `targets_dir` if they are there: keys and values in the student's shape."
         fitted = state.state_dict()
         frozen = content_hash(fitted, layout(fitted))
         code = code_hash(
             KVObjective.of_teacher, type(self.method), teacher_at_places, MapProjectionAligner, HeadwiseMapProjector,
-                KVCache,
-            compress_kv, rope_of, TimeWarper, with_latents, map_layers, ReasoningDataset, capture, get_adapter,
+            KVCache, compress_kv, rope_of, TimeWarper, with_latents, map_layers, ReasoningDataset, capture, get_adapter,
         )
         depends = (
             model_hash(self.teacher), computes_hash(self.teacher), self.data.content_hash(),
-                self.thought.content_hash(),
-            self.layers, repr(self.method), self.c.seed, frozen, code,
+            self.thought.content_hash(), self.layers, repr(self.method), self.c.seed, frozen, code,
         )
         folder = None if changed_by_hand(self.teacher) else self.c.targets_dir
         return kept_tensors(folder, depends, lambda: self._targets(state))
