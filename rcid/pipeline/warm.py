@@ -9,6 +9,7 @@ __all__ = ['LATE', 'OWN', 'STAGE', 'preload', 'unfit', 'serve', 'main', 'package
 # %% ../../nbs/09_pipeline/04_warm.ipynb #c07d55ab
 import gc, hashlib, importlib, json, os, pkgutil, re, select, shutil, signal, site, socket, subprocess, sys, tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from ..core.environment import PATH_AS_KERNEL, short_folder, stage_environment
 from ..core.paths import root
@@ -28,8 +29,7 @@ def preload():
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"    # as in a kernel
     from rcid.pipeline.stage import _papermill
     _papermill()
-    import rcid
-    found = [m.name for m in pkgutil.walk_packages(rcid.__path__, "rcid.")]
+    found = [m.name for m in pkgutil.walk_packages([str(package())], "rcid.")]
     for name in [*(n for n in found if not n.startswith("rcid.pipeline.")), *LATE]:
         try: importlib.import_module(name)
         except Exception: pass                                              # the stage that needs it says why
@@ -103,8 +103,7 @@ STAGE = ["python", "-m", "rcid.pipeline.stage"]
 
 def package() -> Path:
     "The folder of the package that runs here."
-    import rcid
-    return Path(rcid.__file__).resolve().parent
+    return Path(find_spec("rcid").origin).resolve().parent
 
 def stage_words(command: str, folder: str | Path, env: dict[str, str]) -> list[str] | None:
     "The words behind `python -m rcid.pipeline.stage`; None for what a fork of this package cannot do."
