@@ -25,7 +25,7 @@ LAUNCH = python -m rcid.pipeline$(if $(EXECUTOR), --executor $(EXECUTOR))$(if $(
 say = @echo "== $(1)"
 
 # README.md is rendered from nbs/index.ipynb, whose links start in nbs/.
-.PHONY: setup repro where test slurm-test faults bench lab docs readme tokenizers params clean-notebooks check clean
+.PHONY: setup repro where test slurm-test faults bench lab docs pictures readme tokenizers params clean-notebooks check clean
 
 .venv/.ready: settings.ini setup.py pyproject.toml
 	$(call say,installing into .venv (about 2 minutes: torch for CPU, transformers, DVC, nbdev, JupyterLab))
@@ -93,6 +93,10 @@ clean-notebooks: .venv/.ready
 # what a commit is checked for, of all files: marks of a merge, clean notebooks, modules as exported
 check: .venv/.ready
 	$(BIN)/python -m rcid.core.commits check
+
+# pictures of library notebooks, drawn anew and kept in them
+pictures: setup
+	$(BIN)/python -m rcid.pipeline.pictures
 
 docs: setup
 	$(call say,HTML of the library notebooks and the executed experiments in _docs/)

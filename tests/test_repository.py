@@ -166,6 +166,5 @@ def test_other_settings_for_a_scale():
     assert done.returncode == 0, done.stderr
     assert "rcid.pipeline.workspace gpu distill.steps=60 seeds=[42]" in done.stdout
     refused = dry("SET=distill.steps=60")
-    assert (
-        refused.returncode and "SET is for the other scales" in refused.stderr and "rcid.pipeline pilot" not in refused.stdout
-    )
+    assert refused.returncode and "SET is for the other scales" in refused.stderr
+    assert "rcid.pipeline pilot" not in refused.stdout
