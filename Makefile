@@ -25,7 +25,8 @@ LAUNCH = python -m rcid.pipeline$(if $(EXECUTOR), --executor $(EXECUTOR))$(if $(
 say = @echo "== $(1)"
 
 # README.md is rendered from nbs/index.ipynb, whose links start in nbs/.
-.PHONY: setup repro where test slurm-test faults bench lab docs pictures readme tokenizers params clean-notebooks check clean
+.PHONY: setup repro where test slurm-test faults bench lab docs pictures readme tokenizers params
+.PHONY: clean-notebooks check clean
 
 .venv/.ready: settings.ini setup.py pyproject.toml
 	$(call say,installing into .venv (about 2 minutes: torch for CPU, transformers, DVC, nbdev, JupyterLab))
