@@ -280,7 +280,8 @@ def staged_edit(clone: Path, name: str, edit):
 def with_outputs(nb: dict):
     code = [c for c in nb["cells"] if c["cell_type"] == "code"]
     for n, c in enumerate(code, 1): c["execution_count"] = n; c["metadata"]["execution"] = {"started": "now"}
-    code[-1]["outputs"] = [{"output_type": "error", "ename": "E", "evalue": "", "traceback": ["File /home/me/x.py"]}]
+    failed = {"output_type": "error", "ename": "E", "evalue": "", "traceback": ["File /home/me/x.py"]}
+    code[-1]["outputs"].append(failed)                                      # beside a picture, if it has one
     nb["metadata"]["language_info"] = {"name": "python", "version": "3.11.9"}
     nb["metadata"]["kernelspec"]["display_name"] = "Python 3 (ipykernel)"
 
