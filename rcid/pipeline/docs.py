@@ -13,6 +13,7 @@ from pathlib import Path
 from ..core.paths import root, atomic_file
 from ..core.environment import kernel_manager, short_folder
 from .deps import code_view, module_deps
+from .provenance import numbers_page
 from .stage import relative
 
 # %% ../../nbs/09_pipeline/08_docs.ipynb #bc389fbd
@@ -217,6 +218,8 @@ def build_docs(workers: int = 2) -> Path:
     (site/"static").mkdir(parents=True)
     print("executing the library notebooks that changed", flush=True)
     trees = library_pages(site, root()/"_proc"/"executed", workers) + [experiment_pages(site)]
+    (site/"numbers.md").write_text(numbers_page(), encoding="utf-8")
+    trees.append(_toctree("Numbers", ["numbers"]))
     guide = root()/"nbs"/"index.ipynb"
     nb = (
         page(execute(guide, root() / "_proc" / "executed"))

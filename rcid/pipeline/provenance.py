@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FLOORS', 'TAKEN_IN', 'Found', 'metrics_files', 'find_value', 'Stage', 'stages_by_output', 'notebook_of',
            'page_that_names', 'Line', 'lines_of', 'artifacts', 'find_artifact', 'Origin', 'last_commit', 'where',
-           'all_keys', 'told', 'origins_tex', 'main']
+           'all_keys', 'told', 'origins_tex', 'numbers_page', 'main']
 
 # %% ../../nbs/09_pipeline/10_provenance.ipynb #ab100003
 import ast, difflib, json, re, sys
@@ -264,6 +264,24 @@ def origins_tex(keys: list[str]) -> str:
         if first and first.function: place.append(_tt(first.function))
         lines.append(rf"{_tt(key)}\hypertarget{{where.{key}}}{{:}} {', '.join(place)}")
     return "\n\n".join(lines) + "\n"
+
+# %% ../../nbs/09_pipeline/10_provenance.ipynb #ab100023
+def _plain(text: str, most: int = 60) -> str:
+    "A text as code in a cell of a Markdown table."
+    text = text.replace("|", "/").replace("`", "'").replace("\n", " ")
+    return f"`{text if len(text) <= most else text[:most] + ' ...'}`"
+
+def numbers_page() -> str:
+    "Every value, table and figure of the paper in Markdown: its value, file, page and line, and how to make it again."
+    lines = ["# Where every number comes from", "", "`make where KEY=...` says the same, and more, of one; it also takes a cell"
+        " of a table: `exp2.llama.ioi.rcid.accuracy`.", "", "| key | value | file | line | again |", "|---|---|---|---|---|"]
+    for key in [*all_keys(), *(name for name in artifacts() if ":" in name)]:
+        o = where(key, commit=False)[0]
+        first = o.lines[0] if o.lines else None
+        at = f"{first.file}, {f'cell {first.cell}, ' if first.cell else ''}line {first.line}" if first else o.page
+        value = o.value if isinstance(o.value, str) else ""
+        lines.append(f"| `{key}` | {_plain(value) if value else ''} | {o.file} | {at} | `{o.command}` |")
+    return "\n".join(lines) + "\n"
 
 # %% ../../nbs/09_pipeline/10_provenance.ipynb #ab100021
 def main(argv: list[str]):
