@@ -86,9 +86,10 @@ def notebook_of(command: str) -> str:
 
 def page_that_names(file: str) -> str:
     "The experiment notebook whose code holds the path of a file, for one that `dvc.lock` does not know (yet)."
+    names = {file, file.rsplit(".", 1)[0]}                                  # figures are written without an ending
     for notebook in sorted((root()/"nbs"/"experiments").glob("*.ipynb")):
         texts = (n.value for n in ast.walk(parsed(code_view(notebook))) if isinstance(n, ast.Constant))
-        if file in texts: return notebook.relative_to(root()).as_posix()
+        if names & set(texts): return notebook.relative_to(root()).as_posix()
     return ""
 
 # %% ../../nbs/09_pipeline/10_provenance.ipynb #ab100009
@@ -272,9 +273,9 @@ def _plain(text: str, most: int = 60) -> str:
     return f"`{text if len(text) <= most else text[:most] + ' ...'}`"
 
 def numbers_page() -> str:
-    "Every value, table and figure of the paper in Markdown: its value, file, page and line, and how to make it again."
-    lines = ["# Where every number comes from", "", "`make where KEY=...` says the same, and more, of one; it also takes a cell"
-        " of a table: `exp2.llama.ioi.rcid.accuracy`.", "", "| key | value | file | line | again |", "|---|---|---|---|---|"]
+    "Every value, table and figure of the paper in Markdown: value, file, page and line, and how to make it again."
+    lines = ["# Where every number comes from\n", "`make where KEY=...` says the same, and more, of one; it takes cells"]
+    lines += ["of tables too: `exp2.llama.ioi.rcid.accuracy`.\n", "| key | value | file | line | again |", "|---|---|---|---|---|"]
     for key in [*all_keys(), *(name for name in artifacts() if ":" in name)]:
         o = where(key, commit=False)[0]
         first = o.lines[0] if o.lines else None
