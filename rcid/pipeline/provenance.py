@@ -274,8 +274,9 @@ def _plain(text: str, most: int = 60) -> str:
 
 def numbers_page() -> str:
     "Every value, table and figure of the paper in Markdown: value, file, page and line, and how to make it again."
-    lines = ["# Where every number comes from\n", "`make where KEY=...` says the same, and more, of one; it takes cells"]
-    lines += ["of tables too: `exp2.llama.ioi.rcid.accuracy`.\n", "| key | value | file | line | again |", "|---|---|---|---|---|"]
+    lines = ["# Where every number comes from\n", "`make where KEY=...` says more of one of them; it takes cells"]
+    lines += ["of tables too: `exp2.llama.ioi.rcid.accuracy`.\n"]
+    lines += ["| key | value | file | line | again |", "|---|---|---|---|---|"]
     for key in [*all_keys(), *(name for name in artifacts() if ":" in name)]:
         o = where(key, commit=False)[0]
         first = o.lines[0] if o.lines else None
