@@ -4,7 +4,8 @@ import json, random, re
 import pytest
 from conftest import ROOT
 from rcid.core.paths import read_json
-from rcid.pipeline.provenance import all_keys, artifacts, find_value, main, origins_tex, stages_by_output, where
+from rcid.pipeline.origins import numbers_page, origins_tex
+from rcid.pipeline.provenance import all_keys, artifacts, find_value, main, stages_by_output, where
 from rcid.report.paper import MARK, fill, keys_used
 from rcid.report.values import read_values
 from ruamel.yaml import YAML
@@ -104,3 +105,9 @@ def test_every_key_of_the_paper_has_a_line_in_the_list():
     keys = [k for k in keys_used(ROOT/"paper") if k in known]
     text = origins_tex(keys)
     assert len(keys) > 40 and [k for k in keys if rf"\hypertarget{{where.{k}}}{{:}}" not in text] == []
+
+
+def test_the_page_of_the_documentation_has_every_key():
+    text = numbers_page()
+    assert [k for k in [*all_keys(), *(a for a in artifacts() if ":" in a)] if f"| `{k}` |" not in text] == []
+    assert {line.count(" | ") for line in text.splitlines() if line.startswith("| `")} == {4}

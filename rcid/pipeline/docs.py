@@ -13,7 +13,7 @@ from pathlib import Path
 from ..core.paths import root, atomic_file
 from ..core.environment import kernel_manager, short_folder
 from .deps import code_view, module_deps
-from .provenance import numbers_page
+from .origins import numbers_page
 from .stage import relative
 
 # %% ../../nbs/09_pipeline/08_docs.ipynb #bc389fbd

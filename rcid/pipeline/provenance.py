@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['FLOORS', 'TAKEN_IN', 'Found', 'metrics_files', 'find_value', 'Stage', 'stages_by_output', 'notebook_of',
            'page_that_names', 'Line', 'lines_of', 'artifacts', 'find_artifact', 'Origin', 'last_commit', 'where',
-           'all_keys', 'told', 'origins_tex', 'numbers_page', 'main']
+           'all_keys', 'told', 'main']
 
 # %% ../../nbs/09_pipeline/10_provenance.ipynb #ab100003
 import ast, difflib, json, re, sys
+from functools import cache
 from pathlib import Path
 from typing import Iterator, NamedTuple
 from ..core.commands import CommandFailed, run_command
@@ -37,6 +38,13 @@ def _descend(node, parts: tuple[str, ...], path: tuple) -> Iterator[tuple[tuple,
                 if rest != parts: yield from _descend(row, rest, (*path, i))
             elif parts and parts[0] == str(i): yield from _descend(row, parts[1:], (*path, i))
 
+@cache
+def _read(file: Path, changed: int): return read_json(file)                 # an edited file has another time `changed`
+
+def _content(file: str):
+    "The JSON of a file; read once, as a list of origins asks for all files a hundred times."
+    return _read(root()/file, (root()/file).stat().st_mtime_ns)
+
 def metrics_files() -> dict[str, str]:
     "Every metrics file by its name with dots."
     folder = root()/"metrics"
@@ -47,7 +55,7 @@ def find_value(key: str) -> list[Found]:
     "Where a key leads: texts and numbers that the paper prints (`values`), and any field of a metrics file."
     files, found = metrics_files(), []
     for file in files.values():
-        values = read_json(root()/file)
+        values = _content(file)
         values = values.get("values") if isinstance(values, dict) else None
         for name in (key, f"claim.{key}"):
             if isinstance(values, dict) and name in values: found.append(Found(file, ("values", name), values[name]))
@@ -55,7 +63,7 @@ def find_value(key: str) -> list[Found]:
     parts = key.split(".")
     for n in range(len(parts) - 1, 0, -1):
         if (name := ".".join(parts[:n])) not in files: continue
-        content, rest = read_json(root()/files[name]), tuple(parts[n:])
+        content, rest = _content(files[name]), tuple(parts[n:])
         tops = [((), content)] + [((k,), v) for k, v in content.items() if isinstance(v, list)]
         for top, node in tops:
             found += [Found(files[name], path, value) for path, value in _descend(node, rest, top)]
@@ -69,8 +77,12 @@ class Stage(NamedTuple):
 
 def stages_by_output() -> dict[str, Stage]:
     "The stage of every output, from `dvc.lock` (of which only the layout that DVC gives it is used)."
+    return _stages((root()/"dvc.lock").read_text(encoding="utf-8"))
+
+@cache
+def _stages(lock: str) -> dict[str, Stage]:
     found, name, command, outputs = {}, "", "", False
-    for line in (root()/"dvc.lock").read_text(encoding="utf-8").splitlines():
+    for line in lock.splitlines():
         if m := re.fullmatch(r"  (\S+):", line): name, command, outputs = m[1], "", False
         elif m := re.fullmatch(r"    cmd: (.*)", line): command = m[1]
         elif m := re.fullmatch(r"    (\w+):", line): outputs = m[1] == "outs"
@@ -110,26 +122,35 @@ def _given(node: ast.AST) -> list[tuple[ast.AST, int]]:
     if isinstance(node, ast.keyword) and node.arg: return [(ast.Constant(node.arg), node.value.lineno)]
     return []
 
-def _pattern(node: ast.AST) -> tuple[str, int]:
-    "A text as a regular expression ({} of an f-string is anything), and how many letters of it are written out."
-    if isinstance(node, ast.Constant) and isinstance(node.value, str): return re.escape(node.value), len(node.value)
-    if not isinstance(node, ast.JoinedStr): return "", 0
+def _text(node: ast.AST) -> str | tuple[str, int] | None:
+    "A text; of an f-string a regular expression ({} is anything), and how many letters of it are written out."
+    if isinstance(node, ast.Constant): return node.value if isinstance(node.value, str) else None
+    if not isinstance(node, ast.JoinedStr): return None
     parts = [p.value if isinstance(p, ast.Constant) else None for p in node.values]
     return "".join(".+" if p is None else re.escape(p) for p in parts), sum(len(p or "") for p in parts)
+
+@cache
+def _texts(code: str) -> list[tuple[str | tuple[str, int], int, str, bool]]:
+    "(text, line, function, only read?) of all that may be a name in a code."
+    found = []
+    def visit(node, function):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)): function = node.name
+        given = _given(node)
+        for part, number in given or [(node, getattr(node, "lineno", 0))]:
+            if text := _text(part): found.append((text, number, function, not given))
+        for child in ast.iter_child_nodes(node): visit(child, function)
+    visit(parsed(code), "")
+    return found
 
 def _lines_of(file: str, code: str, names: list[str], cell: int | None = None) -> list[tuple[int, bool, Line]]:
     "(letters of a name that are written out, only read?, line) for the lines of a code that say one of the names."
     found, shown = {}, code.splitlines()
-    def visit(node, function):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)): function = node.name
-        given = _given(node)
-        for text, number in given or [(node, getattr(node, "lineno", 0))]:
-            pattern, letters = _pattern(text)
-            if letters < 2 or not any(re.fullmatch(pattern, name) for name in names): continue
-            line = Line(file, cell, function, number, shown[number - 1].strip())
-            found[line] = min((-letters, not given), found.get(line, (0, True)))
-        for child in ast.iter_child_nodes(node): visit(child, function)
-    visit(parsed(code), "")
+    for text, number, function, read in _texts(code):
+        if isinstance(text, str): letters, named = len(text), text in names
+        else: letters, named = text[1], text[1] > 1 and any(re.fullmatch(text[0], name) for name in names)
+        if not named or letters < 2: continue
+        line = Line(file, cell, function, number, shown[number - 1].strip())
+        found[line] = min((-letters, read), found.get(line, (0, True)))
     return [(-letters, read, line) for line, (letters, read) in found.items()]
 
 def _names_of(path: tuple) -> list[list[str]]:
@@ -142,15 +163,21 @@ def _names_of(path: tuple) -> list[list[str]]:
     spelled = [t.replace(".", "__") for t in tails if "." in t]
     return [[*tails, *spelled, *(f"{words[-1]}{end}" for end in (".tex", ".pdf") if "/" in words[-1])]]
 
+@cache
+def _cells(text: str, notebook: str) -> list[tuple[str, int, str, int]]:
+    cells = enumerate(json.loads(text)["cells"], 1)
+    return [(notebook, n, as_python("".join(c["source"])), 0) for n, c in cells if c["cell_type"] == "code"]
+
+@cache
+def _modules(code: str, folder: Path) -> list[str]: return module_deps(code)
+
 def lines_of(found: Found, notebook: str) -> list[Line]:
     """The lines that name a value,
         the likeliest first: the more of its key is written out the better; then given before
     read, in a function before outside of one, the page before the modules that it reaches,
         and of these the nearest floor."""
-    cells = json.loads((root()/notebook).read_text(encoding="utf-8"))["cells"]
-    codes = [(notebook, n, as_python("".join(c["source"])), 0) for n, c in enumerate(cells, 1)
-        if c["cell_type"] == "code"]
-    for module in module_deps(code_view(root()/notebook)):
+    codes = list(_cells((root()/notebook).read_text(encoding="utf-8"), notebook))
+    for module in _modules(code_view(root()/notebook), root()):
         floor = module.split("/")[1]
         if floor not in FLOORS: continue
         codes.append((module, None, (root()/module).read_text(encoding="utf-8"), 1 + FLOORS.index(floor)))
@@ -230,7 +257,7 @@ def all_keys() -> dict[str, str]:
     "Every key that the paper may print, and its metrics file."
     keys = {}
     for file in metrics_files().values():
-        content = read_json(root()/file)
+        content = _content(file)
         values = content.get("values") if isinstance(content, dict) else None
         if isinstance(values, dict): keys |= {k: file for k in values}
     return dict(sorted(keys.items()))
@@ -247,43 +274,6 @@ def told(o: Origin) -> str:
     if first: rows += [("line", f"{at(first)}: {first.text}")] + [("or", f"{at(x)}: {x.text}") for x in others]
     rows += [("commit", o.commit or "not committed"), ("again", o.command)]
     return "\n".join(f"{name:8}{text}" for name, text in rows)
-
-# %% ../../nbs/09_pipeline/10_provenance.ipynb #ab100019
-def _tt(text: str) -> str:
-    "Plain text in typewriter letters as LaTeX."
-    return r"\texttt{" + re.sub(r"([_#%&$])", r"\\\1", text) + "}"
-
-def origins_tex(keys: list[str]) -> str:
-    "A LaTeX list of where each key comes from, a paragraph each with an anchor `where.KEY`."
-    lines = []
-    for key in keys:
-        origin = where(key, commit=False)[0]
-        first = origin.lines[0] if origin.lines else None
-        place = [f"page {_tt(Path(origin.page).stem)}"]
-        if first and first.cell: place.append(f"cell {first.cell}")
-        elif first: place.append(_tt(first.file))
-        if first and first.function: place.append(_tt(first.function))
-        lines.append(rf"{_tt(key)}\hypertarget{{where.{key}}}{{:}} {', '.join(place)}")
-    return "\n\n".join(lines) + "\n"
-
-# %% ../../nbs/09_pipeline/10_provenance.ipynb #ab100023
-def _plain(text: str, most: int = 60) -> str:
-    "A text as code in a cell of a Markdown table."
-    text = text.replace("|", "/").replace("`", "'").replace("\n", " ")
-    return f"`{text if len(text) <= most else text[:most] + ' ...'}`"
-
-def numbers_page() -> str:
-    "Every value, table and figure of the paper in Markdown: value, file, page and line, and how to make it again."
-    lines = ["# Where every number comes from\n", "`make where KEY=...` says more of one of them; it takes cells"]
-    lines += ["of tables too: `exp2.llama.ioi.rcid.accuracy`.\n"]
-    lines += ["| key | value | file | line | again |", "|---|---|---|---|---|"]
-    for key in [*all_keys(), *(name for name in artifacts() if ":" in name)]:
-        o = where(key, commit=False)[0]
-        first = o.lines[0] if o.lines else None
-        at = f"{first.file}, {f'cell {first.cell}, ' if first.cell else ''}line {first.line}" if first else o.page
-        value = o.value if isinstance(o.value, str) else ""
-        lines.append(f"| `{key}` | {_plain(value) if value else ''} | {o.file} | {at} | `{o.command}` |")
-    return "\n".join(lines) + "\n"
 
 # %% ../../nbs/09_pipeline/10_provenance.ipynb #ab100021
 def main(argv: list[str]):
