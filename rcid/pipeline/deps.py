@@ -145,16 +145,26 @@ def module_deps(code: str) -> list[str]:
     return sorted(seen)
 
 # %% ../../nbs/09_pipeline/01_deps.ipynb #45aaf00d
-def tables_read(code: str) -> list[str]:
+@cache
+def _named_tables(text: str) -> frozenset[str]:
+    "The names that a code gives to `embedded`; `*` for one that is not written out."
+    names = set()
+    for node in ast.walk(parsed(text)):
+        if not isinstance(node, ast.Call): continue
+        if "embedded" not in (getattr(node.func, "id", ""), getattr(node.func, "attr", "")): continue
+        name = node.args[0] if node.args else node.keywords[0].value
+        names.add(name.value if isinstance(name, ast.Constant) else "*")
+    return frozenset(names)
+
+def tables_read(
+    code: str,
+    modules: list[str] | None = None  # that it reaches; None: `module_deps`
+) -> list[str]:
     "The tables (paths from the root) that this code, or a module that it reaches, reads with `embedded`."
-    found = set()
-    for text in (code, *((root()/m).read_text(encoding="utf-8") for m in module_deps(code))):
-        for node in ast.walk(parsed(text)):
-            if not isinstance(node, ast.Call): continue
-            if "embedded" not in (getattr(node.func, "id", ""), getattr(node.func, "attr", "")): continue
-            name = node.args[0] if node.args else node.keywords[0].value
-            if isinstance(name, ast.Constant): found.add(f"data/{name.value}.json")
-            else: found |= {f"data/{f.name}" for f in (root()/"data").glob("*.json")}
+    modules, names = module_deps(code) if modules is None else modules, set()
+    for text in (code, *((root()/m).read_text(encoding="utf-8") for m in modules)): names |= _named_tables(text)
+    found = {f"data/{name}.json" for name in names - {"*"}}
+    if "*" in names: found |= {f"data/{f.name}" for f in (root()/"data").glob("*.json")}
     return sorted(found)
 
 # %% ../../nbs/09_pipeline/01_deps.ipynb #335e335d
@@ -162,6 +172,7 @@ def write_code_views(target: str | Path = "artifacts/code"):
     "Writes what every experiment notebook runs: its code, and the SHA-256 of each module and table that it reaches."
     for notebook in sorted((root()/"nbs"/"experiments").glob("*.ipynb")):
         code = code_view(notebook)
-        files = [*module_deps(code), *tables_read(code)]
+        modules = module_deps(code)
+        files = [*modules, *tables_read(code, modules)]
         lines = [f"\n# {sha256(root()/f) if (root()/f).exists() else 'is not here'}  {f}" for f in files]
         with atomic_file(root()/target/f"{notebook.stem}.py") as f: f.write(code + "".join(lines) + "\n")
