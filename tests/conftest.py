@@ -101,6 +101,14 @@ def assert_shows(committed: str, make, record):
     assert [len(line) for line in cells(committed)] == [len(line) for line in versions[1]]
 
 
+def pytest_collection_modifyitems(config, items):
+    "Two processes (`pytest -n 2 --dist loadgroup`) share the tests by file; those on the one workspace stay together."
+    if not config.pluginmanager.hasplugin("xdist"): return
+    for item in items:
+        group = "workspace" if "workspace" in item.fixturenames else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 def pytest_terminal_summary(terminalreporter):
     "Skipped tests are counted by reason: a green run says what it did not look at."
     reasons = Counter(

@@ -125,7 +125,8 @@ def test_methods_are_compared_on_both_metrics(tmp_path):
 
 def save_effects(path, effects: np.ndarray, **more):
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"effects": effects.astype(np.float32), **more}, path)
+    ld = dict(ld_clean=np.full(len(effects), 2, np.float32), ld_corrupt=np.full(len(effects), -2, np.float32))
+    save_file({"effects": effects.astype(np.float32), **ld, **more}, path)
 
 
 def fused(setting: str, seed: int, effects: np.ndarray, teachers=("llama", "qwen3")) -> dict:
@@ -136,6 +137,7 @@ def fused(setting: str, seed: int, effects: np.ndarray, teachers=("llama", "qwen
         setting=setting,
         seed=seed,
         effects=effects,
+        floor=4e-4,
         right=np.arange(len(effects)) % 5 > 0,
         top1=.8,
         teachers=list(teachers),
@@ -150,8 +152,8 @@ def family() -> tuple[list[dict], dict]:
     rng = np.random.default_rng(0)
     llama, qwen3 = rng.normal(size=(2, 60, 2))
     teachers = {
-        "llama": dict(effects=llama, columns=[0, 1], clusters=np.arange(60)),
-        "qwen3": dict(effects=qwen3, columns=[2, 3], clusters=np.arange(60)),
+        "llama": dict(effects=llama, floor=4e-4, columns=[0, 1], clusters=np.arange(60)),
+        "qwen3": dict(effects=qwen3, floor=4e-4, columns=[2, 3], clusters=np.arange(60)),
     }
     students = []
     for seed in (1, 2):
@@ -173,6 +175,13 @@ def test_whose_mechanism_is_found(family):
     assert found["single_llama", "llama"] == found["single_llama", "lean"] == "higher"
     assert found["none", "lean"] == found["fixed", "lean"] == "same"
     assert len(EXP7.teacher_tests(students, {"llama": teachers["llama"]}, n=100)) == 2 * 2, "one teacher, no lean"
+
+
+def test_effects_below_their_floor_are_constant(family):
+    students, teachers = family
+    faint = [fused("none", 1, 1e-5 * students[0]["effects"])]
+    assert np.isnan(EXP7.consistency_of(teachers["llama"], faint))
+    assert not np.isnan(EXP7.consistency_of(teachers["llama"], [{**faint[0], "floor": 1e-6}]))
 
 
 def test_a_student_without_effects_has_no_consistency(family):
@@ -214,6 +223,7 @@ def test_a_teacher_is_read_at_its_sites(tmp_path):
     save_effects(tmp_path/"artifacts"/"kv_teachers"/"llama"/"effects.safetensors", effects, clusters=np.array([0, 1]))
     teacher = EXP7.read_teacher("llama", tmp_path)
     assert teacher["columns"] == [3, 0] and teacher["effects"].tolist() == [[5, 0], [11, 6]]
+    assert teacher["floor"] == pytest.approx(4e-4), "a ten-thousandth of the difference of 4 logits"
 
 
 @pytest.mark.parametrize("name, printed", [

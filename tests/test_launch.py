@@ -55,3 +55,17 @@ def test_an_input_that_changes_meanwhile(tmp_path, serial):
 def test_what_cannot_run_is_said_in_a_line(tmp_path, words, line):
     code, said = toy.launch(toy.make(tmp_path/"toy"), *words, PATH="/nowhere")
     assert code == 1 and re.search(line, said.splitlines()[-1]) and "Traceback" not in said, said
+
+
+@pytest.mark.slow
+def test_what_comes_first_comes_first(tmp_path, serial):
+    "One worker, and a training that would be the last: it is the first, and the results are the same."
+    def order(name, *words):
+        folder = toy.make(tmp_path/name)
+        code, said = toy.launch(folder, "--workers", "1", *words, **FAST)
+        assert code == 0 and toy.results(folder) == serial, said
+        return re.findall(r"^ran +train@(\w+)", said, re.M)
+    usual = order("usual")
+    assert order("asked", "--first", f"train@{usual[-1]}") == [usual[-1], *usual[:-1]]
+    code, said = toy.launch(toy.make(tmp_path/"other"), "--first", "nothing")
+    assert code == 1 and "rcid: --first nothing: there is no such stage" in said and "Traceback" not in said, said

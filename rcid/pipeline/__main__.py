@@ -111,6 +111,7 @@ def launch(
     executor: str = "local",
     verify: bool = False,
     folder: str | Path | None = None,
+    first: tuple[str, ...] = (),                 # of the targets, those to begin with
 ) -> int:
     "Runs the stale stages among `targets` (all when empty); returns the exit status."
     folder = Path(folder or root()).resolve()
@@ -124,7 +125,7 @@ def launch(
             pipeline = Pipeline(folder, targets)
             if verify:
                 for path in pipeline.damaged(): print(f"damaged {path}: is made again", flush=True)
-            run = Run(pipeline, executor, report)
+            run = Run(pipeline, executor, report, first)
             if not run.planned: print("nothing to do: dvc.lock is up to date"); return 0
             print(
                 f"{len(run.planned)} of {len(run.state)} stages to look at, {len(executor.slots)}"
@@ -214,6 +215,13 @@ def main(argv: list[str]) -> int:
         action="store_true",
         help="read every output and compare its hash with dvc.lock (DVC alone trusts size and time)",
     )
+    parser.add_argument(
+        "--first",
+        nargs="+",
+        default=[],
+        metavar="STAGE",
+        help="begin with these and all that they need",
+    )
     args = parser.parse_args(argv)
     from dvc.exceptions import DvcException
     # what it would warn of, the launcher says itself
@@ -224,7 +232,9 @@ def main(argv: list[str]) -> int:
             lines, good = check()
             print(*lines, sep="\n")
             return int(not good)
-        return launch(tuple(args.targets), args.workers, args.executor, args.verify)
+        return launch(
+            tuple(args.targets), args.workers, args.executor, args.verify, first=tuple(args.first)
+        )
     except (DvcException, OSError, ValueError, RuntimeError) as e:
         print(f"rcid: {one_line(e)}", file=sys.stderr)
         return 1
