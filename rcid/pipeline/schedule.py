@@ -64,7 +64,7 @@ class Stopped(KeyboardInterrupt):
 class Run:
     "One run of the stale stages of a pipeline on an executor."
     def __init__(self, pipeline: Pipeline, executor, report=None,
-        first: tuple[str, ...] = ()              # stages, with all that they need, before others where there is a choice
+        first: tuple[str, ...] = ()              # stages that go, with all that they need, before the others
     ):
         self.pipeline, self.executor, self.report = pipeline, executor, report or (lambda run, event: None)
         self.times = Times(pipeline.root/"logs"/"launch"/"times.json")

@@ -1,6 +1,6 @@
 """Minutes of a default run by part, for two commits run one after the other on one machine:
-python tests/benchmarks/parts.py BEFORE AFTER SECONDS_BEFORE SECONDS_AFTER, folders with a finished `make repro`, and what
-the clock said of it. Writes parts.json."""
+python tests/benchmarks/parts.py BEFORE AFTER SECONDS_BEFORE SECONDS_AFTER, folders with a finished `make repro` and
+what the clock said of it. Writes parts.json."""
 
 import json, os, platform, subprocess, sys
 from pathlib import Path
