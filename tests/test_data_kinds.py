@@ -1,4 +1,4 @@
-"""Kinds of corruption: the same rows in the same order, each changed where it says; the classic kind as it always was."""
+"""Kinds of corruption: the same rows in the same order, each changed where it says; the classic kind as it was."""
 import re
 from dataclasses import replace
 import pytest, torch
@@ -17,8 +17,7 @@ from rcid.data import (
     save_pairs,
     styled_problems,
 )
-from rcid.data import arithmetic, winogrande
-from rcid.data.ioi import CORRUPTIONS, VARIANTS
+from rcid.data import arithmetic, ioi, winogrande
 from rcid.data.names import SPLITS, split_of
 from rcid.data.pairs import Row
 from rcid.data.reasoning_pairs import reasoning_rows
@@ -28,7 +27,14 @@ from test_tasks import FORMS, small, tokenizer  # fixtures
 
 FORMS = {"ioi": dict(task="ioi"), **FORMS}
 # what IOI says at IO, S1 and S2 in place of the clean io, s, s; t is a third name
-SAID = {"s2": "io s io", "s2_new": "io s t", "names": "s io io", "s1_new": "io t s", "io_new": "t s s", "order": "s io s"}
+SAID = {
+    "s2": "io s io",
+    "s2_new": "io s t",
+    "names": "s io io",
+    "s1_new": "io t s",
+    "io_new": "t s s",
+    "order": "s io s",
+}
 
 # content hashes of the classic pairs (24 test pairs, seed 0, without the role s1+1) before there were other kinds
 GOLDEN = {}
@@ -102,13 +108,13 @@ def test_a_kind_that_a_task_lacks(small):
             lambda: load_kinds(task, small[False], [corruptions(task)[0], "digit"]),
             lambda: load_kinds(task, small[False], "digit"),
         ):
-            with pytest.raises(ValueError, match=f"task '{task}' has no corruption 'digit': there are {has}$") as e: load()
-            assert "\n" not in str(e.value)
+            with pytest.raises(ValueError, match=f"^task '{task}' has no corruption 'digit': there are {has}$"): load()
     with pytest.raises(ValueError, match="no kind of corruption asked for: there are twin, options"):
         load_kinds("winogrande", small[False], [])
     with pytest.raises(ValueError, match="unknown task 'chess'"): corruptions("chess")
     for task, rows in TASKS.items():
-        with pytest.raises(ValueError, match="unknown .* corruption 'chess'"): next(rows(small[False], corruption="chess"))
+        with pytest.raises(ValueError, match="unknown .* corruption 'chess'"):
+            next(rows(small[False], corruption="chess"))
 
 
 def test_a_task_of_one_kind(small, monkeypatch):
@@ -123,10 +129,10 @@ def test_a_task_of_one_kind(small, monkeypatch):
 
 # IOI
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ioi.VARIANTS)
 def test_ioi_names_stand_where_the_kind_puts_them(tokenizer, variant):
     kinds = load_kinds("ioi", tokenizer, n=24, variant=variant)
-    assert tuple(kinds) == CORRUPTIONS == tuple(SAID)
+    assert tuple(kinds) == ioi.CORRUPTIONS == tuple(SAID)
     assert kinds["s2"].clean_ids.equal(load_pairs("ioi", tokenizer, n=24, variant=variant).clean_ids)  # none is dropped
     names, thirds = embedded("names")["first_names"], set()
     for kind, p in kinds.items():
@@ -249,7 +255,8 @@ def test_kinds_are_kept_on_disk_and_are_no_part_of_the_hash(small, tmp_path):
     assert (back.corruption, back.keeps_answer, back.is_modified) == ("order", True, p.is_modified)
     assert replace(p, corruption="", keeps_answer=False).content_hash() == p.content_hash() == back.content_hash()
     note = read_json(tmp_path/"test@order"/"pairs.json")
-    write_json(tmp_path/"test@order"/"pairs.json", {k: v for k, v in note.items() if k not in ("corruption", "keeps_answer")})
+    for name in ("corruption", "keeps_answer"): del note[name]
+    write_json(tmp_path/"test@order"/"pairs.json", note)
     assert load_saved_pairs(tmp_path/"test@order").corruption == ""         # written before there were kinds
 
 
