@@ -6,8 +6,10 @@ import numpy as np
 import pytest, torch
 from conftest import ARCHS
 from rcid.causal import Mediation, Site, answer_logit_diff, causal_effects, choose_sites, integrated_effects
-from rcid.causal import all_positions, attribution_effects, load_mediation, mediation, naive_effects, score_sites
+from rcid.causal import all_positions, attribution_effects, load_mediation, mediation, naive_effects, read
+from rcid.causal import score_sites
 from rcid.causal.mediation import forced_cells
+from rcid.causal.sites import _gradients_on_the_way
 from rcid.core.resampling import band, name_weights
 from rcid.core.tensors import save_tensors
 from rcid.data import load_pairs
@@ -111,6 +113,7 @@ def test_what_waits_at_s2_and_what_has_arrived(kinds, a, b):
     found = mediation(hand_over(a, b), kinds["s2"])
     share = b / (a + b)
     want = torch.tensor([[0, 0, share, 1 - share], [0, 0, 0, 1]])
+    assert repr(found) == "Mediation(classic: 4 pairs; 2 layers x io, s1, s2, end)"
     assert found.kinds == ["classic"] and found.n_layers == 2 and found.roles == ["io", "s1", "s2", "end"]
     assert torch.allclose(found.fraction[0], want, atol=1e-5)
     m = min(share, 1 - share)
@@ -493,3 +496,15 @@ def test_the_estimate_conserves_the_gap_at_the_answer(models, tokenizers):
         whole = integrated_effects(model, pairs, last, batch_size=2)[:, 0]
         assert torch.allclose(whole, clean - corrupt, atol=float(1e-2 * (clean - corrupt).abs().mean())), arch
         model.requires_grad_(True)
+
+
+def test_the_start_of_the_way_is_attribution_patching(models, tokenizers):
+    model, pairs = models["llama"], ioi("llama", tokenizers, n=5)
+    layers = [Site(l) for l in range(get_adapter(model).n_layers)]
+    clean, corrupt = (read(model, ids, layers, pairs.attention_mask) for ids in (pairs.clean_ids, pairs.corrupt_ids))
+    gradients = _gradients_on_the_way(model, pairs, clean, corrupt, 0.0)
+    want = attribution_effects(model, pairs).view(len(pairs), len(layers), -1)
+    for l, site in enumerate(layers):
+        every = ((clean[site] - corrupt[site]) * gradients[l]).sum(-1)
+        at_roles = torch.stack([every.gather(1, p[:, None])[:, 0] for p in pairs.key_positions.values()], 1)
+        assert torch.allclose(at_roles, want[:, l], atol=float(1e-4 * want.abs().max())), l
