@@ -6,7 +6,7 @@ from conftest import ARCHS, real
 from rcid.distill import model_hash
 from rcid.models import blocks_map, get_adapter, identity_blocks, load_model, logits_differ, permuted_heads, rotated
 from rcid.models import save_model
-from rcid.models.rewrite import SAME, head_orders, random_rotation
+from rcid.models.rewrite import SAME, head_orders, random_isometry
 
 IDS = torch.randint(3, 200, (2, 16), generator=torch.Generator().manual_seed(1))
 
@@ -132,7 +132,7 @@ def test_biases_of_writers_are_silenced_and_turned():
 
 
 def test_the_residual_stream_is_turned_and_nothing_else(model):
-    turn, new = random_rotation(64, 5).float(), rotated(model, seed=5)
+    turn, new = random_isometry(64, 64, 5).float(), rotated(model, seed=5)
     for old, now in zip(hidden(model), hidden(new), strict=True):
         assert torch.allclose(now, old @ turn, atol=1e-5 * float(old.abs().max()) + 1e-5)
         assert not torch.allclose(now, old, atol=.1)
