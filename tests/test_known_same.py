@@ -29,7 +29,7 @@ def rewrites(n: int) -> dict:
     return {name: (rewrite, blocks_map(n, after)) for name, (rewrite, after) in made.items()}
 
 
-def trained(tokenizer, kinds, steps=200, batch=24, seed=0):
+def trained(tokenizer, kinds, steps=80, batch=24, seed=0):
     "A model that answers the clean prompt and, on the classic kind, the corrupt one."
     spec = {"arch": "llama", "vocab": len(tokenizer), "layers": LAYERS, "seed": seed}
     model = load_model(spec, dtype="float32", device="cpu")[0]
