@@ -18,7 +18,7 @@ def smallest_detectable(
     df: int | None = None,                           # units less one, where the standard error comes from few of them
 ) -> float:
     "Smallest difference that a comparison finds with this power; NaN where the spread is unknown."
-    from scipy.stats import norm, t
+    from scipy.stats import norm
     if not 0 < alpha < 1 or not 0 < power < 1:
         raise ValueError(f"smallest_detectable: alpha={alpha} and power={power} must lie between 0 and 1")
     spread = np.asarray(spread, float)
@@ -26,8 +26,16 @@ def smallest_detectable(
     if spread.ndim: error = float(known.std(ddof=1)) if known.size > 1 else np.nan
     else: error = float(spread)
     if error < 0: raise ValueError(f"smallest_detectable: a standard error of {error} is below 0")
-    quantile = norm.ppf if df is None else t(df).ppf
-    return float((quantile(1 - alpha / 2) + quantile(power)) * error)
+    errors = norm.ppf(1 - alpha / 2) + norm.ppf(power) if df is None else _errors_of_t(power, alpha, df)
+    return float(errors * error)
+
+def _errors_of_t(power: float, alpha: float, df: int) -> float:
+    "How many standard errors a two-sided t test with `df` finds with this power: a root of the noncentral F."
+    from scipy.optimize import brentq
+    from scipy.stats import ncf, t
+    critical = t(df).ppf(1 - alpha / 2)**2
+    def lacks(errors): return ncf(1, df, errors**2).sf(critical) - power       # t squared is F
+    return brentq(lacks, 1e-6, 10 * (critical**.5 + 1))
 
 # %% ../../nbs/07_eval/14_power.ipynb #c140000a
 DIFFERS, EQUAL, OPEN = "differs", "equal within the bound", "not resolved"
