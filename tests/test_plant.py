@@ -20,7 +20,7 @@ from rcid.eval.plant import (
     solved,
     twins,
 )
-from rcid.eval.planting import Rerouting, close_attention, fresh, gated, live_layers, skipping, stacked
+from rcid.eval.planting import Rerouting, carried_by, close_attention, fresh, gated, live_layers, skipping, stacked
 from rcid.models import get_adapter
 
 SIZES = dict(layers=3, d_model=32, heads=2, kv_heads=1, d_mlp=64)
@@ -45,18 +45,18 @@ def qwen(make_model, tokenizers):
 def grow(recipe: str, teacher, pairs, held, seed=0):
     "One plant of a recipe by name, in very few steps."
     options = dict(held=held, config=BRIEF)
-    other = replace(pairs, corrupt_ids=pairs.clean_ids)
+    turned = replace(pairs, clean_ids=pairs.corrupt_ids, corrupt_ids=pairs.clean_ids)
     if recipe == "live_attention": return live_attention(teacher, pairs, [1], seed, **options)
     if recipe == "rerouted": return rerouted(teacher, pairs, (0, 2), ROLE, seed, **options)
     if recipe == "dose": return dose(teacher, pairs, (0, 2), 0.3, seed, **options)
     if recipe == "shortcut":
-        kinds = {"s2": pairs, "none": other}
-        return shortcut(teacher, kinds, "none", [1], seed, held=kinds, config=BRIEF)
+        kinds = {"s2": pairs, "turned": turned}
+        return shortcut(teacher, kinds, "turned", (0, 2), seed, held=kinds, config=BRIEF)
     if recipe == "twins": return twins(teacher, *solved(pairs), seeds=(seed,), held=held, steps=2, batch=8)[0]
     return random_weights(teacher, seed, held=held)
 
 
-RECIPES = {"live_attention": [1], "rerouted": [0, 2], "dose": [0, 2], "shortcut": [1]}
+RECIPES = {"live_attention": [1], "rerouted": [0, 2], "dose": [0, 2], "shortcut": [0, 2]}
 TRAINED = (*RECIPES, "twins")
 
 
@@ -295,7 +295,7 @@ def test_a_small_teacher_is_made_from_its_seed(root):
 def test_what_cannot_be_planted_is_refused(qwen):
     teacher, pairs, held = qwen
     options = dict(held=held, config=BRIEF)
-    without = replace(pairs, key_positions={}, is_modified={})
+    without, kinds = replace(pairs, key_positions={}, is_modified={}), {"s2": pairs, "x": pairs}
     for bad, words in (
         (lambda: live_attention(teacher, pairs, [3], **options), "within 0..2"),
         (lambda: live_attention(teacher, pairs, [], **options), "name at least one"),
@@ -306,14 +306,15 @@ def test_what_cannot_be_planted_is_refused(qwen):
         (lambda: rerouted(teacher, pairs, (0, 2), "s1", **options), "does not come after the changed word"),
         (lambda: rerouted(teacher, pairs, (0, 2), "s2", **options), "does not come after the changed word"),
         (lambda: rerouted(teacher, pairs, (0, 2), "end", **options), "does not come before 'end'"),
-        (lambda: rerouted(teacher, pairs, (2, 0), ROLE, **options), "read after it was written"),
+        (lambda: rerouted(teacher, pairs, (2, 0), ROLE, **options), "the first has written"),
         (lambda: rerouted(teacher, pairs, (0, 3), ROLE, **options), "within 0..2"),
         (lambda: rerouted(teacher, without, (0, 2), ROLE, **options), "have no role 's2\\+1' .they have none."),
         (lambda: next_token(without, "s2"), "have no role 's2'"),
         (lambda: next_token(pairs, "end"), "nothing comes after it"),
-        (lambda: shortcut(teacher, {"s2": pairs}, "s1_new", [1], held={"s2": held}), "there are s2"),
-        (lambda: shortcut(teacher, {"s2": pairs, "x": pairs[:3]}, "x", [1], held={"s2": held, "x": held}), "same rows"),
-        (lambda: shortcut(teacher, {"s2": pairs}, "s2", [1], held={"s2": held}, taken_for="?"), "clean or classic"),
+        (lambda: shortcut(teacher, {"s2": pairs}, "io_new", (0, 2), held={"s2": held}), "there are s2"),
+        (lambda: shortcut(teacher, {"s2": pairs}, "s2", (0, 2), held={"s2": held}), "after the classic one"),
+        (lambda: shortcut(teacher, kinds, "x", (2, 0), held=kinds), "the first has written"),
+        (lambda: shortcut(teacher, kinds, "x", (0, 2), held=kinds, changed="verb"), "no role 'verb'"),
         (lambda: stacked({}), "no kinds"),
         (lambda: stacked({"a": pairs, "b": without}), "other roles"),
         (lambda: behaviour(teacher, teacher, pairs[:0]), "no pairs"),
@@ -332,5 +333,18 @@ def test_the_exchange_is_between_the_layers(qwen):
     rows = torch.arange(8)
     same = replace(pairs, corrupt_ids=pairs.clean_ids)
     for data, equal in ((same, True), (pairs, False)):
-        kl, own, _ = Rerouting(carrier=ROLE, after=1).objective(student, teacher, data, BRIEF).terms(rows, 0, None)
+        data = carried_by(data, ROLE)
+        kl, own, _ = Rerouting(after=1).objective(student, teacher, data, BRIEF).terms(rows, 0, None)
         assert torch.allclose(kl, own, atol=1e-6) == equal
+
+
+def test_each_pair_has_its_own_carrier(qwen):
+    "Where the carrier is the last token that differs, all that the answer can know is exchanged, and KL is own term."
+    teacher, pairs, _ = qwen
+    student, n, rows = fresh(teacher, 0), len(pairs), torch.arange(8)
+    both = stacked({"a": carried_by(pairs, ROLE), "b": carried_by(pairs, "end")})
+    assert torch.equal(both.key_positions["carrier"][:n], pairs.key_positions[ROLE])
+    objective = Rerouting(after=2).objective(student, teacher, both, BRIEF)         # after the last layer
+    kl, own, _ = objective.terms(rows + n, 0, None)
+    assert torch.allclose(kl, own, atol=1e-6)                    # the other run's last residual: the other's answer
+    assert not torch.allclose(*objective.terms(rows, 0, None)[:2], atol=1e-6)
