@@ -141,7 +141,7 @@ def test_gates_are_folded_into_the_weights(toy):
 
 
 def test_a_dose_trains_behind_its_gates(qwen):
-    "With the gates taken out of the weights again, the plant is what was trained; without gates it is another one."
+    "The weights hold the gate: the smaller it is, the less its layer writes."
     teacher, pairs, held = qwen
     plants = [dose(teacher, pairs, (0, 2), alpha, held=held, config=BRIEF) for alpha in (0.2, 0.8)]
     o = [get_adapter(p.model).parts(2).o.weight for p in plants]
