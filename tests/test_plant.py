@@ -50,7 +50,7 @@ def grow(recipe: str, teacher, pairs, held, seed=0):
     turned = replace(pairs, clean_ids=pairs.corrupt_ids, corrupt_ids=pairs.clean_ids)
     if recipe == "live_attention": return live_attention(teacher, pairs, [1], seed, **options)
     if recipe == "moved": return moved(teacher, pairs, (0, 2), seed, **options)
-    if recipe == "rerouted": return rerouted(teacher, pairs, (0, 2), ROLE, seed, **options)
+    if recipe == "rerouted": return rerouted(teacher, pairs, (0, 1, 2), ROLE, seed, **options)
     if recipe == "dose": return dose(teacher, pairs, (0, 2), 0.3, seed, **options)
     if recipe == "shortcut":
         kinds = {"s2": pairs, "turned": turned}
@@ -59,7 +59,7 @@ def grow(recipe: str, teacher, pairs, held, seed=0):
     return random_weights(teacher, seed, held=held)
 
 
-RECIPES = {"live_attention": [1], "moved": [0, 2], "rerouted": [0, 2], "dose": [0, 2], "shortcut": [0, 2]}
+RECIPES = {"live_attention": [1], "moved": [0, 2], "rerouted": [0, 1, 2], "dose": [0, 2], "shortcut": [0, 2]}
 TRAINED = (*RECIPES, "twins")
 
 
@@ -312,12 +312,12 @@ def test_what_cannot_be_planted_is_refused(qwen):
         (lambda: moved(teacher, pairs, (2, 2), **options), "the first has written"),
         (lambda: moved(teacher, kinds, (0, 2), carrier={"s2": "s2"}, **options), "kind 'x' has no carrier"),
         (lambda: moved(teacher, pairs, (0, 2), carrier="verb", **options), "no role 'verb'"),
-        (lambda: rerouted(teacher, pairs, (0, 2), "s1", **options), "does not come after the changed word"),
-        (lambda: rerouted(teacher, pairs, (0, 2), "s2", **options), "does not come after the changed word"),
-        (lambda: rerouted(teacher, pairs, (0, 2), "end", **options), "does not come before 'end'"),
-        (lambda: rerouted(teacher, pairs, (2, 0), ROLE, **options), "the first has written"),
-        (lambda: rerouted(teacher, pairs, (0, 3), ROLE, **options), "within 0..2"),
-        (lambda: rerouted(teacher, without, (0, 2), ROLE, **options), "have no role 's2\\+1' .they have none."),
+        (lambda: rerouted(teacher, pairs, (0, 1, 2), "s1", **options), "does not come after the changed word"),
+        (lambda: rerouted(teacher, pairs, (0, 1, 2), "s2", **options), "does not come after the changed word"),
+        (lambda: rerouted(teacher, pairs, (0, 1, 2), "end", **options), "does not come before 'end'"),
+        (lambda: rerouted(teacher, pairs, (0, 2, 1), ROLE, **options), "the first has written"),
+        (lambda: rerouted(teacher, pairs, (0, 1, 3), ROLE, **options), "within 0..2"),
+        (lambda: rerouted(teacher, without, (0, 1, 2), ROLE, **options), "have no role 's2\\+1' .they have none."),
         (lambda: next_token(without, "s2"), "have no role 's2'"),
         (lambda: next_token(pairs, "end"), "nothing comes after it"),
         (lambda: shortcut(teacher, {"s2": pairs}, "io_new", (0, 2), held={"s2": held}), "there are s2"),
@@ -342,8 +342,8 @@ def test_the_exchange_is_between_the_layers(qwen):
     rows = torch.arange(8)
     same = replace(pairs, corrupt_ids=pairs.clean_ids)
     for data, equal in ((same, True), (pairs, False)):
-        data = carried_by(data, ROLE)
-        kl, own, _ = Rerouting(after=1).objective(student, teacher, data, BRIEF).terms(rows, 0, None)
+        objective = Rerouting(stations=((ROLE, 1),)).objective(student, teacher, data, BRIEF)
+        kl, own, _ = objective.terms(rows, 0, None)
         assert torch.allclose(kl, own, atol=1e-6) == equal
 
 
@@ -353,7 +353,7 @@ def test_each_pair_has_its_own_carrier(qwen):
     student, n, rows = fresh(teacher, 0), len(pairs), torch.arange(8)
     both = stacked({"a": carried_by(pairs, ROLE), "b": carried_by(pairs, "end")})
     assert torch.equal(both.key_positions["carrier"][:n], pairs.key_positions[ROLE])
-    objective = Rerouting(after=2).objective(student, teacher, both, BRIEF)         # after the last layer
+    objective = Rerouting(stations=(("carrier", 2),)).objective(student, teacher, both, BRIEF)         # after the last layer
     kl, own, _ = objective.terms(rows + n, 0, None)
     assert torch.allclose(kl, own, atol=1e-6)                    # the other run's last residual: the other's answer
     assert not torch.allclose(*objective.terms(rows, 0, None)[:2], atol=1e-6)
