@@ -58,6 +58,8 @@ class Data(_Section):
     # keep the pairs that the teacher gets right in both directions (not for IOI, whose pilot is a gate)
     filter: bool = True
     draw: float = Field(2, ge=1)                 # so many times more pairs are drawn, for the filter to choose from
+    # task -> kinds of corruption beside the classic one, of the training and test pairs: `rcid.data.corruptions(task)`
+    corruptions: dict[str, list[str]] = {}
 
 class Sites(_Section):
     score: Literal["norm", "rel_norm", "effect", "atp"] = "effect"
@@ -215,6 +217,9 @@ def _disagreement(p: Params) -> str | None:
         for key, used, known in (("families", block.families, p.families), ("tasks", block.tasks, p.tasks)):
             if lost := set(used) - set(known):
                 return f"{name}.{key} names {sorted(lost)}, which {key} does not (it has {known})"
+    for task, kinds in p.data.corruptions.items():
+        if kinds and task not in p.tasks:
+            return f"data.corruptions names the task {task!r}, which tasks does not (it has {p.tasks})"
     twice = [cell for cell, n in Counter(p.cells).items() if n > 1]
     if twice: return f"main_matrix and extra_matrix both train {'-'.join(map(str, twice[0]))}: name each student once"
     return None
