@@ -187,7 +187,8 @@ def test_everything_is_there(workspace):
 def test_every_student_has_a_route_or_a_reason(workspace):
     for file in sorted((workspace/"metrics"/"evaluate").glob("*.json")):
         c = read_json(file)
-        route, plan = c["route"], read_json(workspace/"metrics"/"sites"/f"{'-'.join(file.stem.split('-')[:2])}.json")
+        family, task, *_ = file.stem.split("-")
+        route, plan = c["route"], read_json(workspace/"metrics"/"sites"/f"{family}-{task}.json")
         if route["distance"] is None: assert not route["kinds"] and all(route["missing"].values()), file
         else: assert 0 <= route["distance"] <= 2 and route["interval"][0] <= route["interval"][1] and route["floor"] >= 0
         assert set(route["kinds"]) | set(route["missing"]) == set(plan["mediation"]["test"]["kinds"]), file
