@@ -295,8 +295,8 @@ def test_an_instrument_without_calibration_is_not_believed(tmp_path):
     assert not any(read_validated(tmp_path).values())
     (tmp_path/"calibrate.json").write_text('{"validated": {"route": true}}', encoding="utf-8")
     assert [name for name, passed in read_validated(tmp_path).items() if passed] == ["route"]
-    (tmp_path/"calibrate.json").write_text('{"validated": {"routes": true}}', encoding="utf-8")
-    with pytest.raises(ValueError, match="calibrate.json: unknown reading 'routes', known are route, "):
+    (tmp_path/"calibrate.json").write_text('{"rows": []}', encoding="utf-8")
+    with pytest.raises(ValueError, match="calibrate.json does not say what is validated: run `dvc repro calibrate`"):
         read_validated(tmp_path)
 
 
