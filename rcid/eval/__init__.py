@@ -11,6 +11,16 @@ from .accuracy import task_accuracy
 from .filter import both_right, keep_correct
 from .consistency import ConsistencyReport, causal_consistency, clusters_of, consistency_profile
 from .differences import accuracy_difference, consistency_difference, read_effects, statistic_of
+from .differences import read_mediation, route_difference
+from .fingerprint import FingerprintReport, fingerprint
 from .perplexity import perplexity
 from .purity import PurityReport, information_purity, probe_purity
 from .robustness import RobustnessReport, ood_robustness, robustness_correlation
+from .route import RouteReport, counted_roles, fit_warp, route_distance
+from .behaviour import Behaviour, behaviour
+from .comparison import Comparison
+from .compare import compare
+from .interchange import InterchangeReport, interchange_agreement
+from .matched import matched_pairs
+from .pairwise import PairwiseReport, partial_consistency
+from .power import Verdict, equivalence, smallest_detectable, verdict
