@@ -71,7 +71,7 @@ def test_a_cell_of_the_main_table_is_a_number_of_the_metrics():
 def sentences_of(record: dict) -> dict[str, str]:
     "What the pages say of the metrics of experiments 1, 2, 4 and 5."
     return {
-        **page("exp1").exp1_sentences(*(record["exp1"][key] for key in ("rows", "tests", "validated"))),
+        **page("exp1").exp1_sentences(*(record["exp1"][key] for key in ("rows", "tests", "validated", "bounds"))),
         **page("exp2").exp2_sentences(record["exp2"]["tests"]),
         **page("exp4").exp4_sentences(record["exp4"]["rows"]),
         "claim.exp5.architectures": page("exp5").architecture_sentence(
@@ -148,7 +148,7 @@ ROUTES = {    # what a test of route distances can say of its first method: (dif
     "unresolved": (.05, "not resolved"),
     "untested": (None, "untested"),
 }
-PASSED = {"route": True}
+PASSED, BOUNDS = {"route": True}, {"accuracy": .05, "route": .1}
 
 
 def a_route(place, pair, metric, kind, seen=.2):
@@ -178,14 +178,18 @@ def cases_of_exp1():
     for n in (2, 3, 4): say.competence_sentence(rows[:n])
     say.competence_sentence(rows[2:])
     for some in (rows, [nothing], [nothing, *rows]): say.gap_sentence(some)
-    for some in (rows[:2], rows[3:], rows, [nothing]): say.route_sentence(some, PASSED)
-    for tests in (*route_tests(say.EXP1), []): say.exp1_sentences(rows, tests, PASSED)
+    near = a_row("fitnets", .9, .06) | dict(route_ci=[.05, .08])
+    for some in (rows[3:], [*rows, near], [nothing]): say.route_sentence(some, PASSED, .1)
+    assert [say.from_teacher(r, .1) for r in (near, rows[1], rows[3])] == [
+        "equal within the bound", "differs", "not resolved"
+    ]
+    for tests in (*route_tests(say.EXP1), []): say.exp1_sentences(rows, tests, PASSED, BOUNDS)
     pair, at = ("fitnets", "standard_kd"), ("llama", "ioi")
     for answers, route in (("equal", "equal"), ("unresolved", "farther"), ("equal", "untested")):
         tests = [a_route(at, pair, "accuracy", answers, .1), a_route(at, pair, "route", route)]
-        say.exp1_sentences(rows, tests, PASSED)
+        say.exp1_sentences(rows, tests, PASSED, BOUNDS)
     say.power_sentence([a_route(at, pair, "accuracy", "equal", seen) for seen in (.1, .2)])
-    say.exp1_sentences(rows, [], {})
+    say.exp1_sentences(rows, [], {}, BOUNDS)
 
 
 def cases_of_exp2():
@@ -286,7 +290,7 @@ def test_a_reading_that_is_not_validated_makes_no_claim():
     say, rows = page("exp1"), [a_row("undistilled", .5, .9), a_row("fitnets", .95, .4), a_row("rcid", .96, .1)]
     keys, said = ("route", "undistilled", "dissociation"), set()
     for tests in route_tests(say.EXP1):
-        claims = say.exp1_sentences(rows, tests, {"route": False, "fingerprint": True})
+        claims = say.exp1_sentences(rows, tests, {"route": False, "fingerprint": True}, BOUNDS)
         said.add(tuple(claims[f"claim.exp1.{key}"] for key in keys))
     assert said == {tuple(sentence("exp1", f"exp1.{key}", "unvalidated") for key in keys)}
 
