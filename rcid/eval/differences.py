@@ -37,7 +37,7 @@ def bootstrap_test(
     seed: int = 0,
 ) -> dict:
     """`{diff, ci, ci90, p, detectable, n_clusters}` of a difference given as a function of resampling weights;
-    undefined gives `None`. `detectable` is found with a power of 80 %."""
+    undefined gives `None`. `detectable` is found with a power of 80 %; no resample differs from another: unknown."""
     weights = name_weights(clusters, n, seed)
     with np.errstate(invalid="ignore", divide="ignore"):              # a resample without any pair is NaN
         values = np.concatenate([stat(weights[i:i + CHUNK]) for i in range(0, n, CHUNK)])
@@ -49,7 +49,7 @@ def bootstrap_test(
         ci=[float(end) for end in band(values)],
         ci90=[float(end) for end in band(values, .9)],
         p=float(min(1., 2 * min(below, above))),
-        detectable=smallest_detectable(values),
+        detectable=smallest_detectable(values) if np.ptp(values) > 1e-12 else None,
         n_clusters=len(np.unique(clusters)),
     )
 

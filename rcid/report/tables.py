@@ -63,7 +63,7 @@ def plain(value: str, part: str | None = None, digits: int = 2):
 def route_cell(row: dict) -> str:
     "The route distance with its interval, or that there is no gap to measure it by."
     if row.get("route") is None and row.get("no_gap"): return "no gap"
-    return with_interval("route", "route_ci")(row)
+    return with_interval("route", "route_ci", digits=3)(row)
 
 MAIN_COLUMNS = {
     "accuracy": with_interval("accuracy", "accuracy_ci", digits=3),
