@@ -184,6 +184,25 @@ def test_everything_is_there(workspace):
 
 
 @pytest.mark.slow
+def test_every_student_has_a_route_or_a_reason(workspace):
+    for file in sorted((workspace/"metrics"/"evaluate").glob("*.json")):
+        c = read_json(file)
+        family, task, *_ = file.stem.split("-")
+        route, plan = c["route"], read_json(workspace/"metrics"/"sites"/f"{family}-{task}.json")
+        if route["distance"] is None: assert not route["kinds"] and all(route["missing"].values()), file
+        else: assert 0 <= route["distance"] <= 2 and route["interval"][0] <= route["interval"][1], file
+        assert route["distance"] is None or route["floor"] >= 0, file
+        assert set(route["kinds"]) | set(route["missing"]) == set(plan["mediation"]["test"]["kinds"]), file
+        assert set(c["no_gap"]) <= set(route["missing"]) and set(c["gap"]) == {"mean", "low", "high"}
+        for reading, value in (("route_warped", "distance"), ("fingerprint", "similarity"), ("pairwise", "r")):
+            assert c[reading] is None or value in c[reading], (file, reading)
+        for part in ("trained", "held_out"):
+            assert c["original"][part]["consistency"] == c["consistency"][part]["consistency"], file
+    for file in sorted((workspace/"metrics"/"distill").glob("*.json")):
+        assert all("route" in point and "consistency" not in point for point in read_json(file)["curve"]), file
+
+
+@pytest.mark.slow
 def test_equal_results_are_equal_files(workspace):
     "safetensors writes several header entries in random order: with two of them a rerun's dvc.lock differs."
     def header(f):

@@ -649,8 +649,8 @@ def stage(name: str, folder, monkeypatch, **parameters) -> dict:
 @pytest.fixture
 def begun(tmp_path, make_model, tokenizers, monkeypatch):
     "A workspace with random models and pairs, as the stages before `pilot` and `sites` leave them."
-    from rcid.core import write_json
-    from rcid.data import save_pairs
+    from rcid.core import load_params, write_json
+    from rcid.data import corruptions, load_kinds, save_pairs
     from rcid.models import save_model
 
     for file in ("params.yaml", "dvc.yaml"):
@@ -660,11 +660,13 @@ def begun(tmp_path, make_model, tokenizers, monkeypatch):
         save_model(
             make_model("qwen3", layers=layers), tokenizers["qwen3"], tmp_path / "artifacts" / "models" / "qwen3" / who
         )
+    classic, *others = kinds = [corruptions("ioi")[0], *load_params().data.corruptions["ioi"]]
     for split in ("train", "val", "test"):
-        save_pairs(
-            load_pairs("ioi", tokenizers["qwen3"], split=split, n=12),
-            tmp_path / "artifacts" / "pairs" / "qwen3" / "ioi" / split,
-        )
+        pairs = load_kinds("ioi", tokenizers["qwen3"], kinds, split=split, n=12)
+        folder = tmp_path / "artifacts" / "pairs" / "qwen3" / "ioi"
+        save_pairs(pairs[classic], folder / split)
+        for kind in others:
+            save_pairs(pairs[kind], folder / f"{split}@{kind}")
     write_json(tmp_path / "metrics" / "models" / "qwen3.json", dict(student_layers=[1, 3]))
     return tmp_path
 

@@ -158,7 +158,7 @@ def figures(folder: Path) -> dict[str, str]:
         consistency=dict(trained=0.5, held_out=0.4),
         consistency_ci=dict(trained=[0.4, 0.6], held_out=[0.3, 0.5]),
     )
-    point = lambda step: dict(step=step, loss=1., accuracy=.5, consistency=.1, kl=2.)
+    point = lambda step: dict(step=step, loss=1., accuracy=.5, route=.1, kl=2.)
     made = {
         "heatmap": effect_heatmap(
             {"a teacher": dict(roles=["io", "end"], score=[[1.0, 2.0], [3.0, None]], selected=[[0, "io"]])}

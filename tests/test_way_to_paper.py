@@ -4,7 +4,8 @@ import pytest
 from conftest import ROOT, assert_shows, nudged, page
 from rcid.core import load_params, read_json
 from rcid.eval import robustness_correlation
-from rcid.report import lint_sentences, read_families, read_matrix, read_values, sentence, templates, word
+from rcid.report import lint_sentences, read_families, read_matrix, read_validated, read_values, sentence, templates
+from rcid.report import verdict_of, word
 from rcid.report.sentences import fields
 
 PAGES = ("exp1", "exp2", "exp3", "exp4", "exp5", "paper")
@@ -26,6 +27,7 @@ def tables() -> dict:
     paper, e = page("paper"), {k: metrics(f"exp{k}") for k in range(1, 6)}
     return {
         "exp1": (page("exp1").methods_table, e[1]["rows"]),
+        "exp1_tests": (page("exp1").tests_table, e[1]["tests"]),
         "exp2": (page("exp2").methods_table, e[2]["rows"]),
         "companions": (page("exp2").companions_table, e[2]["rows"]),
         "tests": (page("exp2").tests_table, e[2]["tests"]),
@@ -47,18 +49,20 @@ def test_a_table_is_what_its_page_makes_of_the_metrics(name):
 
 
 def test_a_cell_of_the_main_table_is_a_number_of_the_metrics():
-    "Not the page's function, but its numbers: accuracy and r of each row stand in the row's line."
+    "Not the page's function, but its numbers: accuracy, D and both r of each row stand in the row's line."
     for name in ("exp1", "exp2"):
         lines = (ROOT/"paper"/"tables"/f"{name}.tex").read_text(encoding="utf-8").splitlines()
         lines = [line for line in lines if line.startswith(r"\quad")]
         rows = metrics(name)["rows"]
         assert len(lines) == len(rows)
         for row, line in zip(rows, lines):
-            accuracy, trained, held_out = (cell.split()[0] for cell in line.split(" & ")[1:])
+            accuracy, route, pairwise, trained, held_out = (cell.split()[0] for cell in line.split(" & ")[1:])
             assert accuracy == f"{row['accuracy']:.3f}"
-            for cell, part in ((trained, "trained"), (held_out, "held_out")):
-                r = row["consistency"][part]
-                assert float(cell.strip("$")) == pytest.approx(r, abs=.0051) if r is not None else cell == "--"
+            shown = [(route, row["route"]), (pairwise, row["pairwise"])]
+            shown += [(trained, row["consistency"]["trained"]), (held_out, row["consistency"]["held_out"])]
+            for cell, value in shown:
+                if value is None: assert cell in ("--", "no")                # no gap
+                else: assert float(cell.strip("$")) == pytest.approx(value, abs=.0051)
 
 
 # sentences
@@ -67,10 +71,12 @@ def test_a_cell_of_the_main_table_is_a_number_of_the_metrics():
 def sentences_of(record: dict) -> dict[str, str]:
     "What the pages say of the metrics of experiments 1, 2, 4 and 5."
     return {
-        **page("exp1").exp1_sentences(record["exp1"]["rows"], record["exp1"]["tests"]),
+        **page("exp1").exp1_sentences(*(record["exp1"][key] for key in ("rows", "tests", "validated", "bounds"))),
         **page("exp2").exp2_sentences(record["exp2"]["tests"]),
         **page("exp4").exp4_sentences(record["exp4"]["rows"]),
-        "claim.exp5.architectures": page("exp5").architecture_sentence(record["exp5"]["tests"]),
+        "claim.exp5.architectures": page("exp5").architecture_sentence(
+            record["exp5"]["tests"], record["exp5"]["validated"]
+        ),
     }
 
 
@@ -135,28 +141,55 @@ def many_tests(pairs, accuracy=None):
             yield out
 
 
-def a_row(method, accuracy, r, family="llama"):
-    around = None if r is None else [r - .1, r + .1]
-    return dict(
-        family=family,
-        task="ioi",
-        method=method,
-        accuracy=accuracy,
-        consistency=dict(held_out=r),
-        consistency_ci=dict(held_out=around),
-        null_band=dict(held_out=[-.2, .2]),
-    )
+ROUTES = {    # what a test of route distances can say of its first method: (difference, verdict)
+    "nearer": (-.3, "differs"),
+    "farther": (.3, "differs"),
+    "equal": (.01, "equal within the bound"),
+    "unresolved": (.05, "not resolved"),
+    "untested": (None, "untested"),
+}
+PASSED, BOUNDS = {"route": True}, {"accuracy": .05, "route": .1}
+
+
+def a_route(place, pair, metric, kind, seen=.2):
+    diff, verdict = ROUTES[kind]
+    test = dict(family=place[0], task=place[1], a=pair[0], b=pair[1], metric=metric, diff=diff, verdict=verdict)
+    return test | dict(bound=.1, p=None if diff is None else .01, detectable=None if diff is None else seen)
+
+
+def route_tests(pairs):
+    "Lists of tests of `pairs` whose accuracies are equal: every combination of outcomes of the route."
+    for places in PLACES:
+        for kinds in product(ROUTES, repeat=len(places)):
+            out = []
+            for pair, at, kind in ((pair, at, kind) for pair in pairs for at, kind in zip(places, kinds)):
+                out += [a_route(at, pair, "accuracy", "equal"), a_route(at, pair, "route", kind)]
+            yield out
+
+
+def a_row(method, accuracy, route, family="llama"):
+    row = dict(family=family, task="ioi", method=method, accuracy=accuracy, route=route)
+    return row | dict(route_ci=None if route is None else [route - .1, route + .1], route_floor=.05)
 
 
 def cases_of_exp1():
-    rows = [a_row("undistilled", .5, .1), a_row("fitnets", .95, .9), a_row("sft", .8, .8), a_row("rcid", .7, .1)]
-    say = page("exp1")
+    rows = [a_row("undistilled", .5, None), a_row("fitnets", .95, .4), a_row("sft", .8, .3), a_row("rcid", .7, .1)]
+    say, nothing = page("exp1"), a_row("fitnets", .9, None)
     for n in (2, 3, 4): say.competence_sentence(rows[:n])
     say.competence_sentence(rows[2:])
-    for some in (rows[:2], rows[3:], rows, [a_row("fitnets", .9, None)]): say.null_sentence(some)
-    for tests in (*many_tests(say.EXP1), *many_tests(say.EXP1, "same"), []): say.exp1_sentences(rows, tests)
-    one = [a_test(("llama", "ioi"), ("fitnets", "standard_kd"), metric, "same") for metric in ("accuracy", "held_out")]
-    say.exp1_sentences(rows, one)
+    for some in (rows, [nothing], [nothing, *rows]): say.gap_sentence(some)
+    near = a_row("fitnets", .9, .06) | dict(route_ci=[.05, .08])
+    for some in (rows[3:], [*rows, near], [nothing]): say.route_sentence(some, PASSED, .1)
+    assert [say.from_teacher(r, .1) for r in (near, rows[1], rows[3])] == [
+        "equal within the bound", "differs", "not resolved"
+    ]
+    for tests in (*route_tests(say.EXP1), []): say.exp1_sentences(rows, tests, PASSED, BOUNDS)
+    pair, at = ("fitnets", "standard_kd"), ("llama", "ioi")
+    for answers, route in (("equal", "equal"), ("unresolved", "farther"), ("equal", "untested")):
+        tests = [a_route(at, pair, "accuracy", answers, .1), a_route(at, pair, "route", route)]
+        say.exp1_sentences(rows, tests, PASSED, BOUNDS)
+    say.power_sentence([a_route(at, pair, "accuracy", "equal", seen) for seen in (.1, .2)])
+    say.exp1_sentences(rows, [], {}, BOUNDS)
 
 
 def cases_of_exp2():
@@ -169,9 +202,10 @@ def cases_of_exp3():
     say = page("exp3")
     follows, unrelated = [0, 1, 2, 3], [1, 0, 0, 1]          # of four seeds in each of three groups
     for y in (follows, follows[::-1], unrelated):
-        say.exp3_sentences(robustness_correlation(follows * 3, y * 3, [g for g in "abc" for _ in y], 500))
-    say.exp3_sentences(robustness_correlation(follows, follows, list("abcd"), 50))    # one seed a group
-    say.exp3_sentences(robustness_correlation([.5] * 4, [.1] * 4, list("aabb"), 50))
+        say.exp3_sentences(robustness_correlation(follows * 3, y * 3, [g for g in "abc" for _ in y], 500), PASSED)
+    one_seed = robustness_correlation(follows, follows, list("abcd"), 50)
+    for validated in (PASSED, {"route": False}): say.exp3_sentences(one_seed, validated)
+    say.exp3_sentences(robustness_correlation([.5] * 4, [.1] * 4, list("aabb"), 50), PASSED)
 
 
 def cases_of_exp4():
@@ -182,7 +216,8 @@ def cases_of_exp4():
 
 
 def cases_of_exp5():
-    for tests in many_tests(page("exp5").EXP5): page("exp5").architecture_sentence(tests)
+    for tests in route_tests(page("exp5").EXP5): page("exp5").architecture_sentence(tests, PASSED)
+    page("exp5").architecture_sentence(tests, {"route": False})
 
 
 def cases_of_paper():
@@ -245,3 +280,34 @@ def test_the_claims_of_the_paper_are_made_by_a_page():
     asked = {key for key in keys_used(ROOT/"paper") if key.startswith("claim.exp") and key[9] in "12345"}
     made = {"claim." + key for name in PAGES for key in templates(name)}
     assert asked and asked <= made, asked - made
+
+
+# what the calibration did not pass is not said
+
+
+def test_a_reading_that_is_not_validated_makes_no_claim():
+    "Whatever the route says, its sentences are those of a reading that nobody may believe."
+    say, rows = page("exp1"), [a_row("undistilled", .5, .9), a_row("fitnets", .95, .4), a_row("rcid", .96, .1)]
+    keys, said = ("route", "undistilled", "dissociation"), set()
+    for tests in route_tests(say.EXP1):
+        claims = say.exp1_sentences(rows, tests, {"route": False, "fingerprint": True}, BOUNDS)
+        said.add(tuple(claims[f"claim.exp1.{key}"] for key in keys))
+    assert said == {tuple(sentence("exp1", f"exp1.{key}", "unvalidated") for key in keys)}
+
+
+def test_an_instrument_without_calibration_is_not_believed(tmp_path):
+    assert not any(read_validated(tmp_path).values())
+    (tmp_path/"calibrate.json").write_text('{"validated": {"route": true}}', encoding="utf-8")
+    assert [name for name, passed in read_validated(tmp_path).items() if passed] == ["route"]
+    (tmp_path/"calibrate.json").write_text('{"rows": []}', encoding="utf-8")
+    with pytest.raises(ValueError, match="calibrate.json does not say what is validated: run `dvc repro calibrate`"):
+        read_validated(tmp_path)
+
+
+def test_three_outcomes_and_no_fourth():
+    "A difference after Holm's correction, equality by its own test, or neither: what is not found is not absent."
+    def test(diff, low, high, p): return dict(diff=diff, ci90=[low, high], p=p, p_holm=p)
+    said = [verdict_of(test(*t), .1)["verdict"] for t in (
+        (.3, .25, .35, .001), (.02, -.01, .05, .2), (.02, .01, .03, .01), (.2, .01, .39, .08), (.2, .02, .38, .04))]
+    assert said == ["differs", "equal within the bound", "equal within the bound", "not resolved", "differs"]
+    assert verdict_of(dict(diff=None, ci90=[None, None], p=None), .1)["verdict"] == "untested"

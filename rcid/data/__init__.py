@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/02_data/index.ipynb #a0c4998c
 from .pairs import ContrastiveDataset, Row, build_kinds, build_pairs, save_pairs, load_saved_pairs
-from .pairs import prompt_ids, single_token
+from .pairs import load_saved_kinds, prompt_ids, single_token
 from .names import name_pool, names_of, split_of
 from .corpus import general_text, templated_sentences, pack_blocks, pad_sentences, without_test_entities
 from .samples import draw_documents, healing_text, saved_text, save_text

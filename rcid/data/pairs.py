@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ContrastiveDataset', 'Row', 'prompt_ids', 'following', 'single_token', 'build_kinds', 'build_pairs', 'pad_mask',
-           'save_pairs', 'load_saved_pairs']
+           'save_pairs', 'load_saved_pairs', 'load_saved_kinds']
 
 # %% ../../nbs/02_data/00_pairs.ipynb #4d085de6
 from collections import Counter
@@ -263,3 +263,11 @@ def load_saved_pairs(folder: str | Path) -> ContrastiveDataset:
     if pairs.content_hash() != note["sha256"]:
         raise ValueError(f"{folder}: pairs do not match their SHA-256 (split changed?): delete it and run `dvc repro`")
     return pairs
+
+def load_saved_kinds(
+    folder: str | Path,          # of the classic kind, `.../test`; the others are beside it, `.../test@names`
+    kinds: list[str]             # the classic one first
+) -> dict[str, ContrastiveDataset]:
+    "The same rows under several kinds of corruption, `{kind: pairs}`."
+    classic, *others = kinds
+    return {classic: load_saved_pairs(folder)} | {kind: load_saved_pairs(f"{folder}@{kind}") for kind in others}

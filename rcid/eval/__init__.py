@@ -12,6 +12,7 @@ from .filter import both_right, keep_correct
 from .consistency import ConsistencyReport, causal_consistency, clusters_of, consistency_profile
 from .differences import accuracy_difference, consistency_difference, read_effects, statistic_of
 from .knockout import knock_out
+from .differences import read_mediation, route_difference
 from .fingerprint import FingerprintReport, fingerprint
 from .perplexity import perplexity
 from .plant import Plant, dose, live_attention, plant_key, plants_kept, random_weights, rerouted, shortcut

@@ -11,8 +11,8 @@ from .style import save_figure, style
 from .numbers import bare_p, count, escape, in_words, interval, listing, number, p_value, percent
 from .tables import MAIN_COLUMNS, group_title, method_table, methods_table, plain, tabular, with_interval
 from .tables import write_text
-from .rows import PARTS, bracketed, holm, mean, mean_interval, mean_r, method_rows, outcome, place
-from .rows import read_families, read_matrix, run_tests, summary
+from .rows import PARTS, bracketed, direction, holm, mean, mean_interval, mean_r, method_rows, outcome
+from .rows import place, read_families, read_matrix, read_validated, run_tests, summary, verdict_of
 from .figures import effect_heatmap, effect_scatter, method_intervals
 from .sentences import lint_sentences, opened, sentence, templates, word
 from .values import merge_values, read_values, write_values
