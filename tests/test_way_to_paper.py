@@ -186,7 +186,7 @@ def cases_of_calibrate():
     other = [said_of("moved", said, architecture="llama", **told) for said in ("seen", "missed")]
     first = said_of("moved", "seen", **told)
     for some in ([first], [first, other[0]], [first, *other]): say.second_sentence(some)
-    for some in ([], [good], [good, bad]): say.real_sentence([dict(family="llama", rows=some)])
+    for some in ([], [good], [good, bad]): say.real_sentence([dict(family="llama", rewrites=dict(rows=some))])
 
 
 def cases_of_exp1():
