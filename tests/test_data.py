@@ -44,13 +44,14 @@ def tokenizer(request, tokenizers):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_roles_are_at_the_right_words(tokenizer, variant):
     p = load_pairs("ioi", tokenizer, n=24, variant=variant)
-    assert p.is_modified == {"io": False, "s1": False, "s2": True, "end": False}
+    assert p.is_modified == {"io": False, "s1": False, "s1+1": False, "s2": True, "end": False}
     for i in range(len(p)):
         n = int(p.attention_mask[i].sum())
         word = lambda ids, role: tokenizer.decode(ids[i, p.key_positions[role][i]]).strip()
         io, s = (tokenizer.decode(x[i]).strip() for x in (p.correct_token_id, p.wrong_token_id))
         assert [word(p.clean_ids, r) for r in ("io", "s1", "s2")] == [io, s, s] and word(p.corrupt_ids, "s2") == io
         assert p.key_positions["end"][i] == p.answer_pos[i] == n - 1
+        assert p.key_positions["s1+1"][i] == p.key_positions["s1"][i] + 1 < n - 1
         assert (p.clean_ids[i] != p.corrupt_ids[i]).nonzero()[:, 0].tolist() == [int(p.key_positions["s2"][i])]
         text = tokenizer.decode(p.clean_ids[i, :n], skip_special_tokens=True)
         assert (
