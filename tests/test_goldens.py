@@ -3,7 +3,7 @@ nbs/04_align/01_cka.ipynb, nbs/05_distill/00_losses.ipynb), and Procrustes again
 
 import numpy as np, pytest, torch
 from scipy.linalg import orthogonal_procrustes
-from rcid.align import hsic1, linear_cka, map_layers, procrustes, random_orthogonal
+from rcid.align import hsic1, layer_cka, linear_cka, map_angle, map_layers, procrustes, random_orthogonal
 from rcid.distill import divergence, rcid_floor, rcid_loss
 
 S, T = torch.tensor([1., 2, 4]), torch.tensor([3., 2, 1])
@@ -43,7 +43,19 @@ def test_hsic_is_the_formula(xy):
 
 
 def test_cka_refuses_too_few_rows():
-    with pytest.raises(ValueError, match="at least 4"): linear_cka(torch.randn(3, 2), torch.randn(3, 2))
+    with pytest.raises(ValueError, match="3 rows.*at least 4"): linear_cka(torch.randn(3, 2), torch.randn(3, 2))
+    with pytest.raises(ValueError, match="64 and 63 rows"): linear_cka(torch.randn(64, 2), torch.randn(63, 2))
+
+
+def test_cka_of_layers_refuses_short_batches_and_leaves_no_hook(models):
+    a, b = models["llama"], models["qwen3"]
+    ids = torch.arange(5, 11)[None]
+    def hooks(): return sum(len(m._forward_hooks) for model in (a, b) for m in model.modules())
+    before = hooks()
+    with pytest.raises(ValueError, match="batch 0 has 2 tokens"): layer_cka(a, b, [dict(input_ids=ids[:, :3])])
+    with pytest.raises(ValueError, match="no batches"): layer_cka(a, b, [])
+    with pytest.raises(IndexError): layer_cka(a, b, [dict(input_ids=ids + 100_000)])
+    assert hooks() == before
 
 
 @pytest.mark.parametrize(
@@ -111,6 +123,40 @@ def test_procrustes_refuses(n, d_s, d_t, words):
     s, t = torch.randn(n, d_s), torch.randn(n, d_t)
     with pytest.raises(ValueError, match=words): procrustes(s, t)
     assert torch.linalg.matrix_rank(procrustes(s, t, rank=3), atol=1e-4) == 3          # unless a rank is asked for
+
+
+def test_procrustes_refuses_other_ranks_rows_and_numbers():
+    s, t = torch.randn(50, 10), torch.randn(50, 12)
+    with pytest.raises(ValueError, match="rank=11 is outside 1..10"): procrustes(s, t, rank=11)
+    with pytest.raises(ValueError, match="same rows"): procrustes(s[:-1], t)
+    with pytest.raises(ValueError, match="NaN"): procrustes(s * torch.nan, t)
+    with pytest.warns(UserWarning, match="determine 3 of 10"): procrustes(s[:, :3] @ torch.randn(3, 10), t)
+    with pytest.raises(ValueError, match="zeros"): map_angle(torch.zeros(3, 2), torch.eye(3)[:, :2])
+
+
+CKA = torch.tensor([[.9, .2, .1], [.3, .6, .3], [.1, .2, .8], [-.1, -.2, -.1]])
+ONES, HALF = torch.ones(4, 2), torch.ones(3, 2)
+
+
+@pytest.mark.parametrize("call, message", [
+    (dict(how="depth"), "unknown how='depth'"),
+    (dict(how="kept"), "keep=None must be the 3 teacher layers"),
+    (dict(how="kept", keep=[0, 4, 1]), "keep=.0, 4, 1. must be"),
+    (dict(how="cka"), "CKA matrix .* is missing"),
+    (dict(how="cka", cka=CKA.T), r"has shape \(3, 4\), expected \(4, 3\)"),
+    (dict(how="cka", cka=CKA * torch.nan), "NaN"),
+    (dict(how="cka", cka=CKA, top_k=4), "top_k=4 is outside 1..3"),
+    (dict(top_k=2), "needs how='cka'"),
+    (dict(how="effect"), "profiles .* missing"),
+    (dict(how="effect", effects=(HALF, HALF)), r"shape \(3, 2\), expected \(4, roles\)"),
+    (dict(how="effect", effects=(ONES, HALF[:, :1])), "2 and 1 roles"),
+    (dict(how="effect", effects=(ONES, HALF * torch.nan)), "student's effect profile holds NaN"),
+    (dict(how="effect", effects=(ONES * 0, HALF)), "teacher's effect profile is zero"),
+], ids=str)
+def test_layer_maps_refuse(call, message):
+    with pytest.raises(ValueError, match=message) as e: map_layers(4, 3, **call)
+    assert "\n" not in str(e.value)
+    with pytest.raises(ValueError, match="at least 1"): map_layers(4, 0)
 
 
 def test_rcid_loss_is_two_minus_two_cosine_and_has_its_floor():

@@ -4,6 +4,7 @@ input."""
 import json, subprocess, sys
 import pytest, torch
 from rcid.align import map_layers
+from rcid.core.tensors import save_tensors
 from rcid.kv.aligner import KVShape, MapProjectionAligner, layer_matrix, pretrain_aligner, profile_alignment
 from rcid.kv.aligner import target_health
 from rcid.kv.attention import AttentionWeighting, attention_weights, gather_weights, kv_attention, uniform_weights
@@ -11,9 +12,11 @@ from rcid.kv.diagnosis import diagnose_losses
 from rcid.kv.fusion import Router, fuse, masked_share
 from rcid.kv.losses import MercatorKVLoss, StructuralKVLoss, cka_loss, codi_loss, kv_cosine, kv_regression
 from rcid.kv.project import FlatProjector, HeadwiseMapProjector, load_projector, match_heads, uniform_head_weights
-from rcid.kv.warp import TimeWarper, find_segments
+from rcid.kv.warp import TimeWarper, check_segments, find_segments, share_places
+from rcid.kv.zspace import fit_zspace
 
 BIG, SMALL = KVShape(6, 4, 8, 8), KVShape(3, 2, 6, 4)
+OFFSETS = torch.tensor([[(0, 2), (2, 4), (4, 6)]])      # of the characters of three tokens
 
 
 def rand(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
@@ -120,7 +123,40 @@ def test_warp_padded_is_row_by_row(smooth, lengths):
     (lambda x: TimeWarper()(x, [[0, 4, 3, 6]], [[0, 1, 2, 3]]), "must ascend"),
     (lambda x: TimeWarper()(x, [[0, 2, 4, 6]], lengths=[0]), "places"),
     (lambda x: TimeWarper()(x, [[0, 2, 4, 6]], [[0, 1, 2, 3]], seq=2), "longer than its sequence of 2"),
-    (lambda x: find_segments(torch.tensor([[(0, 2), (2, 4), (4, 6)]]), torch.ones(1, 3), [4], [4]), "empty reasoning"),
+    (lambda x: find_segments(OFFSETS, torch.ones(1, 3), [4], [4]), "empty reasoning"),
+    (lambda x: find_segments(OFFSETS, torch.ones(1, 3), [2], [9]), "empty answer"),
+    (lambda x: find_segments(OFFSETS, torch.ones(1, 3), [-1], [2]), "empty prompt"),
+    (lambda x: find_segments(OFFSETS, torch.tensor([[1, 0, 1]]), [2], [4]), "unbroken"),
+    (lambda x: check_segments([[0, 4, 9, 13]], 12), "longer than its sequence of 12"),
+    (lambda x: check_segments([[0, 5, 4, 9]], 12), "must ascend"),
+    (lambda x: check_segments([[0, 4, 9]], 12), r"needs \(batch, 4\)"),
+    (lambda x: check_segments([[3, 3, 3, 3]], 12), "no tokens"),
+    (lambda x: share_places([1, 1, 1], 2), "2 places for 3 segments"),
+    (lambda x: TimeWarper()(x, [[0, 3, 3, 6]], [[0, 1, 4, 5]]),
+        "sample 0 has an empty reasoning segment in the teacher and 3 places"),
+    (lambda x: TimeWarper.reasoning_focused()(x, [[0, 3, 3, 6]], lengths=[5]), "empty reasoning segment, but ratio"),
+    (lambda x: TimeWarper()(x, [[0, 2, 4, 6]]), "one of them"),
+    (lambda x: TimeWarper()(torch.cat([x, x]), [[0, 2, 4, 6]], [[0, 1, 2, 3]]), "2 samples, but segments of 1 and 1"),
+    (lambda x: TimeWarper(ratio=dict(prompt=.5, reasoning=.5, answer=.5)), "sum to 1"),
+    (lambda x: TimeWarper(smoothness=dict(thought=1.)), "unknown segments"),
+    (lambda x: TimeWarper(smoothness=dict(answer=-1.)), "must not be negative"),
+    (lambda x: layer_matrix([4], 4), "teacher layer 4"),
+    (lambda x: layer_matrix([[(0, .5), (1, .2)]], 4), "sum to 1"),
+    (lambda x: MapProjectionAligner(BIG, SMALL, "dense"), "unknown mode"),
+    (lambda x: MapProjectionAligner(BIG, SMALL, layer_map=[0]), "1 entries"),
+    (lambda x: MapProjectionAligner(BIG, KVShape(3, 2, 6), parts="kvq"), "n_heads of both"),
+    (lambda x: MapProjectionAligner(BIG, SMALL, parts="k"), "unknown parts"),
+    (lambda x: target_health(x, torch.tensor([[1, 0, 0, 0, 0, 0]]).bool()), "at least 2"),
+    (lambda x: uniform_head_weights(0, 2), "at least 1"),
+    (lambda x: match_heads(x[:, 0, :, :5], x[:, 1], torch.ones(1, 6)), "align time first"),
+    (lambda x: HeadwiseMapProjector(2, 2, 4, 4, n_layers=3)(x), r"layer, head, head_dim = \(3, 2, 4\)"),
+    (lambda x: HeadwiseMapProjector(2, 2, 4, 4, n_layers=2)(x[0]), "layer, head, head_dim"),
+    (lambda x: HeadwiseMapProjector(4, 0, 8, 8), "at least 1"),
+    (lambda x: HeadwiseMapProjector(4, 2, 8, 8, head_weights=torch.eye(4)), "head_weights"),
+    (lambda x: FlatProjector(2, 2, 4, 2, 2, 6, init="he"), "unknown init"),
+    (lambda x: FlatProjector(2, 2, 4, 2, 2, 6)(x[:, :, :1]), "layer, head, head_dim"),
+    (lambda x: fit_zspace([rand(40, 7), rand(30, 7)], rand(40, 6), 3), r"views of .40, 30. tokens"),
+    (lambda x: fit_zspace([rand(40, 7)], rand(40, 6), 500), "Z of 500 dimensions"),
     (lambda x: MapProjectionAligner(BIG, SMALL)(x, x, torch.ones(1, 6)), "the teacher and the mask say"),
     (lambda x: HeadwiseMapProjector(3, 2, 4, 4)(x), "layer, head, head_dim"),
     (lambda x: kv_cosine(x, x[..., :3], torch.ones(1, 6)), "align first"),
@@ -145,6 +181,58 @@ def test_warp_padded_is_row_by_row(smooth, lengths):
     (lambda x: fuse([x, x], [torch.zeros(1, 6)] * 2), "no teacher is left for sample 0")])
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message): call(rand(1, 2, 2, 6, 4))
+
+
+def test_an_aligner_names_what_it_was_not_made_for(teacher, mask, student):
+    k, v, q = teacher
+    broken = k.clone()
+    broken[1, 2, 0, 3, 0] = torch.nan
+    plain = MapProjectionAligner(BIG, SMALL)
+    segments = torch.tensor([[0, 2, 4, 7]] * 3)
+    for call, message in [
+        (lambda: plain(broken, v, mask), "sample 1, layer 2"),
+        (lambda: plain(k[:, :5], v, mask), r"k is \(3, 5, 4, 7, 8\)"),
+        (lambda: plain(k, v, mask, q), r"\['q'\]"),
+        (lambda: plain(k, v, mask, source=segments), "no warper"),
+        (lambda: MapProjectionAligner(BIG, SMALL, warper=TimeWarper())(k, v, mask), "needs the teacher's segments"),
+        (lambda: profile_alignment({"a": plain}, dict(k=k, v=v, mask=mask), student[0][:, :2], student[1]),
+            "the student has"),
+    ]:
+        with pytest.raises(ValueError, match=message): call()
+
+
+def test_a_file_without_a_projector(tmp_path):
+    whole = HeadwiseMapProjector(4, 2, 8, 6).save(tmp_path/"p.safetensors")
+    (tmp_path/"cut").write_bytes(whole.read_bytes()[:100])
+    with pytest.raises(ValueError, match="not a whole file of tensors"): load_projector(tmp_path/"cut")
+    with pytest.raises(FileNotFoundError, match="no file"): load_projector(tmp_path/"none")
+    save_tensors(tmp_path/"other", {"a": torch.ones(1)})
+    with pytest.raises(ValueError, match="holds no projector"): load_projector(tmp_path/"other")
+
+
+def test_what_cannot_be_fused():
+    teachers, student = [rand(5, 2, 3, 6, 4, seed=i) for i in range(3)], rand(5, 2, 3, 6, 4, seed=3)
+    mask = torch.ones(5, 6).bool()
+    gone = mask.clone()
+    gone[3] = False
+    masks, asked = [mask] * 3, dict(features=rand(5, 8), prototypes=rand(3, 8))
+    for call, message in [
+        (lambda: fuse(teachers, [gone] * 3), "no teacher is left for sample 3"),
+        (lambda: fuse(teachers, masks, weights=[0.5, 0.5]), "for 3 teachers"),
+        (lambda: fuse(teachers, masks, weights=[0.5, 0.7, -0.2]), "not negative"),
+        (lambda: fuse(teachers, [mask, gone, gone], weights=[0, 1, 1]), "sample 3 all have weight 0"),
+        (lambda: fuse(teachers, masks, "mean"), "unknown how"),
+        (lambda: fuse(teachers, masks, "similarity"), "needs features"),
+        (lambda: fuse(teachers, masks, "similarity", **asked, temperature=0), "above 0"),
+        (lambda: fuse(teachers, masks, "learnable", **asked), "needs router"),
+        (lambda: fuse(teachers, masks, "govern"), "needs the student's"),
+        (lambda: fuse(teachers, masks, "govern", student=student, vote="all"), "unknown vote"),
+        (lambda: fuse(teachers, masks[:2]), "one mask each"),
+        (lambda: fuse([], []), "at least one teacher"),
+        (lambda: fuse([teachers[0], teachers[1][:, :1]], [mask] * 2), "teacher 1 has targets"),
+        (lambda: fuse([teachers[0] * torch.nan], [mask]), "teacher 0 has NaN"),
+    ]:
+        with pytest.raises(ValueError, match=message): call()
 
 
 @pytest.mark.parametrize(

@@ -138,12 +138,28 @@ def test_bad_models_and_caches(make_model, tmp_path):
     model.model.forward = forward
     with torch.no_grad(): model.model.layers[1].self_attn.k_proj.weight.fill_(float("inf"))
     with pytest.raises(ValueError, match="keys of layer 1 hold NaN"): extract_kv(model, ids)
+    model.gradient_checkpointing_enable()
+    model.train()
+    with pytest.raises(ValueError, match="returned no key-value cache"): extract_kv(model, ids)
+    model = make_model("llama")
+    with torch.no_grad(): model.model.layers[2].self_attn.v_proj.weight[0] = float("nan")
+    with pytest.raises(ValueError, match="values of layer 2 hold NaN"): extract_kv(model, ids)
     with pytest.raises(ValueError, match="odd"): rotate_keys(torch.zeros(1, 1, 1, 2, 7), Rope(torch.ones(3)))
+    with pytest.raises(ValueError, match="head_dim 15 is odd"): Rope.of_base(10_000, 15)
+    with pytest.raises(ValueError, match="positions have shape"):
+        rotate_keys(cache.k, rope_of(model), torch.arange(9)[None])
     with pytest.raises(ValueError, match="keys have head_dim 8"):
         unrotate_keys(torch.zeros(1, 1, 1, 2, 8), rope_of(model))
     with pytest.raises(ValueError, match="does not fit keys"): KVCache(cache.k, cache.v, torch.ones(1, 5))
+    with pytest.raises(ValueError, match="must both be"): KVCache(cache.k[0], cache.v[0], torch.ones(4, 6))
+    with pytest.raises(ValueError, match="queries .* do not fit"):
+        KVCache(cache.k, cache.v, torch.ones(1, 6), q=cache.k[:, :, [0, 1, 0]])
     f = save_kv(cache, tmp_path/"c.safetensors")
     assert torch.equal(load_kv(f).k, cache.k)
+    with pytest.raises(FileNotFoundError, match="no file"): load_kv(tmp_path/"other")
+    whole = f.read_bytes()
+    f.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match="does not match its SHA-256"): load_kv(f)
     f.write_bytes(f.read_bytes()[:-9])
     with pytest.raises(ValueError, match="not a whole file of tensors"): load_kv(f)
 

@@ -271,6 +271,8 @@ def test_bad_input(world):
     with pytest.raises(ValueError, match="pass LatentModel"):
         KVObjective(SMALL["kava"], student().plain[0], teacher, data, CONFIG)
     with pytest.raises(ValueError, match="occurs in a problem"): with_latents(data, 2, int(data.input_ids[0, 3]))
+    with pytest.raises(ValueError, match="must not be negative"): with_latents(data, -1, tokenizer.bos_token_id)
+    with pytest.raises(ValueError, match="a token below"): LatentModel(student().plain[0], 10_000, 1)
     with pytest.raises(ValueError, match="begins with a latent place"):
         student()(torch.full((1, 3), tokenizer.bos_token_id))
     with pytest.raises(ValueError, match="at least 1"): greedy_decode(teacher, data.input_ids, data.attention_mask, 0)

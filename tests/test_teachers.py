@@ -12,7 +12,7 @@ from rcid.distill.cost import Budget, check_equal
 from rcid.kv import KVCache, Router, fuse, router_regulariser, with_latents
 from rcid.kv.fusion import masked_share
 from rcid.kv import recording as recording_module
-from rcid.kv.places import TIMES
+from rcid.kv.places import TIMES, place_matrices
 from rcid.kv.fusion_targets import FusionTargets, layer_cka_at_places, make_fusion_targets, own_kv
 from rcid.kv.multi_teacher import KVFusion, routing
 from rcid.kv.recording import TeacherRecording, Teacher, record_teacher, load_recording
@@ -332,6 +332,24 @@ def test_a_teacher_that_does_not_keep_the_text(folders, problems, tmp_path):
     with pytest.raises(ValueError, match="teacher low: tokenizer .* does not keep the text: from byte 0 on"):
         record_teacher(Teacher(name="low", folder=str(tmp_path / "lower")), problems, tmp_path / "x.safetensors")
     assert not (tmp_path/"x.safetensors").exists()
+
+
+def test_a_recording_that_was_changed_and_a_teacher_that_is_gone(folders, problems, tmp_path):
+    teacher, path = Teacher(name="b", folder=str(folders["b"])), tmp_path/"b.safetensors"
+    whole = record_teacher(teacher, problems[:4], path).read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match="does not match its SHA-256"):
+        load_recording(teacher, path, load(folders["b"])[1])
+    with pytest.raises(FileNotFoundError, match="teacher gone: no weights"):
+        record_teacher(Teacher(name="gone", folder=str(tmp_path/"nothing")), problems, tmp_path/"x.safetensors")
+
+
+def test_a_time_alignment_that_is_not_there(recorded, student):
+    _, _, words, thought = student
+    with pytest.raises(ValueError, match="unknown time alignment 'dtw'"):
+        place_matrices("dtw", recorded["b"].data, words, thought)
+    with pytest.raises(ValueError, match="soft needs both tokenizers"):
+        place_matrices("soft", recorded["b"].data, words, thought)
 
 
 def test_no_teacher_left_and_wrong_weights(recorded, student):

@@ -400,6 +400,24 @@ def test_texts_that_do_not_round_trip(small):
         with pytest.raises(ValueError, match="does not keep the text: from byte") as e:
             align_tokens(small["plain"], tok, text)
         assert "\n" not in str(e.value)
+    lower = train_tokenizer(["the"])
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(ValueError, match="does not keep the text: from byte 2 on, b'The' became b'the'"):
+        align_tokens(small["plain"], lower, "a The")
+
+
+class Slow: is_fast = False
+
+
+def test_what_cannot_be_aligned(small):
+    a, b = small["plain"], small["bos"]
+    with pytest.raises(TypeError, match="Slow is a slow one"): align_tokens(Slow(), a, "a")
+    with pytest.raises(ValueError, match="empty text"): align_tokens(a, b, "")
+    with pytest.raises(ValueError, match="character 1 of the text is a lone surrogate"): align_tokens(a, b, "a\ud800")
+    groups = align_tokens(a, b, "a")
+    with pytest.raises(ValueError, match="unknown token weights 'hard'"): token_weights(groups, "hard")
+    s, t = torch.randn(len(groups.ids[0]), len(a)), torch.randn(len(groups.ids[1]), len(b))
+    with pytest.raises(ValueError, match="no group of 'a'"): cross_kl(s, t, groups, shared_vocabulary(a, b))
 
 
 def test_goldens():
