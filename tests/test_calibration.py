@@ -243,3 +243,72 @@ def test_the_classes_of_rewrites_are_made_by_functions_of_that_name():
     from rcid.models import rewrite
     assert all(callable(getattr(rewrite, name)) for name in REWRITES)
     assert calibration.FIRST_HELD_OUT == 100
+
+
+# every reading of two models
+
+
+@pytest.fixture(scope="module")
+def swept(tokenizers, make_model):
+    "Models made by hand that hand over in layers 3 and 4 (two) and in 1 and 2, and one with random weights."
+    from rcid.data import load_kinds
+    from rcid.eval.handmade import counting_model
+    from rcid.eval.reading import subject
+    tokenizer = tokenizers["llama"]
+    to_read = [load_kinds("ioi", tokenizer, ["s2", "s2_new"], split=split, n=24) for split in ("test", "train")]
+    late, early = {3: .6, 4: .4}, {1: .6, 2: .4}
+    made = {name: counting_model(tokenizer, live, seed=i)
+            for i, (name, live) in enumerate((("one", late), ("alike", late), ("early", early)))}
+    made["random"] = make_model("llama", layers=6)
+    return {name: subject(model, *to_read) for name, model in made.items()}, to_read
+
+
+def test_the_route_is_told_where_the_first_definition_is_not(swept):
+    from rcid.eval.reading import read_pair
+    models, _ = swept
+    same, other = (read_pair(models["one"], models[name]).values for name in ("alike", "early"))
+    assert same["route"] < .1 < .3 < other["route"] and other["route_warped"] < .1
+    assert same["original"] > .9 and other["original"] > .9
+
+
+def test_a_model_without_a_gap_is_refused_with_the_reason(swept):
+    from rcid.eval.reading import floor_of, read_pair
+    models, _ = swept
+    read = read_pair(models["one"], models["random"])
+    for reading in ("route", "route_warped", "route_classic", "fingerprint"):
+        assert np.isnan(read.values[reading]) and "no gap" in read.why[reading], reading
+    assert np.isnan(read.shift) and np.isnan(floor_of(models["random"]))
+
+
+@pytest.mark.parametrize("name", REWRITES)
+def test_no_reading_sees_an_exact_rewrite(swept, name):
+    from rcid.eval.reading import floor_of, read_pair, subject
+    from rcid.models import rewrite
+    models, to_read = swept
+    one, depth = models["alike"], None
+    if name == "identity_blocks":
+        new, depth = rewrite.identity_blocks(one.model, [0, 3, 3]), rewrite.blocks_map(6, [0, 3, 3]).depths
+    else:
+        if name == "permuted_heads": pytest.skip("a model made by hand has one head")
+        new = getattr(rewrite, name)(one.model, 1)
+    values = read_pair(one, subject(new, *to_read), student_depth=depth).values
+    for reading in READINGS:
+        verdict = judge_rewrite(reading, name, [values[reading]], [floor_of(one)])
+        assert verdict.said == "ignored", (reading, values[reading])
+
+
+def test_kinds_are_named_with_the_classic_one_first(swept):
+    from rcid.eval.reading import of_kinds
+    models, _ = swept
+    assert of_kinds(models["one"], ["s2"]).read.kinds == ["s2"]
+    with pytest.raises(ValueError, match="the classic one, 's2', comes first"): of_kinds(models["one"], ["s2_new"])
+    with pytest.raises(ValueError, match="no corruption 'names': there are s2, s2_new"):
+        of_kinds(models["one"], ["s2", "names"])
+
+
+def test_behaviour_of_two_models_is_symmetric(swept):
+    from rcid.eval.reading import behave_apart
+    models, _ = swept
+    there, back = behave_apart(models["one"], models["early"]), behave_apart(models["early"], models["one"])
+    assert there.kl == pytest.approx(back.kl) and there.gap == pytest.approx(back.gap)
+    assert behave_apart(models["one"], models["one"]).kl == 0 and there.kl > 0
