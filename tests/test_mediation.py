@@ -198,7 +198,7 @@ def test_the_slow_path_gives_the_gap_too(models, tokenizers):
     pairs = ioi("llama", tokenizers, n=70)                 # more than the oracle takes at once
     with pytest.warns(UserWarning, match="slow path"): found = mediation(strange, pairs)
     clean, corrupt = answer_logit_diff(models["llama"], pairs)
-    assert torch.allclose(found.gaps["classic"], clean - corrupt, atol=1e-5)
+    assert torch.allclose(found.gaps[found.kinds[0]], clean - corrupt, atol=1e-5)
 
 
 def test_a_model_comes_back_as_it_was(models, tokenizers):
@@ -209,7 +209,7 @@ def test_a_model_comes_back_as_it_was(models, tokenizers):
     pairs = ioi("qwen3", tokenizers)
     found = mediation(model, pairs)
     integrated_effects(model, pairs), attribution_effects(model, pairs)
-    assert found.effects["classic"].dtype == torch.float32 and found.effects["classic"].device.type == "cpu"
+    assert all(e.dtype == torch.float32 and e.device.type == "cpu" for e in found.effects.values())
     assert model.training and all(m.training for m in model.modules())
     assert [p.requires_grad for p in model.parameters()] == grads and all(p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -219,7 +219,7 @@ def test_a_model_comes_back_as_it_was(models, tokenizers):
 def test_twice_is_the_same(model, tokenizers):
     pairs = ioi("qwen3", tokenizers)
     one, two = mediation(model, pairs), mediation(model, pairs)
-    assert torch.equal(one.effects["classic"], two.effects["classic"])
+    assert all(torch.equal(one.effects[kind], two.effects[kind]) for kind in one.kinds)
     assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(one.interval(50), two.interval(50)))
 
 
