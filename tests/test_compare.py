@@ -76,7 +76,7 @@ def test_another_route_with_the_same_answers(same, moved):
     assert moved.fingerprint.raw < same.fingerprint.raw - .2
     assert moved.behaviour.gap_r > .99 and moved.behaviour.kl < 1e-3
     # the first definition reads behaviour, which is the same
-    assert moved.original.consistency > .95 and moved.original_share > .95 and says(moved, "saturated")
+    assert moved.original.consistency > .95 and moved.original_share > .7 and says(moved, "saturated")
 
 
 def test_itself(teacher, kinds):

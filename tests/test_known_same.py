@@ -7,6 +7,7 @@ from rcid.causal.effects import run_logit_diff
 from rcid.causal.mediation import Mediation, mediation
 from rcid.data import load_kinds
 from rcid.eval.fingerprint import fingerprint
+from rcid.eval.interchange import interchange_agreement
 from rcid.eval.pairwise import partial_consistency
 from rcid.eval.route import route_distance
 from rcid.causal.hooks import Site
@@ -76,11 +77,36 @@ def check_same(model, kinds, before: Mediation, rewrite, where, tolerance):
     m = before.mediating()[0].nan_to_num(-1)                               # (layer, role)
     best = [divmod(int(i), len(before.roles)) for i in m.flatten().topk(3).indices]
     sites = [Site(layer, before.roles[role]) for layer, role in best]
-    pairwise = partial_consistency(before, after, sites, [where.new[layer] for layer, _ in best])
-    assert pairwise.r >= .98
-    return new, route, warped, marks, pairwise
+    layers = [where.new[layer] for layer, _ in best]
+    pairwise = partial_consistency(before, after, sites, layers)
+    assert pairwise.n_undefined == 0 and pairwise.r >= .98
+    swapped = interchange_agreement(model, new, next(iter(kinds.values())), sites, layers)
+    assert swapped.n_flips > 0 and swapped.agreement >= .98
+    return dict(route=route, warped=warped, fingerprint=marks, pairwise=pairwise, interchange=swapped)
 
 
 @pytest.mark.parametrize("name", rewrites(LAYERS))
 def test_a_rewrite_is_the_same(subject, name):
     check_same(*subject, *rewrites(LAYERS)[name], 1e-3)
+
+
+def test_the_readings_can_tell(subject):
+    "Depths that are not the rewrite's own, and a model that was trained from another start."
+    model, kinds, before = subject
+    rewrite, where = rewrites(LAYERS)["blocks"]
+    after = mediation(rewrite(model), kinds)
+    lost = route_distance(before, after)                                   # as if the blocks were layers like others
+    assert lost.distance > lost.floor + .02
+    random = mediation(load_model({"arch": "llama", "vocab": get_adapter(model).vocab, "seed": 9}, device="cpu",
+        dtype="float32")[0], kinds)
+    assert not route_distance(before, random).distance <= .02              # no gap, or another route
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", rewrites(30))
+def test_real_weights(name):
+    model, tokenizer = load_model({"path": str(real("SmolLM2"))}, dtype="float32", device="cpu")
+    kinds = load_kinds("ioi", tokenizer, KINDS, n=16)
+    before = mediation(model, kinds)
+    rewrite, where = rewrites(30)[name]
+    check_same(model, kinds, before, rewrite, where, 1e-3)
