@@ -6,7 +6,7 @@ from rcid.causal.engine import logit_difference
 from rcid.data import load_pairs
 from rcid.data.corpus import pad_sentences
 from rcid.distill import DistillConfig, model_hash
-from rcid.eval.knockout import RULES, behaviour, knock_out, verified
+from rcid.eval.knockout import RULES, beside, knock_out, verified
 from rcid.eval.plant import (
     dose,
     live_attention,
@@ -141,7 +141,7 @@ def test_gates_are_folded_into_the_weights(toy):
 
 
 def test_a_dose_trains_behind_its_gates(qwen):
-    "With the gates taken out of the weights again, the plant is what was trained; without gates it is another one."
+    "The weights hold the gate: the smaller it is, the less its layer writes."
     teacher, pairs, held = qwen
     plants = [dose(teacher, pairs, (0, 2), alpha, held=held, config=BRIEF) for alpha in (0.2, 0.8)]
     o = [get_adapter(p.model).parts(2).o.weight for p in plants]
@@ -207,7 +207,7 @@ def test_the_rules(qwen, monkeypatch):
     from rcid.eval import knockout
     good = dict(accuracy=1.0, kl=0.1, gap=5.0, gap_reference=5.0, gap_r=0.9)
     left = {(1, None): 0.1, (2, "end"): 0.9}
-    monkeypatch.setattr(knockout, "behaviour", lambda *args: dict(good))
+    monkeypatch.setattr(knockout, "beside", lambda *args: dict(good))
     monkeypatch.setattr(knockout, "knock_out", lambda model, pairs, layer, role: left[layer, role])
     def passes(carries=((1, None),), idle=((2, "end"),)): return verified(None, None, None, carries, idle)[1]
     assert passes() and not passes(carries=((2, "end"),)) and not passes(idle=((1, None),))
@@ -215,7 +215,7 @@ def test_the_rules(qwen, monkeypatch):
     assert not passes()
     left[1, None] = 0.1
     for name, bad in (("accuracy", RULES["accuracy"] - 0.01), ("kl", RULES["kl"] + 0.01), ("kl", float("nan"))):
-        monkeypatch.setattr(knockout, "behaviour", lambda *args: good | {name: bad})
+        monkeypatch.setattr(knockout, "beside", lambda *args: good | {name: bad})
         assert not passes(), name
 
 
@@ -225,7 +225,7 @@ def test_behaviour_of_a_model_with_larger_logits(qwen):
     louder = fresh(teacher, 0)
     louder.load_state_dict(teacher.state_dict())
     with torch.no_grad(): get_adapter(louder).final_norm.weight.mul_(3)
-    same, loud = behaviour(teacher, teacher, pairs), behaviour(louder, teacher, pairs)
+    same, loud = beside(teacher, teacher, pairs), beside(louder, teacher, pairs)
     assert loud["gap"] == pytest.approx(3 * same["gap"], rel=1e-3) and loud["gap_r"] == pytest.approx(1, abs=1e-3)
     assert loud["accuracy"] == same["accuracy"] and loud["kl"] > 1e-3 and same["kl"] == pytest.approx(0, abs=1e-6)
 
@@ -317,7 +317,7 @@ def test_what_cannot_be_planted_is_refused(qwen):
         (lambda: shortcut(teacher, kinds, "x", (0, 2), held=kinds, changed="verb"), "no role 'verb'"),
         (lambda: stacked({}), "no kinds"),
         (lambda: stacked({"a": pairs, "b": without}), "other roles"),
-        (lambda: behaviour(teacher, teacher, pairs[:0]), "no pairs"),
+        (lambda: beside(teacher, teacher, pairs[:0]), "0 and 0 pairs"),
         (lambda: knock_out(teacher, pairs, 0, "verb"), "role 'verb'"),
         (lambda: knock_out(teacher, pairs[:0], 0), "no pairs"),
     ):
