@@ -250,7 +250,7 @@ def test_rows_are_laid_beside_each_other(tokenizer, other_tokenizer, two_sets, w
     order = torch.randperm(len(s), generator=torch.Generator().manual_seed(0))
     tokenizers = (tokenizer, other_tokenizer) if with_text else None
     m = matched_pairs(t, s[order], tokenizers)
-    a, b = m.teacher["classic"], m.student["classic"]
+    a, b = m.teacher["s2"], m.student["s2"]
     assert torch.equal(a.entity_ids, b.entity_ids) and torch.equal(a.template_id, b.template_id)
     assert m.dropped == (len(t) - len(a), len(s) - len(b)) and m.dropped[0] > 0
     def text(tok, p, i): return tok.decode(p.clean_ids[i], skip_special_tokens=True).strip()
@@ -273,7 +273,7 @@ def test_rows_that_cannot_be_told_apart_are_dropped(tokenizer):
     p = load_pairs("ioi", tokenizer, n=12)
     twice = p[[0, 0, 1, 2, 3]]
     m = matched_pairs(twice, p[:4])
-    assert len(m.teacher["classic"]) == 3 and m.dropped == (2, 1)
+    assert len(m.teacher["s2"]) == 3 and m.dropped == (2, 1)
 
 
 def test_names_are_apart():
@@ -309,5 +309,5 @@ def test_bad_input(teacher, tokenizer, other_tokenizer, kinds, two_sets, made):
     refused("no corruption kinds given", by_kind, {})
     refused("kind 's2' has 72 rows, 's2_new' only 40: put it first", by_kind, dict(reversed(kinds["test"].items())))
     refused("sites='best'", compare, teacher, teacher, p, train=q, sites="best", n_boot=20)
-    refused("5 of|keep|layers", compare, teacher, teacher, p, train=q, keep=[0, 1, 2])
+    refused("must be 6 ascending layers", compare, teacher, teacher, p, train=q, keep=[0, 1, 2])
     refused("0 and 0 pairs", behaviour, teacher, teacher, p[:0])
