@@ -9,5 +9,6 @@ __all__ = []
 from .procrustes import procrustes, principal_angles, map_angle, random_orthogonal
 from .cka import linear_cka, hsic1, layer_cka, naive_cka
 from .layers import map_layers
+from .monotone import Warp, depths
 from .tokens import (TokenGroups, align_tokens, byte_spans, token_weights, character_iou,
                                merge_probs, shared_vocabulary, cross_kl, uld_loss, group_rows)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
+from .calibrate_params import Calibrate
 from .paths import read_yaml, root, workspace_path
 from .teacher_params import Bench, Teachers
 
@@ -58,6 +59,8 @@ class Data(_Section):
     # keep the pairs that the teacher gets right in both directions (not for IOI, whose pilot is a gate)
     filter: bool = True
     draw: float = Field(2, ge=1)                 # so many times more pairs are drawn, for the filter to choose from
+    # task -> kinds of corruption beside the classic one, of the training and test pairs: `rcid.data.corruptions(task)`
+    corruptions: dict[str, list[str]] = {}
 
 class Sites(_Section):
     score: Literal["norm", "rel_norm", "effect", "atp"] = "effect"
@@ -178,6 +181,7 @@ class Params(_Section):
     eval: Eval
     kv: Kv
     purity: Purity = Purity()
+    calibrate: Calibrate
     teachers: Teachers
     bench: Bench = Bench()
     launch: Launch = Launch()
@@ -215,6 +219,9 @@ def _disagreement(p: Params) -> str | None:
         for key, used, known in (("families", block.families, p.families), ("tasks", block.tasks, p.tasks)):
             if lost := set(used) - set(known):
                 return f"{name}.{key} names {sorted(lost)}, which {key} does not (it has {known})"
+    for task, kinds in p.data.corruptions.items():
+        if kinds and task not in p.tasks:
+            return f"data.corruptions names the task {task!r}, which tasks does not (it has {p.tasks})"
     twice = [cell for cell, n in Counter(p.cells).items() if n > 1]
     if twice: return f"main_matrix and extra_matrix both train {'-'.join(map(str, twice[0]))}: name each student once"
     return None

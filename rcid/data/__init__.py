@@ -6,14 +6,15 @@
 __all__ = []
 
 # %% ../../nbs/02_data/index.ipynb #a0c4998c
-from .pairs import ContrastiveDataset, Row, build_pairs, save_pairs, load_saved_pairs, prompt_ids, single_token
+from .pairs import ContrastiveDataset, Row, build_kinds, build_pairs, save_pairs, load_saved_pairs
+from .pairs import prompt_ids, single_token
 from .names import name_pool, names_of, split_of
 from .corpus import general_text, templated_sentences, pack_blocks, pad_sentences, without_test_entities
 from .samples import draw_documents, healing_text, saved_text, save_text
 from .factual import factual_rows, relations_of
 from .winogrande import winogrande_rows, real_twins
 from .arithmetic import arithmetic_rows
-from .splits import TASKS, load_pairs, check_disjoint, variants_of
+from .splits import TASKS, corruptions, load_kinds, load_pairs, check_disjoint, variants_of
 from .world import task_sentences, world_sentences
 from .holdout import StyledProblem, check_parts, load_parts, save_parts, split_problems, styled_problems
 from .stories import Reader, story_pairs

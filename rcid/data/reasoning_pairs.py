@@ -47,4 +47,5 @@ def reasoning_rows(
             ("number",),
             4 * step + "+-*/".index(equation[2]),
             (people[re.search(r"[A-Z]\w+(?= has| owns)", problem.prompt)[0]],),
+            corruption="number",
         )

@@ -46,7 +46,7 @@ def story_row(
     spans = dict(first=numbers[0].span(), second=(low, high), asked=(end - 1, end))
     roles = {role: (i + len(before), j + len(before)) for role, (i, j) in spans.items()}
     answers = f" {problem.value}", f" {say(answer[c])}"
-    return Row(clean, corrupt, *answers, roles, ("second",), "+-".index(problem.kind), (a, b))
+    return Row(clean, corrupt, *answers, roles, ("second",), "+-".index(problem.kind), (a, b), corruption="second")
 
 def story_pairs(
     problems: Sequence[StyledProblem],

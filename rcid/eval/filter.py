@@ -39,13 +39,19 @@ def both_right(
     return torch.cat(out) if out else torch.zeros(0, dtype=torch.bool)
 
 def keep_correct(
-    model: nn.Module, pairs,
+    model: nn.Module,
+    pairs,                     # a ContrastiveDataset, or {kind of corruption: of the same rows}: the first one decides
     batch_size: int = 32,
     n: int | None = None       # no more than the first n that are right; an error if there are fewer
-) -> tuple[object, dict[str, int]]: # the pairs kept, and `kept` (of them all, before n), `dropped`
+) -> tuple[object, dict[str, int]]: # the pairs kept, as given, and `kept` (of them all, before n), `dropped`
     """The pairs that the model gets right in both directions; the number of others is also counted in `.dropped` of the
     result."""
+    kinds = pairs if isinstance(pairs, dict) else {"": pairs}
+    pairs = next(iter(kinds.values()))
     if not len(pairs): raise ValueError("keep_correct: no pairs")
+    for kind, p in kinds.items():
+        if not p.clean_ids.equal(pairs.clean_ids):
+            raise ValueError(f"keep_correct: kind {kind!r} has other rows than the first: make them with load_kinds")
     right = both_right(model, pairs, batch_size)
     counts = dict(kept=int(right.sum()), dropped=int((~right).sum()))
     if counts["kept"] < (n or 1):
@@ -53,5 +59,6 @@ def keep_correct(
             f"task {pairs.task or '?'}: the model is right in both directions on {counts['kept']} of {len(pairs)}"
             f" pairs, {n or 1} are needed: draw more pairs, or leave this task to a larger model"
         )
-    kept = pairs[right.nonzero()[:n, 0]]
-    return replace(kept, dropped={**pairs.dropped, "model is not right in both directions": counts["dropped"]}), counts
+    rows, wrong = right.nonzero()[:n, 0], {"model is not right in both directions": counts["dropped"]}
+    kept = {kind: replace(p[rows], dropped={**p.dropped, **wrong}) for kind, p in kinds.items()}
+    return kept.get("", kept), counts
