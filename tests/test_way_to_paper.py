@@ -162,9 +162,10 @@ def said_of(cls, said, reading="route", met=None, architecture="qwen3", **measur
 
 def cases_of_calibrate():
     say, told = page("calibrate"), dict(auroc=.7, low=.5, high=.9)
-    plants = [dict(name=f"plant {i}", seed=99 + i, passed=True) for i in range(3)]
-    failed = [{**q, "passed": False} for q in plants]
-    for some in (plants, plants + failed[:1], plants + failed): say.plants_sentence(some)
+    plants = [dict(seed=99 + i, passed=True, read=True) for i in range(3)]
+    failed = [{**q, "passed": False, "read": False} for q in plants]
+    kept = [{**q, "read": True} for q in failed]
+    for some in (plants, plants + failed[:1], plants + failed, kept): say.plants_sentence(some)
     pairs = dict(architecture="qwen3", cls="moved", held_out=True, kl=.4, gap_r=.6)
     for some in ([], [{**pairs, "alike": True}], [{**pairs, "alike": False}]): say.behaviour_sentence(some)
     good, bad = (said_of("rotated", said, value=.1) for said in ("ignored", "reacts"))
