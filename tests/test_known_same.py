@@ -15,7 +15,7 @@ from rcid.models import blocks_map, get_adapter, identity_blocks, load_model, lo
 from rcid.models.rewrite import SAME
 
 KINDS = ("s2", "s2_new")
-LAYERS = 4
+LAYERS, LIVE = 4, (1, 2)         # attention is live in these, so that names are handed over in the middle
 
 
 def rewrites(n: int) -> dict:
@@ -33,8 +33,11 @@ def trained(tokenizer, kinds, steps=200, batch=24, seed=0):
     "A model that answers the clean prompt and, on the classic kind, the corrupt one."
     spec = {"arch": "llama", "vocab": len(tokenizer), "layers": LAYERS, "seed": seed}
     model = load_model(spec, dtype="float32", device="cpu")[0]
+    for layer in set(range(LAYERS)) - set(LIVE):                           # else all is done in the first layer
+        get_adapter(model).parts(layer).o.weight.requires_grad_(False).zero_()
     classic, new = (kinds[kind] for kind in KINDS)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    free = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(free, lr=3e-3)
     g = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         rows = torch.randint(len(classic), (batch,), generator=g)
