@@ -80,9 +80,9 @@ def test_weights_are_repeated_rows():
 
 
 def test_the_interval_is_the_bootstrap_over_names():
-    rng, n = np.random.default_rng(2), 60
+    rng, n = np.random.default_rng(2), 150
     gap, common = 3 + rng.normal(size=n), rng.normal(size=n)
-    names = np.stack([rng.integers(8, size=n), rng.integers(8, 16, size=n)], 1)
+    names = np.stack([rng.integers(20, size=n), rng.integers(20, 40, size=n)], 1)
     t, s = ((.5 * gap + common + .8 * rng.normal(size=n))[:, None] for _ in range(2))
     r = partial_consistency(model(t, gap, names), model(s, gap, names), END, [0], n_boot=400, seed=5)
     slow = []

@@ -16,3 +16,10 @@ from .perplexity import perplexity
 from .purity import PurityReport, information_purity, probe_purity
 from .robustness import RobustnessReport, ood_robustness, robustness_correlation
 from .route import RouteReport, counted_roles, fit_warp, route_distance
+from .behaviour import Behaviour, behaviour
+from .comparison import Comparison
+from .compare import compare
+from .interchange import InterchangeReport, interchange_agreement
+from .matched import matched_pairs
+from .pairwise import PairwiseReport, partial_consistency
+from .power import Verdict, equivalence, smallest_detectable, verdict
