@@ -156,8 +156,16 @@ def test_matching_takes_the_advantage_of_behaviour_away():
     assert auroc(same[:, 0], other[:, 0])[0] > .7
     m = match_behaviour(same, other)
     assert m.alike and all(AT_CHANCE[0] <= a <= AT_CHANCE[1] for a in m.behaviour)
-    assert len(set(m.same)) == len(set(m.other)) == len(m.same) >= 20             # each pair once
+    assert len(set(m.same)) == len(m.same) >= 20 and len(set(m.other)) == len(m.other) >= 20
     assert np.isclose(auroc(same[m.same, 0], other[m.other, 0])[0], m.behaviour[0])
+
+
+def test_where_behaviour_is_alike_no_pair_is_lost():
+    "Nine same-route and 27 other-route pairs, as of three routes with three plants each: all of them are used."
+    rng = np.random.default_rng(0)
+    values = rng.uniform(size=9)[:, None]
+    m = match_behaviour(values, np.repeat(values, 3, axis=0) + .01 * rng.normal(size=(27, 1)))
+    assert m.alike and len(m.same) == 9 and len(m.other) == 27
 
 
 def test_behaviour_that_cannot_be_matched_is_said():

@@ -142,18 +142,20 @@ def match_behaviour(
     other: Float[np.ndarray, "other behaviour"],
     calipers: tuple[float, ...] = CALIPERS,
 ) -> Matched:
-    "One same-route pair for each other-route pair, within the widest caliper that leaves behaviour at chance."
+    "Pairs of both relations that behave alike, by the widest caliper that leaves behaviour at chance."
     from scipy.optimize import linear_sum_assignment
     same, other = np.asarray(same, float), np.asarray(other, float)
     spread = np.nanstd(np.concatenate([same, other]), axis=0)
     apart = np.abs(other[None] - same[:, None]) / np.where(spread > 0, spread, 1.)    # (same, other, behaviour)
     cost = np.nan_to_num(apart.max(2), nan=np.inf)                         # (same, other)
+    often = max(1, len(other) // len(same)), max(1, len(same) // len(other))
+    cost = np.tile(cost, often)                                            # the smaller side may be matched so often
     found = []
     for caliper in calipers:
         near = cost <= caliper
         rows, columns = linear_sum_assignment(np.where(near, cost, 1e6))   # as many as possible, then the nearest
         kept = near[rows, columns]
-        rows, columns = rows[kept], columns[kept]
+        rows, columns = np.unique(rows[kept] % len(same)), np.unique(columns[kept] % len(other))
         told = [float(auroc(same[rows, i], other[columns, i])[0]) for i in range(same.shape[1])]
         alike = len(rows) > 0 and all(AT_CHANCE[0] <= a <= AT_CHANCE[1] for a in told)
         found.append(Matched(rows, columns, caliper, told, alike))
