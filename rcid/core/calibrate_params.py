@@ -34,8 +34,8 @@ class Calibrate(_Strict):
     kinds: list[str] = Field(min_length=1)       # of corruption, the classic one first
     read: dict[Recipe, list[str]] = {}           # kinds on which a recipe is trained and read; else all of `kinds`
     train_pairs: int = Field(gt=3)               # of each kind
-    pairs: int = Field(ge=16)                    # of each kind, with other names: on which plants are checked and read
-    choose_pairs: int = Field(ge=16)             # of each kind, with others again: roles, sites and warps are chosen
+    pairs: int = Field(ge=16)                    # of each kind, not trained on: plants are checked and read on them
+    choose_pairs: int = Field(ge=16)             # of each kind, others again: roles, sites and warps are chosen on them
     steps: int = Field(gt=0)
     batch: int = Field(gt=0)                     # pairs a step
     lr: float = Field(gt=0)
