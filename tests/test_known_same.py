@@ -29,7 +29,7 @@ def rewrites(n: int) -> dict:
     return {name: (rewrite, blocks_map(n, after)) for name, (rewrite, after) in made.items()}
 
 
-def trained(tokenizer, kinds, steps=200, batch=24, seed=0):
+def trained(tokenizer, kinds, steps=80, batch=24, seed=0):
     "A model that answers the clean prompt and, on the classic kind, the corrupt one."
     spec = {"arch": "llama", "vocab": len(tokenizer), "layers": LAYERS, "seed": seed}
     model = load_model(spec, dtype="float32", device="cpu")[0]
@@ -64,7 +64,7 @@ def subject(tokenizers):
 
 
 def check_same(model, kinds, before: Mediation, rewrite, where, tolerance):
-    "Every reading of a rewrite, and what it would be of another model."
+    "Effects, and every reading of them."
     new = rewrite(model)
     after = mediation(new, kinds)
     for kind in kinds:
@@ -77,15 +77,14 @@ def check_same(model, kinds, before: Mediation, rewrite, where, tolerance):
     assert warped.distance <= warped.floor + .02
     marks = fingerprint(before, after, student_depth=where.depths)
     assert marks.similarity >= .98
-    m = before.mediating()[0].nan_to_num(-1)                               # (layer, role)
-    best = [divmod(int(i), len(before.roles)) for i in m.flatten().topk(3).indices]
+    m = before.mediating()[0].nan_to_num(0)                                # (layer, role)
+    best = [divmod(int(i), len(before.roles)) for i in m.flatten().topk(3).indices if m.flatten()[i] > .1]
     sites = [Site(layer, before.roles[role]) for layer, role in best]
     layers = [where.new[layer] for layer, _ in best]
     pairwise = partial_consistency(before, after, sites, layers)
     assert pairwise.n_undefined == 0 and pairwise.r >= .98
     swapped = interchange_agreement(model, new, next(iter(kinds.values())), sites, layers)
     assert swapped.n_flips > 0 and swapped.agreement >= .98
-    return dict(route=route, warped=warped, fingerprint=marks, pairwise=pairwise, interchange=swapped)
 
 
 @pytest.mark.parametrize("name", rewrites(LAYERS))
