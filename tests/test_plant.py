@@ -3,6 +3,7 @@
 from dataclasses import replace
 import pytest, torch
 from rcid.causal.engine import logit_difference
+from rcid.core.tensors import content_hash
 from rcid.data import load_pairs
 from rcid.data.corpus import pad_sentences
 from rcid.distill import DistillConfig, model_hash
@@ -10,6 +11,7 @@ from rcid.eval.knockout import RULES, beside, knock_out, verified
 from rcid.eval.plant import (
     dose,
     live_attention,
+    moved,
     next_token,
     plant_key,
     plants_kept,
@@ -47,7 +49,8 @@ def grow(recipe: str, teacher, pairs, held, seed=0):
     options = dict(held=held, config=BRIEF)
     turned = replace(pairs, clean_ids=pairs.corrupt_ids, corrupt_ids=pairs.clean_ids)
     if recipe == "live_attention": return live_attention(teacher, pairs, [1], seed, **options)
-    if recipe == "rerouted": return rerouted(teacher, pairs, (0, 2), ROLE, seed, **options)
+    if recipe == "moved": return moved(teacher, pairs, (0, 2), seed, **options)
+    if recipe == "rerouted": return rerouted(teacher, pairs, (0, 1, 2), ROLE, seed, **options)
     if recipe == "dose": return dose(teacher, pairs, (0, 2), 0.3, seed, **options)
     if recipe == "shortcut":
         kinds = {"s2": pairs, "turned": turned}
@@ -56,7 +59,7 @@ def grow(recipe: str, teacher, pairs, held, seed=0):
     return random_weights(teacher, seed, held=held)
 
 
-RECIPES = {"live_attention": [1], "rerouted": [0, 2], "dose": [0, 2], "shortcut": [0, 2]}
+RECIPES = {"live_attention": [1], "moved": [0, 2], "rerouted": [0, 1, 2], "dose": [0, 2], "shortcut": [0, 2]}
 TRAINED = (*RECIPES, "twins")
 
 
@@ -230,6 +233,9 @@ def test_behaviour_of_a_model_with_larger_logits(qwen):
     assert loud["accuracy"] == same["accuracy"] and loud["kl"] > 1e-3 and same["kl"] == pytest.approx(0, abs=1e-6)
 
 
+def weights_hash(plant): return content_hash(dict(plant.model.named_parameters()))
+
+
 def test_a_kept_plant_comes_back(toy, tmp_path):
     teacher, pairs, held = toy
     made, key = [], plant_key(teacher, pairs, dict(recipe="live_attention", layers=[1]))
@@ -238,7 +244,7 @@ def test_a_kept_plant_comes_back(toy, tmp_path):
         return made[-1]
     first, second = (plants_kept(tmp_path, key, make) for _ in range(2))
     assert len(made) == 1 and first is made[0]
-    assert model_hash(second.model) == model_hash(first.model)
+    assert weights_hash(second) == weights_hash(first)
     assert (second.recipe, second.passed) == (first.recipe, first.passed)
     assert second.checks["left"] == first.checks["left"] and second.checks["kl"] == first.checks["kl"]
     with torch.no_grad():
@@ -247,7 +253,7 @@ def test_a_kept_plant_comes_back(toy, tmp_path):
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-1] + b"?")                                     # damage is noticed
     third = plants_kept(tmp_path, key, make)
-    assert len(made) == 2 and model_hash(third.model) == model_hash(first.model)
+    assert len(made) == 2 and weights_hash(third) == weights_hash(first)
     others = (
         plant_key(teacher, held, key[0]),
         plant_key(fresh(teacher, 0), pairs, key[0]),
@@ -286,7 +292,7 @@ def test_solved_prompts_end_with_their_answer(qwen):
 
 def test_a_small_teacher_is_made_from_its_seed(root):
     spec = dict(arch="llama", layers=1, d_model=16, heads=2, kv_heads=1, head_dim=8, d_mlp=32)
-    made = [small_teacher(seed, spec, steps=1, batch=4, vocab=400) for seed in (0, 0, 1)]
+    made = [small_teacher(seed, spec, steps=1, batch=4, names=8, vocab=400) for seed in (0, 0, 1)]
     assert model_hash(made[0][0]) == model_hash(made[1][0]) != model_hash(made[2][0])
     ids, _ = pad_sentences(["Then, Mary"], made[0][1], 32)
     assert ids[0, 0] == made[0][1].bos_token_id and not made[0][0].training
@@ -303,12 +309,15 @@ def test_what_cannot_be_planted_is_refused(qwen):
         (lambda: dose(teacher, pairs, (0, 2), 0.0, **options), r"alpha 0.0 is outside \(0, 1\)"),
         (lambda: dose(teacher, pairs, (0, 2), 1.0, **options), "outside"),
         (lambda: dose(teacher, pairs, (1, 1), 0.5, **options), "are one"),
-        (lambda: rerouted(teacher, pairs, (0, 2), "s1", **options), "does not come after the changed word"),
-        (lambda: rerouted(teacher, pairs, (0, 2), "s2", **options), "does not come after the changed word"),
-        (lambda: rerouted(teacher, pairs, (0, 2), "end", **options), "does not come before 'end'"),
-        (lambda: rerouted(teacher, pairs, (2, 0), ROLE, **options), "the first has written"),
-        (lambda: rerouted(teacher, pairs, (0, 3), ROLE, **options), "within 0..2"),
-        (lambda: rerouted(teacher, without, (0, 2), ROLE, **options), "have no role 's2\\+1' .they have none."),
+        (lambda: moved(teacher, pairs, (2, 2), **options), "the first has written"),
+        (lambda: moved(teacher, kinds, (0, 2), carrier={"s2": "s2"}, **options), "kind 'x' has no carrier"),
+        (lambda: moved(teacher, pairs, (0, 2), carrier="verb", **options), "no role 'verb'"),
+        (lambda: rerouted(teacher, pairs, (0, 1, 2), "s1", **options), "does not come after the changed word"),
+        (lambda: rerouted(teacher, pairs, (0, 1, 2), "s2", **options), "does not come after the changed word"),
+        (lambda: rerouted(teacher, pairs, (0, 1, 2), "end", **options), "does not come before 'end'"),
+        (lambda: rerouted(teacher, pairs, (0, 2, 1), ROLE, **options), "the first has written"),
+        (lambda: rerouted(teacher, pairs, (0, 1, 3), ROLE, **options), "within 0..2"),
+        (lambda: rerouted(teacher, without, (0, 1, 2), ROLE, **options), "have no role 's2\\+1' .they have none."),
         (lambda: next_token(without, "s2"), "have no role 's2'"),
         (lambda: next_token(pairs, "end"), "nothing comes after it"),
         (lambda: shortcut(teacher, {"s2": pairs}, "io_new", (0, 2), held={"s2": held}), "there are s2"),
@@ -333,8 +342,8 @@ def test_the_exchange_is_between_the_layers(qwen):
     rows = torch.arange(8)
     same = replace(pairs, corrupt_ids=pairs.clean_ids)
     for data, equal in ((same, True), (pairs, False)):
-        data = carried_by(data, ROLE)
-        kl, own, _ = Rerouting(after=1).objective(student, teacher, data, BRIEF).terms(rows, 0, None)
+        objective = Rerouting(stations=((ROLE, 1),)).objective(student, teacher, data, BRIEF)
+        kl, own, _ = objective.terms(rows, 0, None)
         assert torch.allclose(kl, own, atol=1e-6) == equal
 
 
@@ -344,7 +353,7 @@ def test_each_pair_has_its_own_carrier(qwen):
     student, n, rows = fresh(teacher, 0), len(pairs), torch.arange(8)
     both = stacked({"a": carried_by(pairs, ROLE), "b": carried_by(pairs, "end")})
     assert torch.equal(both.key_positions["carrier"][:n], pairs.key_positions[ROLE])
-    objective = Rerouting(after=2).objective(student, teacher, both, BRIEF)         # after the last layer
+    objective = Rerouting(stations=(("carrier", 2),)).objective(student, teacher, both, BRIEF)         # after the last layer
     kl, own, _ = objective.terms(rows + n, 0, None)
     assert torch.allclose(kl, own, atol=1e-6)                    # the other run's last residual: the other's answer
     assert not torch.allclose(*objective.terms(rows, 0, None)[:2], atol=1e-6)

@@ -8,15 +8,14 @@ __all__ = []
 # %% ../../nbs/07_eval/index.ipynb #4e753216
 from . import stats
 from .accuracy import task_accuracy
-from .calibration import EXPECTED, Known, dose_trend, match_behaviour, pairs_of_models, tell_apart, validated
 from .filter import both_right, keep_correct
 from .consistency import ConsistencyReport, causal_consistency, clusters_of, consistency_profile
 from .differences import accuracy_difference, consistency_difference, read_effects, statistic_of
-from .fingerprint import FingerprintReport, fingerprint
 from .knockout import knock_out
+from .fingerprint import FingerprintReport, fingerprint
 from .perplexity import perplexity
 from .plant import Plant, dose, live_attention, plant_key, plants_kept, random_weights, rerouted, shortcut
-from .plant import small_teacher, twins
+from .plant import moved, small_teacher, twins
 from .purity import PurityReport, information_purity, probe_purity
 from .robustness import RobustnessReport, ood_robustness, robustness_correlation
 from .route import RouteReport, counted_roles, fit_warp, route_distance
