@@ -159,7 +159,8 @@ def run_layers(
 class Rerouting(PairMethod):
     "KL on both prompts, and on both with the carrier's residual of the other: there the other's answer is right."
     pairs: bool = True
-    after: int = 0                       # layer after which the residual is exchanged; at the role `carrier`
+    # (role, layer): where the residual is exchanged, and after which layer; one of them a step, in turn
+    stations: tuple[tuple[str, int], ...] = ()
 
     def learns_from_pairs(self): return False
     def objective(self, student, teacher, data, config): return _Rerouted(self, student, teacher, data, config)
@@ -168,15 +169,16 @@ class _Rerouted(PairObjective):
     splits = False
 
     def terms(self, rows, step, state):
-        a, m = get_adapter(self.student), self.method
+        a, stations = get_adapter(self.student), self.method.stations
+        carrier, after = stations[step % len(stations)]
         batch = self.pairs[rows].trimmed().to(self.device)
         said, row = self.of_teacher(rows, batch), torch.arange(len(batch), device=self.device)
-        h = run_layers(self.student, a.embed(torch.cat([batch.clean_ids, batch.corrupt_ids])), range(m.after + 1))
+        h = run_layers(self.student, a.embed(torch.cat([batch.clean_ids, batch.corrupt_ids])), range(after + 1))
         clean, corrupt = h.chunk(2)                                        # (pair, seq, d_model) each
-        at = (row, batch.key_positions["carrier"])
+        at = (row, batch.key_positions[carrier])
         into_clean, into_corrupt = clean.index_put(at, corrupt[at]), corrupt.index_put(at, clean[at])
         runs = torch.cat([clean, corrupt, into_clean, into_corrupt])       # (run * pair, seq, d_model)
-        final = a.final_norm(run_layers(self.student, runs, range(m.after + 1, a.n_layers)))
+        final = a.final_norm(run_layers(self.student, runs, range(after + 1, a.n_layers)))
         logits = a.lm_head(final[torch.arange(len(runs), device=self.device), batch.answer_pos.repeat(4)])
         target = torch.cat([said.logits, said.logits_corrupt, said.logits_corrupt, said.logits])
         each = divergence(logits[..., :self.vocab], target, temperature=self.c.temperature).view(4, -1).mean(1)
