@@ -4,11 +4,12 @@ import pytest
 from conftest import ROOT, assert_shows, nudged, page
 from rcid.core import load_params, read_json
 from rcid.eval import robustness_correlation
+from rcid.eval.calibration import EXPECTED, READINGS
 from rcid.report import lint_sentences, read_families, read_matrix, read_validated, read_values, sentence, templates
 from rcid.report import verdict_of, word
 from rcid.report.sentences import fields
 
-PAGES = ("exp1", "exp2", "exp3", "exp4", "exp5", "paper")
+PAGES = ("calibrate", "exp1", "exp2", "exp3", "exp4", "exp5", "paper")
 METRICS = ROOT/"metrics"
 
 
@@ -26,6 +27,7 @@ def tables() -> dict:
     files = {f: p.models[f].teacher.get("file", "") for f in p.families}
     paper, e = page("paper"), {k: metrics(f"exp{k}") for k in range(1, 6)}
     return {
+        "calibrate": (lambda x: page("calibrate").calibration_table(x["rows"], x["validated"]), metrics("calibrate")),
         "exp1": (page("exp1").methods_table, e[1]["rows"]),
         "exp1_tests": (page("exp1").tests_table, e[1]["tests"]),
         "exp2": (page("exp2").methods_table, e[2]["rows"]),
@@ -69,8 +71,9 @@ def test_a_cell_of_the_main_table_is_a_number_of_the_metrics():
 
 
 def sentences_of(record: dict) -> dict[str, str]:
-    "What the pages say of the metrics of experiments 1, 2, 4 and 5."
+    "What the pages say of the metrics of the calibration and of experiments 1, 2, 4 and 5."
     return {
+        **page("calibrate").calibrate_sentences(record["calibrate"]),
         **page("exp1").exp1_sentences(*(record["exp1"][key] for key in ("rows", "tests", "validated", "bounds"))),
         **page("exp2").exp2_sentences(record["exp2"]["tests"]),
         **page("exp4").exp4_sentences(record["exp4"]["rows"]),
@@ -82,7 +85,7 @@ def sentences_of(record: dict) -> dict[str, str]:
 
 def test_a_sentence_is_what_its_page_makes_of_the_metrics():
     committed = read_values(ROOT/"paper"/"values.tex")
-    record = {name: metrics(name) for name in ("exp1", "exp2", "exp4", "exp5")}
+    record = {name: metrics(name) for name in ("calibrate", "exp1", "exp2", "exp4", "exp5")}
     versions = [sentences_of(nudged(record, by)) for by in (-6e-9, 0, 6e-9)]
     for key in versions[0]: assert committed[key] in [v[key] for v in versions], key
 
@@ -170,6 +173,45 @@ def route_tests(pairs):
 def a_row(method, accuracy, route, family="llama"):
     row = dict(family=family, task="ioi", method=method, accuracy=accuracy, route=route)
     return row | dict(route_ci=None if route is None else [route - .1, route + .1], route_floor=.05)
+
+
+def said_of(cls, said, reading="route", met=None, architecture="qwen3", **measured):
+    "A row of the calibration: what a reading said of a class."
+    expected = EXPECTED[reading, cls].answer
+    met = said in ("seen", "ignored") if met is None else met
+    by = 0. if met else None if said.startswith("not m") else .25
+    about = dict(architecture=architecture, reading=reading, cls=cls, expected=expected, said=said)
+    return about | dict(met=met, missed_by=by) | measured
+
+
+def cases_of_calibrate():
+    say, told = page("calibrate"), dict(auroc=.7, low=.5, high=.9)
+    plants = [dict(seed=99 + i, passed=True, read=True) for i in range(3)]
+    failed = [{**q, "passed": False, "read": False} for q in plants]
+    kept = [{**q, "read": True} for q in failed]
+    for some in (plants, plants + failed[:1], plants + failed, kept): say.plants_sentence(some)
+    pairs = dict(architecture="qwen3", cls="moved", held_out=True, kl=.4, gap_r=.6)
+    for some in ([], [{**pairs, "alike": True}], [{**pairs, "alike": False}]): say.behaviour_sentence(some)
+    good, bad = (said_of("rotated", said, value=.1) for said in ("ignored", "reacts"))
+    for some in ([], [good], [good, bad]): say.rewrites_sentence(some)
+    for n in range(4):
+        say.used_sentence({r: dict(validated=i < n) for i, r in enumerate(("route", "pairwise", "original"))})
+    missed = [said_of("moved", "missed", **told), said_of("rerouted", "not matched", **told)]
+    missed.append(said_of("dose", "missed", "fingerprint", tau=.5, n=9))
+    missed.append(said_of("rotated", "reacts", "original", value=.9))
+    for some in ([said_of("moved", "seen", **told)], missed): say.missed_sentence(some)
+    for said in ("seen", "missed", "not measured"):
+        say.one_cell("calibrate.original", [said_of("moved", said, "original", **told)], "original", "moved")
+    for said in ("ignored", "reacts", "not resolved", "not matched"):
+        say.one_cell("calibrate.warp", [said_of("moved", said, "route_warped", **told)], "route_warped", "moved")
+    doses = [said_of("dose", said, reading, tau=.9, n=9) for reading in ("route", "fingerprint")
+             for said in ("seen", "missed")]
+    for some in ([missed[0]], doses[::2], doses[1::2], [doses[0], doses[3]]): say.dose_sentence(some)
+    for some in ([], [{r: .9 for r in READINGS}]): say.ceiling_sentence(some)
+    other = [said_of("moved", said, architecture="llama", **told) for said in ("seen", "missed")]
+    first = said_of("moved", "seen", **told)
+    for some in ([first], [first, other[0]], [first, *other]): say.second_sentence(some)
+    for some in ([], [good], [good, bad]): say.real_sentence([dict(family="llama", rewrites=dict(rows=some))])
 
 
 def cases_of_exp1():
@@ -275,9 +317,10 @@ def test_a_template_says_what_it_needs():
 
 
 def test_the_claims_of_the_paper_are_made_by_a_page():
-    "Every key of experiments 1 to 5 that the text asks for is the key of a sentence of its page."
+    "Every key of the calibration and of experiments 1 to 5 that the text asks for is a sentence of its page."
     from rcid.report.paper import keys_used
-    asked = {key for key in keys_used(ROOT/"paper") if key.startswith("claim.exp") and key[9] in "12345"}
+    pages = tuple(f"claim.{name}." for name in PAGES if name != "paper")
+    asked = {key for key in keys_used(ROOT/"paper") if key.startswith(pages)}
     made = {"claim." + key for name in PAGES for key in templates(name)}
     assert asked and asked <= made, asked - made
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
+from .calibrate_params import Calibrate
 from .paths import read_yaml, root, workspace_path
 from .teacher_params import Bench, Teachers
 
@@ -186,6 +187,7 @@ class Params(_Section):
     eval: Eval
     kv: Kv
     purity: Purity = Purity()
+    calibrate: Calibrate
     teachers: Teachers
     bench: Bench = Bench()
     launch: Launch = Launch()

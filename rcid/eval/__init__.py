@@ -8,12 +8,13 @@ __all__ = []
 # %% ../../nbs/07_eval/index.ipynb #4e753216
 from . import stats
 from .accuracy import task_accuracy
+from .calibration import EXPECTED, Known, dose_trend, match_behaviour, pairs_of_models, tell_apart, validated
 from .filter import both_right, keep_correct
 from .consistency import ConsistencyReport, causal_consistency, clusters_of, consistency_profile
 from .differences import accuracy_difference, consistency_difference, read_effects, statistic_of
-from .knockout import knock_out
 from .differences import read_mediation, route_difference
 from .fingerprint import FingerprintReport, fingerprint
+from .knockout import knock_out
 from .perplexity import perplexity
 from .plant import Plant, dose, live_attention, plant_key, plants_kept, random_weights, rerouted, shortcut
 from .plant import moved, small_teacher, twins
