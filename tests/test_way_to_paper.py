@@ -1,7 +1,7 @@
 """From metrics/*.json to the paper: its words and tables are what the pages make of the committed metrics."""
 from itertools import product
 import pytest
-from conftest import ROOT, assert_shows, nudged, page
+from conftest import ROOT, assert_shows, needs_results_of, nudged, page
 from rcid.core import load_params, read_json
 from rcid.eval import robustness_correlation
 from rcid.eval.calibration import EXPECTED, READINGS
@@ -19,39 +19,55 @@ def metrics(name: str) -> dict: return read_json(METRICS/f"{name}.json")
 # tables
 
 
-def tables() -> dict:
-    "`{name of a file in paper/tables: (what makes it, from what of the committed metrics)}`."
+PAGE_OF = {    # file in paper/tables: the page that writes it, where that is not the page of its name
+    "exp1_tests": "exp1",
+    "companions": "exp2",
+    "tests": "exp2",
+    "kv_tests": "exp6",
+    "exp7_tests": "exp7",
+}
+
+
+def table_of(name: str) -> tuple:
+    "What makes a file of paper/tables, and from what of the committed metrics."
     p = load_params()
     models, heals, pilots = (read_families(METRICS, stage, p.families) for stage in ("models", "heal", "pilot"))
     plans = {f: read_json(METRICS/"sites"/f"{f}-{p.tasks[0]}.json") for f in p.families}
     files = {f: p.models[f].teacher.get("file", "") for f in p.families}
-    paper, e = page("paper"), {k: metrics(f"exp{k}") for k in range(1, 6)}
-    return {
-        "calibrate": (lambda x: page("calibrate").calibration_table(x["rows"], x["validated"]), metrics("calibrate")),
-        "exp1": (page("exp1").methods_table, e[1]["rows"]),
-        "exp1_tests": (page("exp1").tests_table, e[1]["tests"]),
-        "exp2": (page("exp2").methods_table, e[2]["rows"]),
-        "companions": (page("exp2").companions_table, e[2]["rows"]),
-        "tests": (page("exp2").tests_table, e[2]["tests"]),
-        "exp3": (page("exp3").robustness_table, e[3]["points"]),
-        "exp4": (page("exp4").purity_table, e[4]["rows"]),
-        "exp5": (lambda x: page("exp5").architecture_table(*x), [e[5]["rows"], e[5]["tests"]]),
-        "models": (lambda x: paper.models_table(*x, files), [models, heals]),
-        "budget": (paper.budget_table, read_matrix(METRICS, "distill", p)),
-        "pilot": (paper.pilot_table, pilots),
-        "sites": (lambda plans: paper.sites_table(plans, p.sites.layer_map), plans),
+    paper = page("paper")
+    def of(name, function, *keys):
+        record = metrics(name)
+        given = [record[key] for key in keys]
+        return (lambda x: getattr(page(name), function)(*x)), given
+    made = {
+        "calibrate": lambda: of("calibrate", "calibration_table", "rows", "validated"),
+        "exp1": lambda: of("exp1", "methods_table", "rows"),
+        "exp1_tests": lambda: of("exp1", "tests_table", "tests"),
+        "exp2": lambda: of("exp2", "methods_table", "rows"),
+        "companions": lambda: of("exp2", "companions_table", "rows"),
+        "tests": lambda: of("exp2", "tests_table", "tests"),
+        "exp3": lambda: of("exp3", "robustness_table", "points"),
+        "exp4": lambda: of("exp4", "purity_table", "rows"),
+        "exp5": lambda: of("exp5", "architecture_table", "rows", "tests"),
+        "models": lambda: ((lambda x: paper.models_table(*x, files)), [models, heals]),
+        "budget": lambda: (paper.budget_table, read_matrix(METRICS, "distill", p)),
+        "pilot": lambda: (paper.pilot_table, pilots),
+        "sites": lambda: ((lambda plans: paper.sites_table(plans, p.sites.layer_map)), plans),
     }
+    if name not in made: pytest.skip("test_kv_pages.py has the tables of experiments 6 and 7")
+    return made[name]()
 
 
 @pytest.mark.parametrize("name", sorted(f.stem for f in (ROOT/"paper"/"tables").glob("*.tex")))
 def test_a_table_is_what_its_page_makes_of_the_metrics(name):
-    made = tables()
-    if name not in made: pytest.skip("test_kv_pages.py has the tables of experiments 6 and 7")
-    assert_shows((ROOT/"paper"/"tables"/f"{name}.tex").read_text(encoding="utf-8"), *made[name])
+    of = PAGE_OF.get(name, name)
+    if (ROOT/"nbs"/"experiments"/f"{of}.ipynb").exists(): needs_results_of(of)
+    assert_shows((ROOT/"paper"/"tables"/f"{name}.tex").read_text(encoding="utf-8"), *table_of(name))
 
 
 def test_a_cell_of_the_main_table_is_a_number_of_the_metrics():
     "Not the page's function, but its numbers: accuracy, D and both r of each row stand in the row's line."
+    needs_results_of("exp1", "exp2")
     for name in ("exp1", "exp2"):
         lines = (ROOT/"paper"/"tables"/f"{name}.tex").read_text(encoding="utf-8").splitlines()
         lines = [line for line in lines if line.startswith(r"\quad")]
@@ -84,6 +100,7 @@ def sentences_of(record: dict) -> dict[str, str]:
 
 
 def test_a_sentence_is_what_its_page_makes_of_the_metrics():
+    needs_results_of("calibrate", "exp1", "exp2", "exp4", "exp5")
     committed = read_values(ROOT/"paper"/"values.tex")
     record = {name: metrics(name) for name in ("calibrate", "exp1", "exp2", "exp4", "exp5")}
     versions = [sentences_of(nudged(record, by)) for by in (-6e-9, 0, 6e-9)]
