@@ -217,7 +217,7 @@ def test_another_order_of_events_stays_apart_under_any_warp():
     student = model_of({"s2": detour(4, 8)}, roles=("s2", "s1+1", "end"))                 # S2 -> S1+1 -> END
     assert route_distance(teacher, student, warp=True).distance > .1
     assert route_distance(student, teacher, warp=True).distance > .1
-    # a teacher in whose depth nothing happens meets the student's first layer only; the student's depth shows the detour
+    # nothing happens in this teacher's depth: it can be laid before the student's detour. The reverse sees that
     late = route_distance(model_of({"s2": detour(11, 11)}, roles=("s2", "s1+1", "end")), student, warp=True)
     assert late.distance == pytest.approx(0, abs=1e-6) and late.inside < .5 and late.reverse > .2
     moved = model_of({"s2": detour(3, 3)}, roles=("s2", "s1+1", "end"))
