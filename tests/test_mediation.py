@@ -7,7 +7,7 @@ import pytest, torch
 from conftest import ARCHS
 from rcid.causal import Mediation, Site, answer_logit_diff, causal_effects, choose_sites, integrated_effects
 from rcid.causal import all_positions, attribution_effects, load_mediation, mediation, naive_effects, read
-from rcid.causal import score_sites
+from rcid.causal import integrated_fraction, score_sites
 from rcid.causal.mediation import forced_cells
 from rcid.causal.sites import _gradients_on_the_way
 from rcid.core.resampling import band, name_weights
@@ -508,3 +508,17 @@ def test_the_start_of_the_way_is_attribution_patching(models, tokenizers):
         every = ((clean[site] - corrupt[site]) * gradients[l]).sum(-1)
         at_roles = torch.stack([every.gather(1, p[:, None])[:, 0] for p in pairs.key_positions.values()], 1)
         assert torch.allclose(at_roles, want[:, l], atol=float(1e-4 * want.abs().max())), l
+
+
+def test_a_layer_s_estimates_share_the_gap(models, tokenizers):
+    for arch in ARCHS:
+        model = models[arch]
+        pairs = positive(model, ioi(arch, tokenizers, n=6))
+        share = integrated_fraction(model, pairs, batch_size=4)
+        every = integrated_effects(model, pairs, all_positions(model, pairs)).view(len(pairs), len(share), -1).sum(0)
+        at_roles = integrated_effects(model, pairs).view(len(pairs), *share.shape).sum(0)
+        want = at_roles / every.sum(-1, keepdim=True)
+        known = (every.sum(-1) > 0)[:, None].expand_as(want)
+        assert known[-1].all() and share.isnan().equal(~known), arch
+        assert torch.allclose(share[known], want[known], atol=1e-3), arch
+        assert torch.allclose(share[-1, pairs.roles.index("end")], torch.tensor(1.0), atol=1e-4)

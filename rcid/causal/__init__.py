@@ -10,5 +10,5 @@ from .hooks import Site, capture, read, write
 from .effects import all_positions, all_sites, answer_logit_diff, causal_effects, naive_effects, sweep_flops
 from .mediation import Mediation, load_mediation, mediation
 from .sites import SiteChoice, attribution_effects, choose_sites, excluded_sites, rank_agreement, score_sites
-from .sites import integrated_effects, select_sites
+from .sites import integrated_effects, integrated_fraction, select_sites
 from ..models.modes import evaluating
