@@ -136,6 +136,10 @@ def test_forced_cells_do_not_count():
     other = f.copy()
     other[-1] = [1, 0]                                                   # the last layer alone
     assert route_distance(model_of({"a": f}), model_of({"a": other})).distance == 0
+    # handed over in the last layer: END is 0 before it, and the 1 in it is forced
+    late = model_of({"a": handover(5, 6)})
+    assert counted_roles(late, late) == {"a": ["s2"]} and route_distance(late, late).roles == ["s2"]
+    assert counted_roles(late, model_of({"a": handover(2, 6)})) == {"a": ["s2", "end"]}
     # a role before the first change is 0 everywhere: it does not count, not even when it is asked for
     with_io = np.concatenate([np.zeros((6, 1)), f], 1)
     teacher = model_of({"a": with_io}, roles=("io", "s2", "end"))
@@ -162,6 +166,7 @@ def test_a_pure_move_is_undone_at_slope_one(of_teacher, of_student, n_teacher, n
     fixed, warped = route_distance(teacher, student), route_distance(teacher, student, warp=True)
     assert fixed.distance > .8 * abs(moved) and fixed.shift == 0
     assert warped.distance == pytest.approx(0, abs=1e-6) and warped.shift == pytest.approx(moved, abs=1e-6)
+    assert warped.reverse == pytest.approx(0, abs=1e-6) and fixed.reverse == fixed.distance
     assert warped.at_limit == 0 and np.allclose(np.diff(warped.warp.v), np.diff(warped.warp.u))
     assert warped.inside < 1
 
@@ -191,11 +196,30 @@ def test_the_limit_of_the_slope_is_said():
     assert even.at_limit == 0 and even.distance == 0
 
 
+def test_what_hardly_differs_moves_no_warp():
+    level = np.ones((1, 12))
+    near = level.copy()
+    near[0, 1:] -= .0005                                                 # 1 only before and in the first layer
+    still = fit_curves(level, near, depths(12), depths(12))
+    assert still.shift == pytest.approx(0) and np.allclose(still.u, still.v)
+    # a bump of 0.005 a layer later is not worth a slope, one of 0.5 is
+    falls = (np.arange(12) < 8).astype(float)
+    bends = []
+    for size in (.005, .5):
+        one, other = (np.stack([falls, size * (np.arange(12) >= at)]) for at in (3, 4))
+        warp = fit_curves(one, other, depths(12), depths(12))
+        bends.append(not np.allclose(warp.u, warp.v))
+    assert bends == [False, True]
+
+
 def test_another_order_of_events_stays_apart_under_any_warp():
     teacher = model_of({"s2": detour(6, 6)}, roles=("s2", "s1+1", "end"))                 # S2 -> END
     student = model_of({"s2": detour(4, 8)}, roles=("s2", "s1+1", "end"))                 # S2 -> S1+1 -> END
     assert route_distance(teacher, student, warp=True).distance > .1
     assert route_distance(student, teacher, warp=True).distance > .1
+    # nothing happens in this teacher's depth: it can be laid before the student's detour. The reverse sees that
+    late = route_distance(model_of({"s2": detour(11, 11)}, roles=("s2", "s1+1", "end")), student, warp=True)
+    assert late.distance == pytest.approx(0, abs=1e-6) and late.inside < .5 and late.reverse > .2
     moved = model_of({"s2": detour(3, 3)}, roles=("s2", "s1+1", "end"))
     assert route_distance(teacher, moved, warp=True).distance == pytest.approx(0, abs=1e-6)
 

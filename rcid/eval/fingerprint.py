@@ -78,7 +78,7 @@ def reliability(
 @dataclass(frozen=True)
 class FingerprintReport:
     "Similarity of two fingerprints; NaN, with the reason, where it is undefined."
-    similarity: float                   # raw / sqrt(reliabilities); can be a little above 1, see above
+    similarity: float                   # raw / sqrt(reliabilities); can be above 1 where noise is common to both
     interval: tuple[float, float]       # 95 %, over names; the reliabilities as they are
     raw: float                          # correlation over cells
     reliability_teacher: float
