@@ -36,8 +36,49 @@ SAID = {
     "order": "s io s",
 }
 
-# content hashes of the classic pairs (24 test pairs, seed 0, without the role s1+1) before there were other kinds
-GOLDEN = {}
+# the first digits of the content hashes of the classic pairs (24 test pairs, without the role s1+1) before other kinds
+GOLDEN = {
+    "plain": {
+        "ioi": "c9dc5351c12dbdb2",
+        "factual": "200d8ff7c3476d7a",
+        "partial": "9e5496c3920e3f2e",
+        "referent": "ee0422915f92b8a8",
+        "symbolic": "ada777831c3e7158",
+        "words": "38d6d0a3c67be759",
+    },
+    "bos": {
+        "ioi": "674b1563e6c2efc7",
+        "factual": "7c615218c8994e9d",
+        "partial": "aef214fb55b00951",
+        "referent": "f66df1b6b588df93",
+        "symbolic": "26d25c63c1ecc92b",
+        "words": "f9ad500f8b85564f",
+    },
+    "SmolLM2": {
+        "ioi": "62ba0327c19e38f7",
+        "factual": "fd5b26206ebdacc3",
+        "partial": "3d67786edc7f1b25",
+        "referent": "8eb7753bbd83fd17",
+        "symbolic": "9940425b52086720",
+        "words": "81bcaa19898f68fb",
+    },
+    "qwen3": {
+        "ioi": "a9f082ea4fb7ce80",
+        "factual": "765702f040bf7567",
+        "partial": "6c063e5ddf977999",
+        "referent": "206af52817612ae6",
+        "symbolic": "421ead8ea581aafb",
+        "words": "7fbdb4852811f5e4",
+    },
+    "llama3": {
+        "ioi": "17ec270127ad7072",
+        "factual": "92cfb04b1255171a",
+        "partial": "53905e8c8ba6b325",
+        "referent": "2c4170389d6a2e46",
+        "symbolic": "bd0239f575aec59c",
+        "words": "b84bf48159340f64",
+    },
+}
 
 
 def without_new_role(p) -> str:
@@ -59,7 +100,7 @@ def says(p, role: str, ids=None) -> list[int]:
 def test_classic_rows_are_those_of_before(tokenizer, request, form):
     name = request.node.callspec.params["tokenizer"]
     p = load_pairs(**FORMS[form], tokenizer=tokenizer, n=24)
-    assert without_new_role(p) == GOLDEN[name, form]
+    assert without_new_role(p)[:16] == GOLDEN[name][form]
     assert p.corruption == corruptions(p.task)[0] and not p.keeps_answer
 
 

@@ -58,7 +58,7 @@ def load_kinds(
     source: str = "embedded",  # embedded | path | hub
     **opts                     # of the task, e.g. variant="ood_templates"
 ) -> dict[str, ContrastiveDataset]: # in the order of `kinds`
-    "Pairs of a task under several kinds of corruption: the same rows in the same order, those that fit under every one."
+    "Pairs of a task under several kinds of corruption: the same rows in the same order, those that fit all kinds."
     known = corruptions(task)
     kinds = known if kinds is None else (kinds,) if isinstance(kinds, str) else tuple(dict.fromkeys(kinds))
     if unknown := [kind for kind in kinds if kind not in known]:
