@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from ..models.rewrite import random_isometry
 
 # %% ../../nbs/04_align/00_procrustes.ipynb #13f17178
 def _rows(x: Tensor, center: bool, normalize: bool) -> Tensor:
@@ -63,10 +64,7 @@ def procrustes(
 def random_orthogonal(d_t: int, d_s: int, seed: int = 0) -> Float[Tensor, "d_t d_s"]:
     "A uniformly (Haar) distributed isometry: the control for a fitted map (Mezzadri, math-ph/0609050)."
     if d_t < d_s: raise ValueError(f"random_orthogonal: d_t={d_t} is smaller than d_s={d_s}, no isometry exists")
-    g = torch.randn(d_t, d_s, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    q, r = torch.linalg.qr(g)
-    # the sign makes QR unique, without it the distribution is not uniform
-    return (q * r.diagonal().sign()).float()
+    return random_isometry(d_t, d_s, seed).float()
 
 # %% ../../nbs/04_align/00_procrustes.ipynb #ceb01e85
 def principal_angles(w_a: Float[Tensor, "d_t d_s"], w_b: Float[Tensor, "d_t d_s"]) -> Float[Tensor, "d_s"]:

@@ -12,5 +12,6 @@ from .load import load_model, save_model
 from .convert import head_scales, to_qwen3
 from .generation import end_tokens, plain_generation
 from .shrink import shrink, even_layers, choose_layers
+from .rewrite import blocks_map, identity_blocks, logits_differ, permuted_heads, rotated
 from .tokenizers import train_tokenizer, byte_tokenizer, real_tokenizer
 from .modes import evaluating
