@@ -15,7 +15,7 @@ from rcid.models import blocks_map, get_adapter, identity_blocks, load_model, lo
 from rcid.models.rewrite import SAME
 
 KINDS = ("s2", "s2_new")
-LAYERS = 4
+LAYERS, LIVE = 4, (1, 2)         # attention is live in these, so that names are handed over in the middle
 
 
 def rewrites(n: int) -> dict:
@@ -29,12 +29,15 @@ def rewrites(n: int) -> dict:
     return {name: (rewrite, blocks_map(n, after)) for name, (rewrite, after) in made.items()}
 
 
-def trained(tokenizer, kinds, steps=200, batch=24, seed=0):
+def trained(tokenizer, kinds, steps=80, batch=24, seed=0):
     "A model that answers the clean prompt and, on the classic kind, the corrupt one."
     spec = {"arch": "llama", "vocab": len(tokenizer), "layers": LAYERS, "seed": seed}
     model = load_model(spec, dtype="float32", device="cpu")[0]
+    for layer in set(range(LAYERS)) - set(LIVE):                           # else all is done in the first layer
+        get_adapter(model).parts(layer).o.weight.requires_grad_(False).zero_()
     classic, new = (kinds[kind] for kind in KINDS)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    free = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(free, lr=3e-3)
     g = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         rows = torch.randint(len(classic), (batch,), generator=g)
@@ -61,7 +64,7 @@ def subject(tokenizers):
 
 
 def check_same(model, kinds, before: Mediation, rewrite, where, tolerance):
-    "Every reading of a rewrite, and what it would be of another model."
+    "Effects, and every reading of them."
     new = rewrite(model)
     after = mediation(new, kinds)
     for kind in kinds:
@@ -74,15 +77,14 @@ def check_same(model, kinds, before: Mediation, rewrite, where, tolerance):
     assert warped.distance <= warped.floor + .02
     marks = fingerprint(before, after, student_depth=where.depths)
     assert marks.similarity >= .98
-    m = before.mediating()[0].nan_to_num(-1)                               # (layer, role)
-    best = [divmod(int(i), len(before.roles)) for i in m.flatten().topk(3).indices]
+    m = before.mediating()[0].nan_to_num(0)                                # (layer, role)
+    best = [divmod(int(i), len(before.roles)) for i in m.flatten().topk(3).indices if m.flatten()[i] > .1]
     sites = [Site(layer, before.roles[role]) for layer, role in best]
     layers = [where.new[layer] for layer, _ in best]
     pairwise = partial_consistency(before, after, sites, layers)
     assert pairwise.n_undefined == 0 and pairwise.r >= .98
     swapped = interchange_agreement(model, new, next(iter(kinds.values())), sites, layers)
     assert swapped.n_flips > 0 and swapped.agreement >= .98
-    return dict(route=route, warped=warped, fingerprint=marks, pairwise=pairwise, interchange=swapped)
 
 
 @pytest.mark.parametrize("name", rewrites(LAYERS))
