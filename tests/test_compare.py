@@ -32,8 +32,8 @@ def tokenizer(tokenizers): return tokenizers["llama"]
 def kinds(tokenizer):
     "Train and test pairs of two kinds; the second kind has fewer rows."
     def some(split):
-        both = load_kinds("ioi", tokenizer, ["s2", "s2_new"], split=split, n=72)
-        return {"s2": both["s2"], "s2_new": both["s2_new"][:40]}
+        both = load_kinds("ioi", tokenizer, ["s2", "s2_new"], split=split, n=48)
+        return {"s2": both["s2"], "s2_new": both["s2_new"][:24]}
     return {split: some(split) for split in ("train", "test")}
 
 
@@ -302,12 +302,12 @@ def test_bad_input(teacher, tokenizer, other_tokenizer, kinds, two_sets, made):
     p, q = kinds["test"]["s2"], kinds["train"]["s2"]
     fewer = replace(p, key_positions={r: at for r, at in p.key_positions.items() if r != "s1"})
     refused("roles", compare, teacher, teacher, (p, fewer), train=(q, q), tokenizers=(tokenizer, tokenizer))
-    refused("none of the teacher's 72 rows is among the student's 72", compare, teacher, teacher, (p, q), train=(q, q))
+    refused("none of the teacher's 48 rows is among the student's 48", compare, teacher, teacher, (p, q), train=(q, q))
     refused("train pairs have kinds", compare, teacher, teacher, kinds["test"], train=q)
     refused("kinds .* for the teacher, .* for the student", compare, teacher, teacher, ({"s2": p}, {"names": p}))
     refused("no bounds for", compare, teacher, teacher, p, train=q, bounds={"route": .1})
     refused("no corruption kinds given", by_kind, {})
-    refused("kind 's2' has 72 rows, 's2_new' only 40: put it first", by_kind, dict(reversed(kinds["test"].items())))
+    refused("kind 's2' has 48 rows, 's2_new' only 24: put it first", by_kind, dict(reversed(kinds["test"].items())))
     refused("sites='best'", compare, teacher, teacher, p, train=q, sites="best", n_boot=20)
     refused("must be 6 ascending layers", compare, teacher, teacher, p, train=q, keep=[0, 1, 2])
     refused("0 and 0 pairs", behaviour, teacher, teacher, p[:0])
