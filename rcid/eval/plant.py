@@ -188,22 +188,26 @@ DOSES = tuple(i / 10 for i in range(1, 10))
 
 def dose(
     teacher: nn.Module, pairs: ContrastiveDataset | dict[str, ContrastiveDataset],
-    layers: tuple[int, int],
-    alpha: float,                        # in (0, 1): gate of the second layer; the first one's is 1 - alpha
+    layers: tuple[int, int, int],        # tokens look around in the first; the other two share the hand-over
+    alpha: float,                        # in (0, 1): gate of the last layer; the one before it has 1 - alpha
     seed: int = 0,
     *,
     held: ContrastiveDataset,
+    changed: str = "s2",                 # role of the changed word
+    answer: str = "end",                 # role of the answer position
     like: nn.Module | None = None,
     config: DistillConfig = TRAINING
 ) -> Plant:
-    "Two layers share the hand-over; the larger a gate, the more its layer does. Same seed, same start for all doses."
+    """Two layers share the hand-over. Gates alone end in all or nothing, so the share is trained too: the changed word's
+    residual of the other prompt, before the last layer, must move the logits by `alpha` of the way."""
     if not 0 < alpha < 1: raise ValueError(f"alpha {alpha} is outside (0, 1): a layer without a gate is live_attention")
-    first, second = layers
-    if first == second: raise ValueError(f"layers {first} and {second} are one: a dose is shared by two")
-    gates = {first: 1 - alpha, second: alpha}
-    model = _grown(teacher, stacked(pairs), layers, seed, like, config, gates=gates)
-    checks, passed = verified(model, teacher, held, seen=[(first, None), (second, None)])
-    recipe = _recipe("dose", model, config, layers=[first, second], alpha=alpha, seed=seed)
+    look, first = _in_order(layers[:2])
+    first, second = _in_order(layers[1:])
+    gates, data = {first: 1 - alpha, second: alpha}, carried_by(stacked(pairs), changed)
+    method = Rerouting(stations=(("carrier", second - 1),), share=alpha)
+    model = _grown(teacher, data, layers, seed, like, config, method, gates)
+    checks, passed = verified(model, teacher, held, seen=[(first, answer), (second, answer)])
+    recipe = _recipe("dose", model, config, layers=[look, first, second], alpha=alpha, seed=seed)
     return Plant(model, recipe, checks, passed)
 
 # %% ../../nbs/07_eval/16_plant.ipynb #3b5437cd

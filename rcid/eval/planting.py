@@ -186,6 +186,7 @@ class Rerouting(PairMethod):
     pairs: bool = True
     # (role, layer): where the residual is exchanged, and after which layer; one of them a step, in turn
     stations: tuple[tuple[str, int], ...] = ()
+    share: float = 1.0                   # of the other prompt's logits in what an exchange should give; below 1: a dose
 
     def learns_from_pairs(self): return False
     def objective(self, student, teacher, data, config): return _Rerouted(self, student, teacher, data, config)
@@ -205,6 +206,8 @@ class _Rerouted(PairObjective):
         runs = torch.cat([clean, corrupt, into_clean, into_corrupt])       # (run * pair, seq, d_model)
         final = a.final_norm(run_layers(self.student, runs, range(after + 1, a.n_layers)))
         logits = a.lm_head(final[torch.arange(len(runs), device=self.device), batch.answer_pos.repeat(4)])
-        target = torch.cat([said.logits, said.logits_corrupt, said.logits_corrupt, said.logits])
+        of_clean, of_corrupt, part = said.logits, said.logits_corrupt, self.method.share
+        mixed = [part * of_corrupt + (1 - part) * of_clean, part * of_clean + (1 - part) * of_corrupt]
+        target = torch.cat([of_clean, of_corrupt, *mixed])                 # (run * pair, vocab)
         each = divergence(logits[..., :self.vocab], target, temperature=self.c.temperature).view(4, -1).mean(1)
         return (each[0] + each[1]) / 2, (each[2] + each[3]) / 2, {}
