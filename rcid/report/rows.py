@@ -250,7 +250,8 @@ def read_validated(folder: str | Path = "metrics") -> dict[str, bool]:
     file, passed = Path(folder)/"calibrate.json", dict.fromkeys(READINGS, False)
     if not file.exists(): return passed
     found = read_json(file).get("validated")
-    if not isinstance(found, dict): raise ValueError(f"{file} does not say what is validated: run `dvc repro calibrate`")
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} does not say what is validated: run `dvc repro calibrate`")
     for reading, verdict in found.items():    # a verdict alone, or with what was missed
         passed[reading] = (verdict["validated"] if isinstance(verdict, dict) else verdict) is True
     return passed
