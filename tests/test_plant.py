@@ -51,7 +51,7 @@ def grow(recipe: str, teacher, pairs, held, seed=0):
     if recipe == "live_attention": return live_attention(teacher, pairs, [1], seed, **options)
     if recipe == "moved": return moved(teacher, pairs, (0, 2), seed, **options)
     if recipe == "rerouted": return rerouted(teacher, pairs, (0, 1, 2), ROLE, seed, **options)
-    if recipe == "dose": return dose(teacher, pairs, (0, 2), 0.3, seed, **options)
+    if recipe == "dose": return dose(teacher, pairs, (0, 1, 2), 0.3, seed, **options)
     if recipe == "shortcut":
         kinds = {"s2": pairs, "turned": turned}
         return shortcut(teacher, kinds, "turned", (0, 2), seed, held=kinds, config=BRIEF)
@@ -59,7 +59,7 @@ def grow(recipe: str, teacher, pairs, held, seed=0):
     return random_weights(teacher, seed, held=held)
 
 
-RECIPES = {"live_attention": [1], "moved": [0, 2], "rerouted": [0, 1, 2], "dose": [0, 2], "shortcut": [0, 2]}
+RECIPES = {"live_attention": [1], "moved": [0, 2], "rerouted": [0, 1, 2], "dose": [0, 1, 2], "shortcut": [0, 2]}
 TRAINED = (*RECIPES, "twins")
 
 
@@ -146,10 +146,10 @@ def test_gates_are_folded_into_the_weights(toy):
 def test_a_dose_trains_behind_its_gates(qwen):
     "The weights hold the gate: the smaller it is, the less its layer writes."
     teacher, pairs, held = qwen
-    plants = [dose(teacher, pairs, (0, 2), alpha, held=held, config=BRIEF) for alpha in (0.2, 0.8)]
+    plants = [dose(teacher, pairs, (0, 1, 2), alpha, held=held, config=BRIEF) for alpha in (0.2, 0.8)]
     o = [get_adapter(p.model).parts(2).o.weight for p in plants]
     assert float(o[0].detach().norm()) < 0.5 * float(o[1].detach().norm())
-    assert set(plants[0].checks["left"]) == {"0", "2"} and plants[0].recipe["alpha"] == 0.2
+    assert set(plants[0].checks["left"]) == {"1 end", "2 end"} and plants[0].recipe["alpha"] == 0.2
 
 
 def by_hand(model, pairs, layer, role):
@@ -306,9 +306,9 @@ def test_what_cannot_be_planted_is_refused(qwen):
         (lambda: live_attention(teacher, pairs, [3], **options), "within 0..2"),
         (lambda: live_attention(teacher, pairs, [], **options), "name at least one"),
         (lambda: live_attention(teacher, pairs, [-1], **options), "within 0..2"),
-        (lambda: dose(teacher, pairs, (0, 2), 0.0, **options), r"alpha 0.0 is outside \(0, 1\)"),
-        (lambda: dose(teacher, pairs, (0, 2), 1.0, **options), "outside"),
-        (lambda: dose(teacher, pairs, (1, 1), 0.5, **options), "are one"),
+        (lambda: dose(teacher, pairs, (0, 1, 2), 0.0, **options), r"alpha 0.0 is outside \(0, 1\)"),
+        (lambda: dose(teacher, pairs, (0, 1, 2), 1.0, **options), "outside"),
+        (lambda: dose(teacher, pairs, (0, 1, 1), 0.5, **options), "the first has written"),
         (lambda: moved(teacher, pairs, (2, 2), **options), "the first has written"),
         (lambda: moved(teacher, kinds, (0, 2), carrier={"s2": "s2"}, **options), "kind 'x' has no carrier"),
         (lambda: moved(teacher, pairs, (0, 2), carrier="verb", **options), "no role 'verb'"),
