@@ -139,8 +139,9 @@ def _lines(c: Comparison) -> list[tuple[str, str, str]]:
     ]
     if c.pairwise:
         p, n = c.pairwise, len(c.sites)
-        null = f"shuffled {p.null['low']:.2f} to {p.null['high']:.2f}"
-        lines.append(("partial r over pairs", _span(p.r, p.interval), f"{n - p.n_undefined} of {n} sites, {null}"))
+        beside = f"{n - p.n_undefined} of {n} sites"
+        if p.r == p.r: beside += f", shuffled {p.null['low']:.2f} to {p.null['high']:.2f}"
+        lines.append(("partial r over pairs", _span(p.r, p.interval), beside))
     if c.interchange:
         x = c.interchange
         beside = f"{x.n_flips} words change, raw {x.raw:.2f}, by another pair {x.other_pair:.2f}"

@@ -42,14 +42,13 @@ def counting_model(
     layers: int = 6,
     vary: float = .1,                # of the shares, from name to name
     seed: int = 0,                   # of these; how sure a name's answer is does not depend on it
-    arch: str = "llama",             # llama | qwen2
 ) -> nn.Module:
-    "A model that solves IOI by counting names; `live` says where it moves what it counts."
+    "A LLaMA that solves IOI by counting names; `live` says where it moves what it counts."
     if max(live) >= layers or min(live) < 0: raise ValueError(f"live={live}: layers must lie within 0..{layers - 1}")
     names = [single_token(tokenizer, f" {name}", "and") for name in name_pool(tokenizer)[0]]
     n = len(names) + len(names) % 2                               # a head's width is even
     flag, constant, d_model = 2 * n, 2 * n + 1, 2 * n + 2         # dimensions: names, their slots, is a name, constant
-    spec = dict(arch=arch, vocab=len(tokenizer), layers=layers, d_model=d_model, d_mlp=n)
+    spec = dict(arch="llama", vocab=len(tokenizer), layers=layers, d_model=d_model, d_mlp=n)
     model, _ = load_model({**spec, "heads": 1, "kv_heads": 1, "head_dim": n}, dtype="float32", device="cpu")
     a, unit = get_adapter(model), d_model**.5 / LARGE             # `unit`: what a norm makes of a 1
     a.lm_head.weight = nn.Parameter(torch.zeros_like(a.embed.weight))          # apart from the embeddings

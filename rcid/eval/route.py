@@ -159,6 +159,7 @@ class RouteReport:
     "Distance of two routes; NaN, with reasons in `missing`, where no kind can be read."
     distance: float                     # share of F, from 0 (the same route)
     interval: tuple[float, float]       # 95 %, over names; roles and warp as they are
+    reverse: float                      # with a warp: the same integral over the student's depth; else the distance
     floor: float                        # D of two halves of one model's pairs, mean of teacher's and student's
     by_kind: dict[str, float]
     by_role: dict[str, float]           # mean over the kinds in which the role counts
@@ -176,7 +177,7 @@ class RouteReport:
 
 def _unread(missing: dict[str, str]) -> RouteReport:
     nan = float("nan")
-    return RouteReport(nan, (nan, nan), nan, {}, {}, [], {}, [], missing, nan, nan, nan, None, "")
+    return RouteReport(nan, (nan, nan), nan, nan, {}, {}, [], {}, [], missing, nan, nan, nan, None, "")
 
 def route_distance(
     teacher: Mediation,
@@ -198,7 +199,10 @@ def route_distance(
     if warp is True: warp = _fit(teacher, student, at_t, at_s, counted)
     warp = warp or None
     where = pieces(at_t, at_s, warp)
-    gaps = _gaps(fractions(teacher), fractions(student), where, counted, teacher.roles)
+    f_t, f_s = fractions(teacher), fractions(student)
+    gaps = _gaps(f_t, f_s, where, counted, teacher.roles)
+    reverse = gaps
+    if warp: reverse = _gaps(f_s, f_t, pieces(at_s, at_t, Warp(warp.v, warp.u)), counted, teacher.roles)
     entities = teacher.entities.numpy()
     weights = name_weights(entities, n_boot, seed)                                      # (resample, pair)
     drawn = _gaps(fractions(teacher, weights), fractions(student, weights), where, counted, teacher.roles)
@@ -212,6 +216,7 @@ def route_distance(
     return RouteReport(
         distance=float(_over_kinds(gaps)[0]),
         interval=(float(low), float(high)),
+        reverse=float(_over_kinds(reverse)[0]),
         floor=(noise_floor(teacher, counted, at_t, seed) + noise_floor(student, counted, at_s, seed)) / 2,
         by_kind={kind: float(gap[0].mean()) for kind, gap in gaps.items()},
         by_role=by_role,

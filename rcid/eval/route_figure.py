@@ -69,7 +69,7 @@ def _panel(ax, mediation: Mediation, depth, kind: str, roles: list[str], styles:
         ax.fill_between(at, *ends, step="post", color=colour, alpha=.16, lw=0)
         ax.step(at, line, where="post", color=colour, label=WORDS.get(role, role))
         every = max(1, len(at) // 10)                                  # a marker at each layer of a shallow model
-        ax.plot(at[:-1:every], line[:-1:every], marker, color=colour, mec="white", mew=.5)
+        ax.plot(at[:-1:every], line[:-1:every], marker, color=colour, mec="white", mew=.5, zorder=3)
 
 def _along(ax, teacher: Mediation, depth, kind: str, roles: list[str], styles: dict):
     "The teacher's lines in the student's panel."

@@ -18,8 +18,8 @@ from .adapters import get_adapter, in_memory, model_device
 from .modes import evaluating
 from .shrink import rebuilt
 
-# %% ../../nbs/01_models/09_rewrite.ipynb #ef7b24b6
-SAME = 1e-4                                      # how far a logit of a rewrite may be from the original's, in float32
+# %% ../../nbs/01_models/09_rewrite.ipynb #fe998470
+SAME = 1e-4                                      # most that `logits_differ` may say of a rewrite in float32
 
 @torch.no_grad()
 def logits_differ(
@@ -27,14 +27,15 @@ def logits_differ(
     other: nn.Module,
     ids: Int[Tensor, "batch seq"] | None = None  # None: four rows of 32 random tokens, always the same
 ) -> float:
-    "The largest absolute difference of two models' logits on the same tokens, in float32."
+    "The largest difference of any logit of two models, in standard deviations of the first one's logits at a token."
     n, m = get_adapter(model).vocab, get_adapter(other).vocab
     if n != m: raise ValueError(f"models of {n} and {m} logits cannot be compared: give two of one vocabulary")
     if ids is None: ids = torch.randint(n, (4, 32), generator=torch.Generator().manual_seed(0))
     logits = []
     for one in (model, other):
         with evaluating(one): logits.append(one(ids.to(model_device(one)), use_cache=False).logits.float().cpu())
-    return float((logits[0] - logits[1]).abs().max())
+    spread = logits[0].std(-1).mean().clamp_min(1e-12)
+    return float((logits[0] - logits[1]).abs().max() / spread)
 
 # %% ../../nbs/01_models/09_rewrite.ipynb #5640a5d2
 @dataclass(frozen=True)
