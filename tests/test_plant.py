@@ -251,7 +251,7 @@ def test_a_kept_plant_comes_back(toy, tmp_path):
         logits = [p.model(held.clean_ids).logits for p in (first, second)]
     assert torch.equal(*logits)
     (file,) = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:-1] + b"?")                                     # damage is noticed
+    file.write_bytes(file.read_bytes()[:-1] + b"!")                                     # damage is noticed
     third = plants_kept(tmp_path, key, make)
     assert len(made) == 2 and weights_hash(third) == weights_hash(first)
     others = (
