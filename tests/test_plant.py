@@ -256,7 +256,7 @@ def test_a_kept_plant_comes_back(toy, tmp_path):
     assert len(made) == 2 and weights_hash(third) == weights_hash(first)
     others = (
         plant_key(teacher, held, key[0]),
-        plant_key(fresh(teacher, 0), pairs, key[0]),
+        plant_key(fresh(teacher, 1), pairs, key[0]),
         plant_key(teacher, pairs, dict(recipe="live_attention", layers=[2])),
         plant_key(teacher, {"s2": pairs}, key[0]),
     )
