@@ -251,12 +251,12 @@ def test_a_kept_plant_comes_back(toy, tmp_path):
         logits = [p.model(held.clean_ids).logits for p in (first, second)]
     assert torch.equal(*logits)
     (file,) = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:-1] + b"?")                                     # damage is noticed
+    file.write_bytes(file.read_bytes()[:-1] + b"!")                                     # damage is noticed
     third = plants_kept(tmp_path, key, make)
     assert len(made) == 2 and weights_hash(third) == weights_hash(first)
     others = (
         plant_key(teacher, held, key[0]),
-        plant_key(fresh(teacher, 0), pairs, key[0]),
+        plant_key(fresh(teacher, 1), pairs, key[0]),
         plant_key(teacher, pairs, dict(recipe="live_attention", layers=[2])),
         plant_key(teacher, {"s2": pairs}, key[0]),
     )

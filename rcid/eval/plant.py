@@ -46,7 +46,7 @@ class Plant:
         own = {k: v for k, v in self.recipe.items() if k not in ("recipe", "training", "architecture")}
         return f"{self.recipe['recipe']} " + ", ".join(f"{k} {v}" for k, v in own.items())
 
-TRAINING = DistillConfig(steps=180, batch=48, lr=5e-3, log_every=1000)
+TRAINING = DistillConfig(steps=140, batch=48, lr=5e-3, log_every=1000)
 
 def _recipe(name: str, model: nn.Module, config: DistillConfig | None, **own) -> dict:
     a = get_adapter(model)
