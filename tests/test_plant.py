@@ -353,7 +353,8 @@ def test_each_pair_has_its_own_carrier(qwen):
     student, n, rows = fresh(teacher, 0), len(pairs), torch.arange(8)
     both = stacked({"a": carried_by(pairs, ROLE), "b": carried_by(pairs, "end")})
     assert torch.equal(both.key_positions["carrier"][:n], pairs.key_positions[ROLE])
-    objective = Rerouting(stations=(("carrier", 2),)).objective(student, teacher, both, BRIEF)         # after the last layer
+    last = Rerouting(stations=(("carrier", 2),))                 # after the last layer
+    objective = last.objective(student, teacher, both, BRIEF)
     kl, own, _ = objective.terms(rows + n, 0, None)
     assert torch.allclose(kl, own, atol=1e-6)                    # the other run's last residual: the other's answer
     assert not torch.allclose(*objective.terms(rows, 0, None)[:2], atol=1e-6)
