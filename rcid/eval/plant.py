@@ -199,7 +199,7 @@ def dose(
     config: DistillConfig = TRAINING
 ) -> Plant:
     """Two layers share the hand-over. Gates alone end in all or nothing, so the share is trained too: the changed
-    word's residual of the other prompt, before the last layer, must move the logits by `alpha` of the way."""
+    word's residual of the other prompt, before the last layer, is asked to move the logits by `alpha` of the way."""
     if not 0 < alpha < 1: raise ValueError(f"alpha {alpha} is outside (0, 1): a layer without a gate is live_attention")
     look, first = _in_order(layers[:2])
     first, second = _in_order(layers[1:])

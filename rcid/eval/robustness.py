@@ -141,10 +141,10 @@ def robustness_correlation(
     ok, notes, nan = np.isfinite(x) & np.isfinite(y), [], float("nan")
     if (~ok).any(): notes.append(f"{(~ok).sum()} of {len(x)} runs with an undefined value left out")
     x, y, names = x[ok], y[ok], np.array(names, dtype=object)[ok]
-    def plain(a, b, what): # Pearson of points as they are
-        if len(a) < 3: notes.append(f"{what}: {len(a)} points, a correlation test needs at least 3"); return UNDEFINED
+    def plain(a, b, of): # Pearson of points as they are
+        if len(a) < 3: notes.append(f"{of}: {len(a)} points, a correlation test needs at least 3"); return UNDEFINED
         if _constant(a, a) or _constant(b, b):
-            notes.append(f"{what}: {what if _constant(a, a) else 'degradation'} does not vary")
+            notes.append(f"{of}: {what if _constant(a, a) else 'degradation'} does not vary")
             return UNDEFINED
         return _correlation(a - a.mean(), b - b.mean(), len(a) - 2)
     pooled = plain(x, y, "pooled")
