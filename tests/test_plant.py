@@ -10,6 +10,7 @@ from rcid.distill import DistillConfig, model_hash
 from rcid.eval.knockout import RULES, beside, knock_out, verified
 from rcid.eval.plant import (
     dose,
+    doses,
     live_attention,
     moved,
     next_token,
@@ -22,7 +23,8 @@ from rcid.eval.plant import (
     solved,
     twins,
 )
-from rcid.eval.planting import Rerouting, carried_by, close_attention, fresh, gated, live_layers, skipping, stacked
+from rcid.eval.planting import Rerouting, carried_by, close_attention, drawn_gates, fresh, gated, live_layers
+from rcid.eval.planting import skipping, stacked
 from rcid.models import get_adapter
 
 SIZES = dict(layers=3, d_model=32, heads=2, kv_heads=1, d_mlp=64)
@@ -150,6 +152,24 @@ def test_a_dose_trains_behind_its_gates(qwen):
     o = [get_adapter(p.model).parts(2).o.weight for p in plants]
     assert float(o[0].detach().norm()) < 0.5 * float(o[1].detach().norm())
     assert set(plants[0].checks["left"]) == {"1 end", "2 end"} and plants[0].recipe["alpha"] == 0.2
+
+
+def test_gates_are_drawn_anew_and_add_up_to_one(qwen):
+    "The shares of the two layers are complements in every forward, other ones in the next, and the hooks go."
+    teacher, pairs, _ = qwen
+    model, seen = fresh(teacher, 0), []
+    outputs = [get_adapter(model).parts(l).o for l in (1, 2)]
+    whole = [o.weight.detach().clone() for o in outputs]
+    def ratio(module, args, output):
+        plain = torch.nn.functional.linear(args[0], module.weight)
+        seen.append(float((output / plain).median()))
+    with drawn_gates(model, 1, 2, seed=3), torch.no_grad():
+        handles = [o.register_forward_hook(ratio) for o in outputs]        # after the gates
+        for _ in range(3): model(pairs.clean_ids)
+        for handle in handles: handle.remove()
+    assert all(abs(a + b - 1) < 1e-5 for a, b in zip(seen[::2], seen[1::2])) and len({round(x, 4) for x in seen}) == 6
+    assert not any(o._forward_hooks for o in outputs)
+    assert all(torch.equal(o.weight, w) for o, w in zip(outputs, whole))
 
 
 def by_hand(model, pairs, layer, role):
@@ -306,8 +326,8 @@ def test_what_cannot_be_planted_is_refused(qwen):
         (lambda: live_attention(teacher, pairs, [3], **options), "within 0..2"),
         (lambda: live_attention(teacher, pairs, [], **options), "name at least one"),
         (lambda: live_attention(teacher, pairs, [-1], **options), "within 0..2"),
-        (lambda: dose(teacher, pairs, (0, 1, 2), 0.0, **options), r"alpha 0.0 is outside \(0, 1\)"),
-        (lambda: dose(teacher, pairs, (0, 1, 2), 1.0, **options), "outside"),
+        (lambda: dose(teacher, pairs, (0, 1, 2), -0.1, **options), r"alpha -0.1 is outside \[0, 1\]"),
+        (lambda: dose(teacher, pairs, (0, 1, 2), 1.1, **options), "outside"),
         (lambda: dose(teacher, pairs, (0, 1, 1), 0.5, **options), "the first has written"),
         (lambda: moved(teacher, pairs, (2, 2), **options), "the first has written"),
         (lambda: moved(teacher, kinds, (0, 2), carrier={"s2": "s2"}, **options), "kind 'x' has no carrier"),

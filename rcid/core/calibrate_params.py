@@ -19,8 +19,8 @@ class Plan(_Strict):
     "Plants of one recipe and architecture."
     develop: list[list[int]] = []                # live layers of each plant that chooses thresholds
     judge: list[list[int]] = []                  # and of each that judges
-    layers: list[int] = []                       # dose: the two layers that share the work
-    doses: list[float] = []                      # dose: share of the second layer, in (0, 1), a plant each
+    layers: list[int] = []                       # dose: where tokens look around, then the two that share
+    doses: list[float] = []                      # dose: share of the last layer, in [0, 1], a plant each
     n: int = Field(0, ge=0)                      # twins and nothing: how many
 
 class Calibrate(_Strict):
