@@ -645,15 +645,15 @@ def test_an_experiment_in_lab_writes_where_the_run_does(tracked, tmp_path, home)
         if name.startswith(("metrics/", "paper/")) and not name.endswith((".pdf", ".png")):
             (folder/name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT/name, folder/name)
-    (folder/"metrics"/"exp3.json").unlink()
+    (folder/"metrics"/"exp4.json").unlink()
     code = """
 import nbformat
 from nbclient import NotebookClient
-nb = nbformat.read("nbs/experiments/exp3.ipynb", 4)
+nb = nbformat.read("nbs/experiments/exp4.ipynb", 4)
 NotebookClient(nb, kernel_name="python3", resources={"metadata": {"path": "nbs/experiments"}}).execute()
 """
     done = run(folder, home, sys.executable, "-c", code)
-    assert (folder/"metrics"/"exp3.json").exists(), output_of(done)
+    assert (folder/"metrics"/"exp4.json").exists(), output_of(done)
     assert done.returncode == 0 and not [p for p in (folder/"nbs/experiments").iterdir() if p.is_dir()], output_of(done)
 
 

@@ -207,12 +207,14 @@ def test_a_model_comes_back_as_it_was(models, tokenizers):
     state = {k: v.clone() for k, v in model.state_dict().items()}
     grads = [p.requires_grad for p in model.parameters()]
     pairs = ioi("qwen3", tokenizers)
+    def hooks(): return [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()]
+    before = hooks()                         # a library may have left its own
     found = mediation(model, pairs)
     integrated_effects(model, pairs), attribution_effects(model, pairs)
     assert all(e.dtype == torch.float32 and e.device.type == "cpu" for e in found.effects.values())
     assert model.training and all(m.training for m in model.modules())
     assert [p.requires_grad for p in model.parameters()] == grads and all(p.grad is None for p in model.parameters())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert hooks() == before
     assert all(torch.equal(v, state[k]) and v.dtype == state[k].dtype for k, v in model.state_dict().items())
 
 

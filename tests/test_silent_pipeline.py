@@ -122,7 +122,7 @@ def test_tables_that_are_read_are_dependencies(copy, monkeypatch):
 
     before = views()
     for table, some, none in (
-        ("names", {"pilot", "kv_data", "kv_parts", "kv_fuse", "data"}, {"sites", "distill", "exp1"}),
+        ("names", {"pilot", "kv_data", "kv_parts", "kv_fuse", "data"}, {"distill", "exp1"}),
         ("corpus", {"heal", "models", "evaluate"}, {"pilot", "data", "probe", "kv_data"}),
     ):
         kept = (copy / "data" / f"{table}.json").read_bytes()

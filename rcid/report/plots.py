@@ -16,7 +16,8 @@ def curve_rows(trained: list[dict]) -> list[dict]:
     out = []
     for c in trained:
         about = dict(family=label(c["family"]), task=label(c["task"]), method=label(c["method"]), seed=c["seed"])
-        out += [{**about, **{k: point[k] for k in ("step", "loss", "accuracy", "route")}} for point in c["curve"]]
+        for point in c["curve"]:
+            out.append({**about, **{k: point.get(k) for k in ("step", "loss", "accuracy", "route")}})
     return out
 
 def method_rows_of(rows: list[dict], value: str) -> list[dict]:
