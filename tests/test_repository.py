@@ -45,6 +45,14 @@ def test_notebooks_are_clean(copy):
     ] == [], "run make clean-notebooks"
 
 
+def test_tests_of_one_workspace_stay_in_one_process(request):
+    "Two processes that make the same workspace delete it under each other's feet."
+    if "PYTEST_XDIST_WORKER" not in os.environ: pytest.skip("only where pytest runs in several processes (`-n`)")
+    for item in request.session.items:
+        group = "workspace" if "workspace" in item.fixturenames else item.path.stem
+        assert item.nodeid.endswith(f"@{group}"), item.nodeid
+
+
 def test_no_marks_of_a_merge(tracked):
     texts = {n: blob.decode("utf-8", "replace") for n in tracked if b"\0" not in (blob := (ROOT/n).read_bytes())[:8000]}
     assert len(texts) > 50 and [line for name, text in texts.items() for line in marks(name, text)] == []
