@@ -1,6 +1,6 @@
 """The repository holds together: notebooks and modules agree, settings compose, nothing of one machine is in it."""
 
-import hashlib, json, re, shutil, subprocess, sys
+import hashlib, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 from conftest import ROOT, output_of, run
