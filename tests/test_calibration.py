@@ -4,7 +4,7 @@ import pytest
 from rcid.eval import calibration
 from rcid.eval.calibration import AT_CHANCE, BARS, CLASSES, EXPECTED, IGNORE, OTHERWISE, READINGS, REWRITES, SEE
 from rcid.eval.calibration import Known, Told, Trend, auroc, balanced, choose_threshold, dose_trend, expected
-from rcid.eval.calibration import half_step, judge_dose, judge_rewrite, judge_told, match_behaviour
+from rcid.eval.calibration import judge_dose, judge_rewrite, judge_told, match_behaviour
 from rcid.eval.calibration import pairs_of_models, tell_apart, validated
 
 
@@ -205,6 +205,21 @@ def test_to_ignore_is_to_be_at_chance_with_an_interval_that_says_so():
     assert said(.2, .97) == "not resolved"                      # it may as well have seen everything
 
 
+def test_a_class_without_any_reading_is_undefined_and_not_met():
+    v = judge_told("pairwise", "moved", Told(.5, .5, .5, 6, 6, 6, 12))
+    assert v.said == "undefined" and v.met is False and np.isnan(v.missed_by)
+    assert judge_told("pairwise", "moved", Told(.5, .5, .5, 6, 6, 6, 11)).said == "missed"
+
+
+def test_what_an_exact_rewrite_may_come_to_is_no_difference():
+    "Ranks among values that are all as small are not read; an undefined reading stays undefined."
+    assert calibration.resolved([0., .02, .03]) == pytest.approx([0, 0, .01])
+    assert np.isnan(calibration.resolved([np.nan])).all()
+    same, other = np.array([.001, .002]), np.array([.003, .004])
+    assert calibration.auroc(same, other)[0] == 1
+    assert calibration.auroc(*map(calibration.resolved, (same, other)))[0] == .5
+
+
 def test_what_is_not_measured_is_not_met():
     assert judge_told("route", "moved", None).said == "not measured"
     assert judge_rewrite("route", "rotated", [], []).said == "not measured"
@@ -244,7 +259,7 @@ def test_a_threshold_is_chosen_where_the_pairs_are_told_best():
     assert t in (pytest.approx(.225), pytest.approx(.45))
     best = max(balanced(same, other, x) for x in np.linspace(0, 1, 201))
     assert balanced(same, other, t) == pytest.approx(best)
-    assert np.isnan(choose_threshold([np.nan], [np.nan])) and np.isnan(half_step(np.array([np.nan])))
+    assert np.isnan(choose_threshold([np.nan], [np.nan]))
 
 
 def test_the_classes_of_rewrites_are_made_by_functions_of_that_name():

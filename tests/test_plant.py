@@ -8,23 +8,10 @@ from rcid.data import load_pairs
 from rcid.data.corpus import pad_sentences
 from rcid.distill import DistillConfig, model_hash
 from rcid.eval.knockout import RULES, beside, knock_out, verified
-from rcid.eval.plant import (
-    dose,
-    doses,
-    live_attention,
-    moved,
-    next_token,
-    plant_key,
-    plants_kept,
-    random_weights,
-    rerouted,
-    shortcut,
-    small_teacher,
-    solved,
-    twins,
-)
-from rcid.eval.planting import Rerouting, carried_by, close_attention, drawn_gates, fresh, gated, live_layers
-from rcid.eval.planting import skipping, stacked
+from rcid.eval.plant import dose, doses, live_attention, moved, random_weights, rerouted, shortcut, twins
+from rcid.eval.planting import Narrow, Rerouting, carried_by, close_attention, drawn_gates, fresh, gated, live_layers
+from rcid.eval.planting import next_token, run_layers, skipping, small_teacher, solved, stacked
+from rcid.eval.stored_plants import plant_key, plants_kept
 from rcid.models import get_adapter
 
 SIZES = dict(layers=3, d_model=32, heads=2, kv_heads=1, d_mlp=64)
@@ -151,7 +138,46 @@ def test_a_dose_trains_behind_its_gates(qwen):
     plants = [dose(teacher, pairs, (0, 1, 2), alpha, held=held, config=BRIEF) for alpha in (0.2, 0.8)]
     o = [get_adapter(p.model).parts(2).o.weight for p in plants]
     assert float(o[0].detach().norm()) < 0.5 * float(o[1].detach().norm())
-    assert set(plants[0].checks["left"]) == {"1 end", "2 end"} and plants[0].recipe["alpha"] == 0.2
+    assert set(plants[0].checks["left"]) == {"0 end", "1 end", "2 end"} and plants[0].recipe["alpha"] == 0.2
+
+
+def test_every_kind_of_a_dose_is_checked(qwen, monkeypatch):
+    "Other kinds are asked where their answer passes, not for right answers; one that fails is enough."
+    teacher, pairs, held = qwen
+    from rcid.eval import plant as module
+    asked = []
+    def check(model, reference, p, carries=(), idle=(), seen=(), answers=True):
+        asked.append((answers, carries, idle))
+        return dict(n=len(asked)), answers or len(asked) < 4
+    monkeypatch.setattr(module, "verified", check)
+    kinds = {"s2": held, "turned": replace(held, clean_ids=held.corrupt_ids, corrupt_ids=held.clean_ids)}
+    first, last = module.doses(teacher, pairs, (0, 1, 2), (0.0, 1.0), held=kinds, config=BRIEF)
+    expected = [(answers, [(layer, "end")] * answers, [(0, "end")]) for layer in (1, 2) for answers in (True, False)]
+    assert asked == expected
+    assert first.passed and not last.passed and first.checks["other"] == {"turned": dict(n=2)}
+
+
+def test_a_narrowed_answer_sees_its_carrier_alone_and_only_in_the_first_half(qwen):
+    "Whatever stands elsewhere, the same answer, in a model that is asked to answer through one role."
+    teacher, pairs, _ = qwen
+    model, rows = fresh(teacher, 0), torch.arange(8)
+    other = replace(pairs, clean_ids=pairs.clean_ids.clone())
+    at = pairs.key_positions["s1"][:, None]
+    other.clean_ids.scatter_(1, at, pairs.clean_ids.roll(1, 0).gather(1, at.roll(1, 0)))
+    a, row = get_adapter(model), torch.arange(len(pairs))
+    narrow = Narrow(0, pairs.answer_pos, pairs.key_positions[ROLE])
+    def answers(ids, *more): return run_layers(model, a.embed(ids), [0], *more)[row, pairs.answer_pos]
+    with torch.no_grad():
+        assert torch.equal(answers(pairs.clean_ids, narrow), answers(other.clean_ids, narrow))
+        assert not torch.equal(answers(pairs.clean_ids), answers(other.clean_ids))
+        whole = [run_layers(model, a.embed(pairs.clean_ids), [0], x) for x in (None, narrow)]
+    elsewhere = torch.ones(whole[0].shape[:2], dtype=torch.bool).index_put((row, pairs.answer_pos), torch.tensor(False))
+    assert torch.equal(whole[0][elsewhere], whole[1][elsewhere])                        # the others see what they saw
+    def loss(step, through):
+        method = Rerouting(stations=((ROLE, 0),), through=through)
+        objective = method.objective(model, teacher, pairs, replace(BRIEF, steps=4))
+        return [float(x.detach()) for x in objective.terms(rows, step, None)[:2]]
+    assert loss(1, (ROLE, 0)) != loss(1, None) and loss(2, (ROLE, 0)) == loss(2, None)
 
 
 def test_gates_are_drawn_anew_and_add_up_to_one(qwen):

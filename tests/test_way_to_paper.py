@@ -196,7 +196,7 @@ def said_of(cls, said, reading="route", met=None, architecture="qwen3", **measur
     "A row of the calibration: what a reading said of a class."
     expected = EXPECTED[reading, cls].answer
     met = said in ("seen", "ignored") if met is None else met
-    by = 0. if met else None if said.startswith("not m") else .25
+    by = 0. if met else None if said == "undefined" or said.startswith("not m") else .25
     about = dict(architecture=architecture, reading=reading, cls=cls, expected=expected, said=said)
     return about | dict(met=met, missed_by=by) | measured
 
@@ -216,10 +216,11 @@ def cases_of_calibrate():
     missed = [said_of("moved", "missed", **told), said_of("rerouted", "not matched", **told)]
     missed.append(said_of("dose", "missed", "fingerprint", tau=.5, n=9))
     missed.append(said_of("rotated", "reacts", "original", value=.9))
+    missed.append(said_of("moved", "undefined", "pairwise", **told))
     for some in ([said_of("moved", "seen", **told)], missed): say.missed_sentence(some)
     for said in ("seen", "missed", "not measured"):
         say.one_cell("calibrate.original", [said_of("moved", said, "original", **told)], "original", "moved")
-    for said in ("ignored", "reacts", "not resolved", "not matched"):
+    for said in ("ignored", "reacts", "not resolved", "not matched", "undefined"):
         say.one_cell("calibrate.warp", [said_of("moved", said, "route_warped", **told)], "route_warped", "moved")
     doses = [said_of("dose", said, reading, tau=.9, n=9) for reading in ("route", "fingerprint")
              for said in ("seen", "missed")]

@@ -16,8 +16,9 @@ from .differences import read_mediation, route_difference
 from .fingerprint import FingerprintReport, fingerprint
 from .knockout import knock_out
 from .perplexity import perplexity
-from .plant import Plant, dose, live_attention, plant_key, plants_kept, random_weights, rerouted, shortcut
-from .plant import moved, small_teacher, twins
+from .plant import Plant, dose, doses, live_attention, moved, random_weights, rerouted, shortcut, twins
+from .planting import small_teacher
+from .stored_plants import plant_key, plants_kept, read_plant
 from .purity import PurityReport, information_purity, probe_purity
 from .robustness import RobustnessReport, ood_robustness, robustness_correlation
 from .route import RouteReport, counted_roles, fit_warp, route_distance

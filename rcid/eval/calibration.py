@@ -6,7 +6,7 @@
 __all__ = ['READINGS', 'DISTANCES', 'REWRITES', 'CLASSES', 'SEE', 'IGNORE', 'OTHERWISE', 'EXPECTED', 'FIRST_HELD_OUT',
            'AT_CHANCE', 'CALIPERS', 'BARS', 'Expected', 'as_difference', 'expected', 'Known', 'ModelPair',
            'pairs_of_models', 'auroc', 'Matched', 'match_behaviour', 'Told', 'tell_apart', 'Trend', 'dose_trend',
-           'balanced', 'choose_threshold', 'half_step', 'Bars', 'Verdict', 'judge_told', 'judge_dose', 'judge_rewrite',
+           'balanced', 'choose_threshold', 'Bars', 'resolved', 'Verdict', 'judge_told', 'judge_dose', 'judge_rewrite',
            'validated']
 
 # %% ../../nbs/07_eval/17_calibration.ipynb #807c3d9e
@@ -228,9 +228,6 @@ def choose_threshold(same, other) -> float:
     middles = (values[1:] + values[:-1]) / 2 if len(values) > 1 else values
     return float(max(middles, key=lambda t: (balanced(same, other, t), -t)))
 
-def half_step(neighbours) -> float:
-    "The bound of an equivalence test: half the median distance of plants at neighbouring layers."
-    return float(np.nanmedian(neighbours) / 2) if np.isfinite(neighbours).any() else float("nan")
 
 # %% ../../nbs/07_eval/17_calibration.ipynb #885872cf
 @dataclass(frozen=True)
@@ -243,17 +240,20 @@ class Bars:
 
 BARS = Bars()
 
+def resolved(difference) -> Float[np.ndarray, "pair"]:
+    "Differences beyond what an exact rewrite may come to: all that are smaller are alike, and tie. NaN stays."
+    return np.maximum(np.asarray(difference, float) - BARS.excess, 0)
+
 class Verdict(NamedTuple):
     "What a reading said of a class, against the table."
     reading: str
     cls: str
     expected: str            # see | ignore | -
-    said: str                # seen | missed | ignored | reacts | not resolved | not matched | not measured | -
+    said: str                # seen, missed, ignored, reacts, not resolved, undefined, not matched, not measured, -
     missed_by: float         # in the units of its bar; 0 where it is met, NaN where nothing was measured
     met: bool | None         # None: the bar does not apply
 
 def _said(answer: str, ok: str, otherwise: str, by: float) -> tuple[str, float, bool | None]:
-    if answer == "-": return "-", float("nan"), None
     if np.isnan(by): return "not measured", by, False
     return (ok, 0., True) if by <= 1e-12 else (otherwise, float(by), False)
 
@@ -264,17 +264,20 @@ def judge_told(reading: str, cls: str, told: Told | None, alike: bool = True, ba
     if answer == "-": return Verdict(reading, cls, answer, "-", nothing, None)
     if told is None: return Verdict(reading, cls, answer, "not measured", nothing, False)
     if not alike: return Verdict(reading, cls, answer, "not matched", nothing, False)
+    none = told.n_undefined == told.n_same + told.n_other
+    if none: return Verdict(reading, cls, answer, "undefined", nothing, False)
     if answer == "see":
         by = float(np.max([bars.auroc - told.auroc, bars.low - told.low, 0.]))
         return Verdict(reading, cls, answer, *_said(answer, "seen", "missed", by))
     by = float(np.max([told.low - .5, .5 - told.high, 0.]))
-    if by == 0 and told.high >= bars.auroc:
-        return Verdict(reading, cls, answer, "not resolved", told.high - bars.auroc, False)
+    over = told.high - bars.auroc
+    if by == 0 and over >= 0: return Verdict(reading, cls, answer, "not resolved", over, False)
     return Verdict(reading, cls, answer, *_said(answer, "ignored", "reacts", by))
 
 def judge_dose(reading: str, trend: Trend, bars: Bars = BARS) -> Verdict:
     "Of the plants along a dose."
     answer = expected(reading, "dose").answer
+    if answer == "-": return Verdict(reading, "dose", answer, "-", float("nan"), None)
     return Verdict(reading, "dose", answer, *_said(answer, "seen", "missed", float(np.max([bars.tau - trend.tau, 0.]))))
 
 def judge_rewrite(reading: str, cls: str, values: list[float], floors: list[float], bars: Bars = BARS) -> Verdict:

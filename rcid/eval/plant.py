@@ -4,32 +4,24 @@
 
 # %% auto #0
 __all__ = ['TRAINING', 'DOSES', 'Plant', 'live_attention', 'moved', 'rerouted', 'shortcut', 'doses', 'dose', 'twins',
-           'random_weights', 'plant_key', 'plant_file', 'plants_kept', 'read_plant']
+           'random_weights']
 
 # %% ../../nbs/07_eval/16_plant.ipynb #ed53fbad
 import copy
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Callable
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from ..causal.effects import first_difference
-from ..core.tensors import content_hash, load_tensors, save_tensors
 from ..data.pairs import ContrastiveDataset
 from ..distill.config import DistillConfig
 from ..distill.language import train_language
 from ..distill.method import PairMethod
-from ..distill.methods import get_method
-from ..distill.objective import PairObjective
-from ..distill.teacher_cache import code_hash, model_hash
 from ..distill.trainer import distill
 from .knockout import beside, knock_out, verified
-from rcid.eval.planting import (
-    Rerouting, carried_by, close_attention, fresh, drawn_gates, gated, live_layers, next_token, skipping,
-    small_teacher, solved, stacked
-)
+from .planting import Rerouting, carried_by, close_attention, drawn_gates, fresh, gated, live_layers, skipping
+from .planting import stacked
 from ..models.adapters import get_adapter
 
 # %% ../../nbs/07_eval/16_plant.ipynb #9cbf984a
@@ -93,13 +85,32 @@ def _in_order(layers: tuple[int, int]) -> tuple[int, int]:
         raise ValueError(f"layers {first} and {second}: what the second reads, the first has written: put it first")
     return first, second
 
+def _carried(pairs: ContrastiveDataset | dict[str, ContrastiveDataset], carrier: str | dict[str, str]):
+    "The pairs of all kinds as one set, each with the role `carrier`."
+    sets = {"": pairs} if isinstance(pairs, ContrastiveDataset) else pairs
+    roles = {kind: carrier for kind in sets} if isinstance(carrier, str) else carrier
+    if missing := [kind for kind in sets if kind not in roles]:
+        raise ValueError(f"kind {missing[0]!r} has no carrier: there are {', '.join(roles)}")
+    return stacked({kind: carried_by(p, roles[kind]) for kind, p in sets.items()})
+
+def _on_all_kinds(model, teacher, held, carries, idle=(), seen=()):
+    """Checks of the classic kind, and under `other` of the rest: there an answer may be neither right nor wrong, and
+    what is idle must be so; what carries them is written down."""
+    sets = {"": held} if isinstance(held, ContrastiveDataset) else held
+    (_, classic), *others = sets.items()
+    checks, passed = verified(model, teacher, classic, carries, idle, seen)
+    for kind, p in others:
+        more, passes = verified(model, teacher, p, [], idle, [*carries, *seen], answers=False)
+        checks, passed = checks | {"other": checks.get("other", {}) | {kind: more}}, passed and passes
+    return checks, passed
+
 def moved(
     teacher: nn.Module,
     pairs: ContrastiveDataset | dict[str, ContrastiveDataset], # to train on; of several kinds: all of them
     layers: tuple[int, int],                 # tokens look around in the first; the second hands over
     seed: int = 0,
     *,
-    held: ContrastiveDataset,                # held-out pairs, for the checks
+    held: ContrastiveDataset | dict[str, ContrastiveDataset],    # for the checks; the classic kind first
     carrier: str | dict[str, str] = "s2",    # role that decides until the second layer; by kind where several are given
     answer: str = "end",                     # role of the answer position
     like: nn.Module | None = None,           # another architecture, see `fresh`
@@ -107,13 +118,9 @@ def moved(
 ) -> Plant:
     "A model that hands over what the changed word says in a chosen layer and not before (interchange training)."
     first, second = _in_order(layers)
-    sets = {"": pairs} if isinstance(pairs, ContrastiveDataset) else pairs
-    roles = {kind: carrier for kind in sets} if isinstance(carrier, str) else carrier
-    if missing := [kind for kind in sets if kind not in roles]:
-        raise ValueError(f"kind {missing[0]!r} has no carrier: there are {', '.join(roles)}")
-    data = stacked({kind: carried_by(p, roles[kind]) for kind, p in sets.items()})
-    model = _grown(teacher, data, layers, seed, like, config, Rerouting(stations=(("carrier", second - 1),)))
-    checks, passed = verified(model, teacher, held, carries=[(second, answer)], seen=[(first, answer), (first, None)])
+    method = Rerouting(stations=(("carrier", second - 1),))
+    model = _grown(teacher, _carried(pairs, carrier), layers, seed, like, config, method)
+    checks, passed = _on_all_kinds(model, teacher, held, [(second, answer)], seen=[(first, answer), (first, None)])
     recipe = _recipe("moved", model, config, layers=[first, second], carrier=carrier, seed=seed)
     return Plant(model, recipe, checks, passed)
 
@@ -151,8 +158,8 @@ def rerouted(
     if changed not in pairs.roles: raise ValueError(f"no role {changed!r}: there are {', '.join(pairs.roles)}")
     look, first = _in_order(layers[:2])
     first, second = _in_order(layers[1:])
-    stations = (changed, first - 1), (carrier, second - 1)
-    model = _grown(teacher, pairs, layers, seed, like, config, Rerouting(stations=stations))
+    method = Rerouting(stations=((changed, first - 1), (carrier, second - 1)), through=(carrier, first))
+    model = _grown(teacher, pairs, layers, seed, like, config, method)
     carries, idle = [(first, carrier), (second, answer)], [(first, answer), (second, carrier)]
     checks, passed = verified(model, teacher, held, carries, idle)
     recipe = _recipe("rerouted", model, config, layers=[look, first, second], carrier=carrier, seed=seed)
@@ -183,7 +190,7 @@ def shortcut(
     checks, passed = verified(model, teacher, held[classic], carries=[(second, answer)])
     other, passes = verified(model, teacher, held[kind], carries=[(first, answer)], answers=False)
     recipe = _recipe("shortcut", model, config, layers=[first, second], kind=kind, seed=seed)
-    return Plant(model, recipe, checks | {"other": other}, passed and passes)
+    return Plant(model, recipe, checks | {"other": {kind: other}}, passed and passes)
 
 # %% ../../nbs/07_eval/16_plant.ipynb #e062d5a3
 DOSES = tuple(i / 10 for i in range(1, 10))
@@ -194,25 +201,27 @@ def doses(
     alphas: tuple[float, ...] = DOSES,   # in [0, 1]: gate of the last layer; the one before it has 1 - alpha
     seed: int = 0,
     *,
-    held: ContrastiveDataset,
+    held: ContrastiveDataset | dict[str, ContrastiveDataset],    # every kind is checked; the first is the classic one
+    carrier: str | dict[str, str] = "s2",    # role that decides until the hand-over; by kind where several are given
     answer: str = "end",                 # role of the answer position
     like: nn.Module | None = None,
     config: DistillConfig = TRAINING
 ) -> list[Plant]:
-    """Two layers share the hand-over, one training for all doses: by KL alone, with gates drawn anew in every forward,
-    that are set afterwards (METHOD fixes them while it is trained, which ends in all or nothing)."""
+    """Two layers share the hand-over, one training for all doses, with gates drawn anew in every forward that are set
+    afterwards (METHOD fixes them while it is trained, which ends in all or nothing)."""
     for alpha in alphas:
         if not 0 <= alpha <= 1: raise ValueError(f"alpha {alpha} is outside [0, 1]: it is a share")
     look, first = _in_order(layers[:2])
     first, second = _in_order(layers[1:])
-    grown = _grown(teacher, stacked(pairs), layers, seed, like, config, drawn=(first, second))
+    method = Rerouting(stations=(("carrier", first - 1),))
+    grown = _grown(teacher, _carried(pairs, carrier), layers, seed, like, config, method, drawn=(first, second))
     found = []
     for alpha in alphas:
         model = copy.deepcopy(grown)
         with gated(model, {first: 1 - alpha, second: alpha}): pass         # the gates become weights
         only = {0: first, 1: second}.get(alpha)                            # an end of the dose has one way only
-        seen = [(first, answer), (second, answer)]
-        checks, passed = verified(model, teacher, held, carries=[(only, answer)] if only else [], seen=seen)
+        carries, seen = [(only, answer)] if only else [], [(first, answer), (second, answer)]
+        checks, passed = _on_all_kinds(model, teacher, held, carries, [(look, answer)], seen)
         recipe = _recipe("dose", model, config, layers=[look, first, second], alpha=alpha, seed=seed)
         found.append(Plant(model, recipe, checks, passed))
     return found
@@ -249,48 +258,3 @@ def random_weights(
     checks = beside(model, teacher, held)
     at_chance = abs(checks["accuracy"] - 0.5) <= 0.15
     return Plant(model, _recipe("random_weights", model, None, seed=seed), checks, at_chance)
-
-# %% ../../nbs/07_eval/16_plant.ipynb #fa0c94d9
-def plant_key(
-    teacher: nn.Module, data: ContrastiveDataset | dict[str, ContrastiveDataset], recipe: dict
-) -> tuple:
-    "What a plant depends on beside the code: its recipe (anything with a full `repr`), its teacher, its pairs."
-    sets = {"": data} if isinstance(data, ContrastiveDataset) else data
-    return recipe, model_hash(teacher), [(kind, p.content_hash()) for kind, p in sets.items()]
-
-def _code() -> str: return code_hash(
-    live_attention, verified, fresh, distill, train_language, get_method, PairObjective, get_adapter
-)
-
-def plant_file(folder: str | Path, key: tuple) -> Path:
-    "Where `plants_kept` keeps the plant of this key."
-    return Path(folder) / f"{content_hash({}, key, _code())[:24]}.safetensors"
-
-def plants_kept(
-    folder: str | Path | None,           # None = always made
-    key: tuple,                          # see `plant_key`
-    make: Callable[[], Plant]
-) -> Plant:
-    "A plant from `folder` if it is there and whole; else made, and written there as safetensors."
-    if folder is None: return make()
-    path = plant_file(folder, key)
-    try: return read_plant(path)
-    except (FileNotFoundError, ValueError): pass           # absent or damaged
-    plant = make()
-    config = plant.model.config
-    note = dict(recipe=plant.recipe, checks=plant.checks, passed=plant.passed, config=config.to_dict(),
-                attention=config._attn_implementation)
-    save_tensors(path, {name: p for name, p in plant.model.named_parameters()}, note)      # a tied head once
-    return plant
-
-def read_plant(path: str | Path) -> Plant:
-    "Model, recipe and checks out of a file."
-    from transformers import AutoConfig, AutoModelForCausalLM
-    weights, note = load_tensors(path)
-    sizes = {k: v for k, v in note["config"].items() if k != "model_type"}
-    config = AutoConfig.for_model(note["config"]["model_type"], **sizes)
-    with torch.random.fork_rng(devices=[]):                # its random start is overwritten
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=note["attention"], dtype=torch.float32)
-    with torch.no_grad():
-        for name, p in model.named_parameters(): p.copy_(weights[name])
-    return Plant(model.eval(), note["recipe"], note["checks"], note["passed"])

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'small_teacher', 'fresh', 'live_layers', 'close_attention', 'open_attention', 'skipping', 'drawn_gates',
-           'gated', 'stacked', 'carried_by', 'next_token', 'solved', 'run_layers', 'Rerouting']
+           'gated', 'stacked', 'carried_by', 'next_token', 'solved', 'Narrow', 'run_layers', 'Rerouting']
 
 # %% ../../nbs/07_eval/16_planting.ipynb #2c38ca58
 import copy
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Iterable
+from typing import Iterable, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -195,16 +195,27 @@ def solved(pairs: ContrastiveDataset) -> tuple[Int[Tensor, "block seq"], Int[Ten
     return ids, mask
 
 # %% ../../nbs/07_eval/16_planting.ipynb #3b3060b1
+class Narrow(NamedTuple):
+    "From `layer` on, the tokens at `at` see themselves and those at `sees`, and nothing else."
+    layer: int
+    at: Int[Tensor, "row"]       # positions
+    sees: Int[Tensor, "row"]
+
 def run_layers(
-    model: nn.Module, h: Float[Tensor, "row seq d_model"], layers: Iterable[int]
+    model: nn.Module, h: Float[Tensor, "row seq d_model"], layers: Iterable[int], narrow: Narrow | None = None
 ) -> Float[Tensor, "row seq d_model"]:
     "The residual stream through some layers; gradients flow. Padding is on the right, where no token looks."
     a, t = get_adapter(model), torch.arange(h.shape[1], device=h.device)
     sees = (t <= t[:, None]).expand(len(h), 1, -1, -1)                     # (row, 1, query, key)
-    masks, rotary = a.masks(sees, h), a.rotary(h, t[None])
+    wide, rotary = a.masks(sees, h), a.rotary(h, t[None])
+    if narrow:
+        sees, row = sees.clone(), torch.arange(len(h), device=h.device)
+        sees[row, 0, narrow.at] = False
+        for seen in (narrow.at, narrow.sees): sees[row, 0, narrow.at, seen] = True
+        close = a.masks(sees, h)
     for l in layers:
-        more = dict(attention_mask=masks[a.window(l)], position_ids=t[None], position_embeddings=rotary)
-        h = hidden_of(a.layers[l](h, **more))
+        mask = (close if narrow and l >= narrow.layer else wide)[a.window(l)]
+        h = hidden_of(a.layers[l](h, attention_mask=mask, position_ids=t[None], position_embeddings=rotary))
     return h
 
 @dataclass(frozen=True)
@@ -213,6 +224,8 @@ class Rerouting(PairMethod):
     pairs: bool = True
     # (role, layer): where the residual is exchanged, and after which layer; one of them a step, in turn
     stations: tuple[tuple[str, int], ...] = ()
+    # (role, layer): in the first half of the steps the answer sees nothing but this role from this layer on
+    through: tuple[str, int] | None = None
 
     def learns_from_pairs(self): return False
     def objective(self, student, teacher, data, config): return _Rerouted(self, student, teacher, data, config)
@@ -225,12 +238,17 @@ class _Rerouted(PairObjective):
         carrier, after = stations[step % len(stations)]
         batch = self.pairs[rows].trimmed().to(self.device)
         said, row = self.of_teacher(rows, batch), torch.arange(len(batch), device=self.device)
-        h = run_layers(self.student, a.embed(torch.cat([batch.clean_ids, batch.corrupt_ids])), range(after + 1))
+        def narrow(runs: int) -> Narrow | None:
+            if self.method.through is None or step >= self.c.steps // 2: return None
+            role, layer = self.method.through
+            return Narrow(layer, batch.answer_pos.repeat(runs), batch.key_positions[role].repeat(runs))
+        h = a.embed(torch.cat([batch.clean_ids, batch.corrupt_ids]))
+        h = run_layers(self.student, h, range(after + 1), narrow(2))
         clean, corrupt = h.chunk(2)                                        # (pair, seq, d_model) each
         at = (row, batch.key_positions[carrier])
         into_clean, into_corrupt = clean.index_put(at, corrupt[at]), corrupt.index_put(at, clean[at])
         runs = torch.cat([clean, corrupt, into_clean, into_corrupt])       # (run * pair, seq, d_model)
-        final = a.final_norm(run_layers(self.student, runs, range(after + 1, a.n_layers)))
+        final = a.final_norm(run_layers(self.student, runs, range(after + 1, a.n_layers), narrow(4)))
         logits = a.lm_head(final[torch.arange(len(runs), device=self.device), batch.answer_pos.repeat(4)])
         of_clean, of_corrupt = said.logits, said.logits_corrupt
         target = torch.cat([of_clean, of_corrupt, of_corrupt, of_clean])   # (run * pair, vocab)
