@@ -105,9 +105,10 @@ def _file_of(dotted: str) -> tuple[Path, str, list[str]]:
 
 QUIET = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
 
-def _acts(file: Path) -> bool:
+@cache
+def _acts(text: str) -> bool:
     "Whether a module does more on import than to import, define and name things."
-    for node in parsed(file.read_text(encoding="utf-8")).body:
+    for node in parsed(text).body:
         targets = getattr(node, "targets", [getattr(node, "target", None)])
         named = all(isinstance(t, (ast.Name, ast.Tuple)) for t in targets)
         if isinstance(node, (ast.Assign, ast.AnnAssign)) and named: continue
@@ -128,12 +129,14 @@ def _exports(package: str) -> dict[str, str]:
 def module_deps(code: str) -> list[str]:
     "The rcid modules (paths from the root) that this code reaches through its imports."
     seen, entered, queue = set(), set(), [*referred(code)]
+    found_at = cache(_file_of)                                      # of this call: files may change before the next
+    def acts(name: str) -> bool: return _acts(found_at(name)[0].read_text(encoding="utf-8"))
     while queue:
-        file, name, packages = _file_of(queue.pop())
+        file, name, packages = found_at(queue.pop())
         for package in packages:                                    # rcid.a.b runs the __init__ of rcid and of rcid.a
             if package in entered: continue
             entered.add(package)
-            queue += [n for n in [package, *_exports(package).values()] if _acts(_file_of(n)[0])]
+            queue += [n for n in [package, *_exports(package).values()] if acts(n)]
         if name and packages and file.name == "__init__.py":
             names = _exports(packages[-1])
             if name in names: queue.append(names[name]); continue   # from rcid.data import load_pairs
