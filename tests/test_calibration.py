@@ -2,10 +2,11 @@
 import numpy as np
 import pytest
 from rcid.eval import calibration
-from rcid.eval.calibration import AT_CHANCE, BARS, CLASSES, EXPECTED, IGNORE, OTHERWISE, READINGS, REWRITES, SEE
-from rcid.eval.calibration import Known, Told, Trend, auroc, balanced, choose_threshold, dose_trend, expected
-from rcid.eval.calibration import judge_dose, judge_rewrite, judge_told, match_behaviour
+from rcid.eval.calibration import BARS, CLASSES, EXPECTED, IGNORE, OTHERWISE, READINGS, REWRITES, SEE
+from rcid.eval.calibration import Known, Told, Trend, balanced, choose_threshold, dose_trend, expected
+from rcid.eval.calibration import judge_dose, judge_rewrite, judge_told
 from rcid.eval.calibration import pairs_of_models, tell_apart, validated
+from rcid.eval.same_behaviour import AT_CHANCE, auroc, match_behaviour
 
 
 # the table
@@ -216,8 +217,8 @@ def test_what_an_exact_rewrite_may_come_to_is_no_difference():
     assert calibration.resolved([0., .02, .03]) == pytest.approx([0, 0, .01])
     assert np.isnan(calibration.resolved([np.nan])).all()
     same, other = np.array([.001, .002]), np.array([.003, .004])
-    assert calibration.auroc(same, other)[0] == 1
-    assert calibration.auroc(*map(calibration.resolved, (same, other)))[0] == .5
+    assert auroc(same, other)[0] == 1
+    assert auroc(*map(calibration.resolved, (same, other)))[0] == .5
 
 
 def test_what_is_not_measured_is_not_met():

@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/07_eval/index.ipynb #4e753216
 from . import stats
 from .accuracy import task_accuracy
-from .calibration import EXPECTED, Known, dose_trend, match_behaviour, pairs_of_models, tell_apart, validated
+from .calibration import EXPECTED, Known, dose_trend, pairs_of_models, tell_apart, validated
 from .filter import both_right, keep_correct
 from .consistency import ConsistencyReport, causal_consistency, clusters_of, consistency_profile
 from .differences import accuracy_difference, consistency_difference, read_effects, statistic_of
@@ -18,6 +18,7 @@ from .knockout import knock_out
 from .perplexity import perplexity
 from .plant import Plant, dose, doses, live_attention, moved, random_weights, rerouted, shortcut, twins
 from .planting import small_teacher
+from .same_behaviour import match_behaviour
 from .stored_plants import plant_key, plants_kept, read_plant
 from .purity import PurityReport, information_purity, probe_purity
 from .robustness import RobustnessReport, ood_robustness, robustness_correlation
