@@ -47,6 +47,12 @@ def test_a_key_leads_to_what_is_printed(key):
     check(key, origins[0])
 
 
+def test_what_is_printed_is_made_on_its_page():
+    "A short name such as `batch` is said by many modules; the page says more of the key, or says it first."
+    first = [o.lines[0].file for k in all_keys() for o in where(k, commit=False)]
+    assert first and {file.split("/")[1] for file in first} == {"experiments"}
+
+
 ROWS = [(f"exp{n}", row) for n in (1, 2, 5) for row in read_json(ROOT/"metrics"/f"exp{n}.json")["rows"]]
 
 

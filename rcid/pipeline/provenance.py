@@ -118,6 +118,7 @@ class Line(NamedTuple):
 def _given(node: ast.AST) -> list[tuple[ast.AST, int]]:
     "Names that a node gives a value, and their lines: of a dictionary's keys, arguments, and `row[\"name\"] = ...`."
     if isinstance(node, ast.Dict): return [(k, k.lineno) for k in node.keys if k is not None]
+    if isinstance(node, ast.DictComp): return [(node.key, node.key.lineno)]
     if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store): return [(node.slice, node.lineno)]
     if isinstance(node, ast.keyword) and node.arg: return [(ast.Constant(node.arg), node.value.lineno)]
     return []
@@ -172,21 +173,23 @@ def _cells(text: str, notebook: str) -> list[tuple[str, int, str, int]]:
 def _modules(code: str, folder: Path) -> list[str]: return module_deps(code)
 
 def lines_of(found: Found, notebook: str) -> list[Line]:
-    """The lines that name a value,
-        the likeliest first: the more of its key is written out the better; then given before
-    read, in a function before outside of one, the page before the modules that it reaches,
-        and of these the nearest floor."""
+    """The lines that name a value, the likeliest first. Of a printed value: the more of its key is written out the
+    better, then given before read, and the page before the modules that it reaches. Of a field of a row, whose name is
+    short: given before read, the function that makes the row before what is outside; of modules the nearest floor."""
     codes = list(_cells((root()/notebook).read_text(encoding="utf-8"), notebook))
     for module in _modules(code_view(root()/notebook), root()):
         floor = module.split("/")[1]
         if floor not in FLOORS: continue
         codes.append((module, None, (root()/module).read_text(encoding="utf-8"), 1 + FLOORS.index(floor)))
-    ranked = []
+    ranked, printed = [], found.path[0] == "values"
     for rank, names in enumerate(_names_of(found.path)):
         for file, cell, code, distance in codes:
             for letters, read, line in _lines_of(file, code, names, cell):
-                ranked.append((read, rank, -letters, not line.function, distance, line))
-    return [line for *_, line in sorted(ranked, key=lambda x: x[:5])]
+                outside = not line.function
+                if printed: order = rank, -letters, read, distance > 0, outside, distance
+                else: order = read, rank, -letters, outside, distance, 0
+                ranked.append((*order, line))
+    return [line for *_, line in sorted(ranked, key=lambda x: x[:6])]
 
 # %% ../../nbs/09_pipeline/10_provenance.ipynb #ab100016
 TAKEN_IN = re.compile(
