@@ -116,14 +116,10 @@ def assert_shows(committed: str, make, record):
     assert [len(line) for line in cells(committed)] == [len(line) for line in versions[1]]
 
 
-@pytest.hookimpl(tryfirst=True)                  # before xdist writes the groups into the names of the tests
 def pytest_collection_modifyitems(config, items):
-    "Two processes (`pytest -n 2 --dist loadgroup`) share the tests by file; those on the one workspace stay together."
-    items.sort(key=lambda item: "workspace" not in item.fixturenames)        # the longest group starts first
-    if not config.pluginmanager.hasplugin("xdist"): return
-    for item in items:
-        group = "workspace" if "workspace" in item.fixturenames else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+    """Two processes (`pytest -n 2 --dist loadfile`) share the tests by file. The file on the one workspace takes
+    longest, so it comes first."""
+    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -315,17 +315,3 @@ def test_the_filter_keeps_the_same_rows_of_every_kind(small, models, monkeypatch
         assert p.dropped["model is not right in both directions"] == 2
     with pytest.raises(ValueError, match="kind 'names' has other rows than the first"):
         keep_correct(models["qwen3"], kinds | {"names": kinds["names"][1:]})
-
-
-@pytest.mark.slow
-def test_the_data_stage_saves_kinds_beside_the_classic_pairs(workspace):
-    for family in ("llama", "qwen3"):
-        said = read_json(workspace/"metrics"/"data"/f"{family}.json")["tasks"]["ioi"]
-        for split in ("train", "test"):
-            classic, kind = (
-                load_saved_pairs(workspace/"artifacts"/"pairs"/family/"ioi"/name) for name in (split, f"{split}@s2_new")
-            )
-            assert kind.clean_ids.equal(classic.clean_ids) and kind.wrong_token_id.equal(classic.wrong_token_id)
-            assert (classic.corruption, kind.corruption) == ("s2", "s2_new")
-            assert said[f"{split}@s2_new"]["sha256"] == kind.content_hash() and len(kind) == said[split]["pairs"]
-        assert "val@s2_new" not in said and said["test@s2_new"]["corruption"] == "s2_new"

@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT, environment, output_of, run
 from ruamel.yaml import YAML
 from rcid.core import load_params, read_json
+from rcid.data import load_saved_pairs
 from rcid.pipeline.stage import code_view, module_deps, write_code_views
 from rcid.report.paper import PaperError, fill, keys_used
 from rcid.report.values import read_values
@@ -200,6 +201,20 @@ def test_every_student_has_a_route_or_a_reason(workspace):
             assert c["original"][part]["consistency"] == c["consistency"][part]["consistency"], file
     for file in sorted((workspace/"metrics"/"distill").glob("*.json")):
         assert all("route" in point and "consistency" not in point for point in read_json(file)["curve"]), file
+
+
+@pytest.mark.slow
+def test_the_data_stage_saves_kinds_beside_the_classic_pairs(workspace):
+    for family in ("llama", "qwen3"):
+        said = read_json(workspace/"metrics"/"data"/f"{family}.json")["tasks"]["ioi"]
+        for split in ("train", "test"):
+            classic, kind = (
+                load_saved_pairs(workspace/"artifacts"/"pairs"/family/"ioi"/name) for name in (split, f"{split}@s2_new")
+            )
+            assert kind.clean_ids.equal(classic.clean_ids) and kind.wrong_token_id.equal(classic.wrong_token_id)
+            assert (classic.corruption, kind.corruption) == ("s2", "s2_new")
+            assert said[f"{split}@s2_new"]["sha256"] == kind.content_hash() and len(kind) == said[split]["pairs"]
+        assert "val@s2_new" not in said and said["test@s2_new"]["corruption"] == "s2_new"
 
 
 @pytest.mark.slow

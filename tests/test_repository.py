@@ -1,6 +1,6 @@
 """The repository holds together: notebooks and modules agree, settings compose, nothing of one machine is in it."""
 
-import hashlib, json, os, re, shutil, subprocess, sys
+import hashlib, json, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 from conftest import ROOT, output_of, run
@@ -45,12 +45,13 @@ def test_notebooks_are_clean(copy):
     ] == [], "run make clean-notebooks"
 
 
-def test_tests_of_one_workspace_stay_in_one_process(request):
-    "Two processes that make the same workspace delete it under each other's feet."
-    if "PYTEST_XDIST_WORKER" not in os.environ: pytest.skip("only where pytest runs in several processes (`-n`)")
-    for item in request.session.items:
-        group = "workspace" if "workspace" in item.fixturenames else item.path.stem
-        assert item.nodeid.endswith(f"@{group}"), item.nodeid
+def test_one_file_has_the_tests_of_the_workspace():
+    "Two processes share the tests by file: two files with one workspace would delete it under each other's feet."
+    using = [f.name for f in sorted((ROOT/"tests").glob("test_*.py"))
+             if re.search(r"def \w+\([^)]*\bworkspace\b[^)]*\)(?: ->[^:]*)?:", f.read_text(encoding="utf-8"))]
+    # faults: only by `make faults`, in one process; silent: a folder's name, a parameter of the test
+    assert using == ["test_faults.py", "test_pipeline.py", "test_silent_pipeline.py"]
+    assert "--dist loadfile" in (ROOT/"Makefile").read_text(encoding="utf-8")
 
 
 def test_no_marks_of_a_merge(tracked):

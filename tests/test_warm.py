@@ -18,7 +18,7 @@ plt.plot([1, 2, 4]);
 """
 DRAWN = "import random, numpy, torch\nprint('drawn', random.random(), numpy.random.rand(), torch.rand(1).item())"
 READS = "import rcid.eval.stats as stats\nprint('value', getattr(stats, 'ADDED', None))"
-WAITS = "import time, pathlib\npathlib.Path('logs/waits').touch()\ntime.sleep(3)\nprint('waited')"
+WAITS = "import time, pathlib\npathlib.Path('logs/waits').touch()\ntime.sleep(8)\nprint('waited')"
 FAILS = "import sys\nprint('said on the way', file=sys.stderr)\n1 / 0"
 BOOKS = {"seen": SEEN, "drawn": DRAWN, "reads": READS, "waits": WAITS, "fails": FAILS}
 
