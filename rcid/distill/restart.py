@@ -156,10 +156,9 @@ def exchanged_by_hooks(
     t = torch.arange(pairs.clean_ids.shape[1], device=row.device)
     site = pairs.key_positions[role][:, None]
     moves = ((t >= site) & (t < site + span) & (t >= first[:, None]) & (t <= pairs.answer_pos[:, None]))[..., None]
-    for ids, put in zip(prompts, reversed(residuals)):
+    for i, ids in enumerate(prompts):
+        own, put = residuals[i], residuals[1 - i]
         if source == "detached": put = put.detach()
-        # whoever runs again computes the same up to here
-        with capture(model, [layer]) as hidden: a.trunk(ids, pairs.attention_mask)
-        with write(model, {Site(layer): torch.where(moves, put, hidden[layer])}):
+        with write(model, {Site(layer): torch.where(moves, put, own)}):
             finals.append(a.trunk(ids, pairs.attention_mask)[row, pairs.answer_pos])
     return torch.stack(finals, 1)

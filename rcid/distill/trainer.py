@@ -89,7 +89,7 @@ def _train(student, teacher, pairs, method, c, probe, trained: dict[str, nn.Para
     for step in bar:
         refit = c.refit_every and method.fits_w() and step and step % c.refit_every == 0
         if refit or (method.fits_late() and step == late):
-            state.load_state_dict(_fitted(objective, student).state_dict())
+            method.refit(state, _fitted(objective, student))
         whole = batch_rows(step, len(pairs), c.batch, c.seed, objective.lengths, c.buckets)
         rows = whole[world.process_index::world.num_processes]
         parts = _total(world, _backward(objective, rows, whole, step, state, c, device, own_term=step >= late))
