@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from ..causal.effects import first_difference
+from ..causal.effects import first_difference, sweep_flops
 from ..causal.hooks import Site
 from ..data.pairs import ContrastiveDataset
 from .config import DistillConfig, patch_sites, plan_signals
+from .maps import ANCHOR_PAIRS
 from .method import Method
 from .methods import get_method
 from .schedule import batch_rows
@@ -101,6 +102,11 @@ def run_cost(
     rows = min(64, len(pairs)) if method.reads == "layers" else len(pairs)
     fit = step_flops(student, tokens * rows, head * rows, False) + step_flops(teacher, 0, head * rows, False)
     targets = step_flops(teacher, (both + swaps) * len(pairs), 0, False)
+    if method.anchored():                # a sweep of each model
+        some = pairs[:ANCHOR_PAIRS]
+        for model in (student, teacher):
+            sweep = sweep_flops(model, some)
+            fit += sweep["base"] + sweep["source"] + sweep["patched"]
     before, patches = patch_cost(student, teacher, pairs, method, c, both)
     return round(tokens * c.batch * c.steps), targets + before + fits * fit + c.steps * (each + patches)
 

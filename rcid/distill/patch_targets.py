@@ -76,9 +76,9 @@ def patched_finals(
 ) -> Float[Tensor, "run 2 d_model"]:     # on the CPU
     "Final hidden states at the answer: of the clean run with the corrupt residual in it, and the reverse."
     device, parts = model_device(model), [torch.empty(0, 2, get_adapter(model).d_model, dtype=model.dtype)]
+    if not len(runs): return parts[0]
     with torch.no_grad(), evaluating(model):
-        make = _swept
-        if len(runs) and why_not_restarted(model, pairs[:2].to(device)): make = _by_hooks
+        make = _by_hooks if why_not_restarted(model, pairs[:2].to(device)) else _swept
         for some in runs.split(_ends(runs[:, 0], batch_size)):
             numbers, own = some[:, 0].unique(return_inverse=True)
             here = torch.stack([own, some[:, 1]], 1)
@@ -88,7 +88,7 @@ def patched_finals(
 def _ends(pair: Int[Tensor, "run"], n: int) -> list[int]:
     "How many runs belong to each `n` pairs, one after the other."
     _, counts = pair.unique_consecutive(return_counts=True)
-    return [int(some.sum()) for some in counts.split(n)] if len(counts) else [0]
+    return [int(some.sum()) for some in counts.split(n)]
 
 # %% ../../nbs/05_distill/06b_patch_targets.ipynb #6363b1f4
 class PatchTargets:

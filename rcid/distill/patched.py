@@ -6,12 +6,13 @@
 __all__ = ['LEAST_SHARE', 'NEAR_ZERO', 'Interchange', 'EffectMatch', 'States', 'Together']
 
 # %% ../../nbs/05_distill/02b_patched.ipynb #e3f9e051
-from dataclasses import dataclass, fields
 import math
-from torch import nn
+from dataclasses import dataclass
+from jaxtyping import Float
+from torch import Tensor, nn
 from .losses import divergence
 from .maps import Frozen
-from .method import PairMethod
+from .method import PairMethod, Signals
 
 # %% ../../nbs/05_distill/02b_patched.ipynb #9e80b47c
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Interchange(PairMethod):
         return divergence(s.patched, t.patched, temperature=temperature).mean(), {}
 
 # %% ../../nbs/05_distill/02b_patched.ipynb #41596afb
-LEAST_SHARE = 0.1            # of the teacher's gap: what a student's counts as at least
-NEAR_ZERO = 1e-3             # of the teacher's mean |LD|
+LEAST_SHARE = 0.1            # of the teacher's gap: what that of a batch counts as at least
+NEAR_ZERO = 0.1              # of the teacher's mean |LD|
 
 @dataclass(frozen=True)
 class EffectMatch(PairMethod):
@@ -46,7 +47,7 @@ class EffectMatch(PairMethod):
 
     def starts(self): return True        # the teacher's gap is of all training pairs
 
-    def whole_batch(self): return True   # the student's is of the batch
+    def whole_batch(self): return True   # what effects are a share of is of the batch
 
     def start(self, student, teacher, seed):
         gap = (teacher.ld - teacher.ld_corrupt).mean()
@@ -59,12 +60,15 @@ class EffectMatch(PairMethod):
         return Frozen(gap=gap)
 
     def loss(self, s, t, state):
-        gap = (s.ld - s.ld_corrupt).detach().mean()
-        sign = state.gap.sign()
-        gap = sign * (sign * gap).clamp_min(LEAST_SHARE * state.gap.abs())
-        into_clean = (s.ld - s.patched_ld[:, 0]) / gap - (t.ld - t.patched_ld[:, 0]) / state.gap   # (draw, batch)
-        into_corrupt = (s.patched_ld[:, 1] - s.ld_corrupt) / gap - (t.patched_ld[:, 1] - t.ld_corrupt) / state.gap
+        gap, of_teacher = (self.gap(x, state) for x in (s, t))
+        into_clean = (s.ld - s.patched_ld[:, 0]) / gap - (t.ld - t.patched_ld[:, 0]) / of_teacher  # (draw, batch)
+        into_corrupt = (s.patched_ld[:, 1] - s.ld_corrupt) / gap - (t.patched_ld[:, 1] - t.ld_corrupt) / of_teacher
         return (into_clean.square().mean() + into_corrupt.square().mean()) / 2, {"gap": gap}
+
+    def gap(self, x: Signals, state: nn.Module) -> Float[Tensor, ""]:
+        "The mean gap of the batch, without gradient; at least a share of the teacher's of all pairs, on its side of 0."
+        sign, least = state.gap.sign(), LEAST_SHARE * state.gap.abs()
+        return sign * (sign * (x.ld - x.ld_corrupt).detach().mean()).clamp_min(least)
 
 # %% ../../nbs/05_distill/02b_patched.ipynb #85724bb1
 class States(nn.Module):
