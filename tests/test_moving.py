@@ -8,7 +8,7 @@ from rcid.causal import Site, excluded_sites
 from rcid.causal.effects import first_difference
 from rcid.data import load_kinds, load_pairs, stacked
 from rcid.distill import METHODS, RCID, RCIDM, DistillConfig, EffectMatch, Interchange, PairMethod, RCIDNorm
-from rcid.distill import StandardKD, Together, distill, run_cost
+from rcid.distill import StandardKD, Together, distill, divergence, plain_distill, run_cost
 from rcid.distill import maps, objective as objectives, patch_targets
 from rcid.distill.config import patch_sites, plan_signals
 from rcid.distill.cost import restart_flops
@@ -16,12 +16,14 @@ from rcid.distill.methods import DIITO, FitNets
 from rcid.distill.method import Signals
 from rcid.distill.objective import PairObjective
 from rcid.distill.patch_targets import drawn_sites
+from rcid.distill.restart import exchanged_by_hooks
 from rcid.distill.teacher_cache import model_hash
 from rcid.models import shrink
 from rcid.models.rewrite import rotated
 
 SAME = {l: l for l in range(4)}
 CONFIG = DistillConfig(layer_map={0: 0, 1: 0, 2: 1, 3: 1}, steps=6, batch=8, lr=3e-3, log_every=1, checkpoint_every=2)
+TOP = (Site(1, "s2"), Site(2, "end"))
 MATCHING = ("rcid_m", "rcid_norm", "hidden_m", "hidden_norm")
 PATCHING = ("interchange", "effect_match", "rcid_m_interchange")
 
@@ -46,7 +48,7 @@ def world(make_model, tokenizers):
 @pytest.fixture(scope="module")
 def kinds(tokenizers):
     "Two kinds of corruption of the same rows, as one set."
-    return stacked(load_kinds("ioi", tokenizers["qwen3"], ["s2", "names"], split="train", n=8))
+    return stacked(load_kinds("ioi", tokenizers["qwen3"], ["s2", "names"], split="train", n=20))
 
 
 def objective_of(world, method, student=None, config=CONFIG, pairs=None):
@@ -188,8 +190,9 @@ def test_no_gradient_reaches_the_teacher(world, method):
 def loss_and_gradients(world, method, config, pairs=None, steps=3):
     objective = objective_of(world, method, config=config, pairs=pairs)
     state, losses = objective.start(), []
+    rows = torch.arange(8) * (len(objective.pairs) // 8)                    # of every kind
     for step in range(steps):
-        kl, own, _ = objective.terms(torch.arange(8), step, state)
+        kl, own, _ = objective.terms(rows, step, state)
         losses.append((kl + own).detach())
         (kl + own).backward()
     return losses, [p.grad for p in objective.student.parameters() if p.grad is not None]
@@ -222,6 +225,35 @@ def test_a_source_that_is_attached_has_another_gradient_and_the_same_loss(world)
     (a, of_a), (d, of_d) = (loss_and_gradients(world, Interchange(source=x), CONFIG) for x in ("attached", "detached"))
     assert torch.allclose(torch.stack(a), torch.stack(d))
     assert not all(torch.allclose(x, y, atol=1e-5) for x, y in zip(of_a, of_d))
+
+
+@pytest.mark.parametrize("method", MATCHING)
+def test_cached_targets_equal_the_plain_loop(world, method):
+    config = replace(CONFIG, steps=4)
+    fast = [h["loss"] for h in distill(shrink(world[0], 2), *world, method, config).history][1:]
+    slow = plain_distill(shrink(world[0], 2), *world, method, config)
+    assert fast == pytest.approx(slow, abs=1e-4) and len(set(slow)) == 4
+
+
+@pytest.mark.parametrize("span", (1, 2))
+def test_diito_swaps_consecutive_tokens(world, span):
+    config, (teacher, pairs) = replace(CONFIG, sites=(Site(1, "s2"),)), world
+    objective = objective_of(world, DIITO(span=span, temperature=2.0), config=config)
+    s, t = objective.of_student(pairs[:8]), objective.of_teacher(torch.arange(8), pairs[:8])
+    with torch.no_grad():
+        for said, model, layer in ((s, objective.student, 0), (t, teacher, 1)):
+            final = exchanged_by_hooks(model, pairs[:8], layer, "s2", span)[:, 0]
+            assert torch.allclose(said.swapped, model.lm_head(final), atol=1e-5)
+    own = objective.method.loss(s, t, None)[0]
+    assert torch.isclose(own, divergence(s.swapped, t.swapped, temperature=2.0).mean())
+
+
+def test_autocast_changes_little(world):
+    "The student's restart in bf16 is that of its runs in bf16."
+    for method in ("interchange", "effect_match"):
+        plain, cast = (distill(shrink(world[0], 2), *world, method, replace(CONFIG, steps=3, lr=1e-4, bf16=b)).history
+            for b in (False, True))
+        for a, b in zip(plain, cast): assert a["method_loss"] == pytest.approx(b["method_loss"], rel=0.2, abs=0.02)
 
 
 @pytest.mark.parametrize("method", ("rcid_m", "interchange", "rcid_m_interchange"))
@@ -280,10 +312,13 @@ def test_which_sites_a_method_reads(world):
     assert len(control) == 2 and not set(control) & set(mediating)
 
 
-@pytest.mark.parametrize("method", (*MATCHING, *PATCHING, "rcid_m_shuffled", "rcid_m_random_w", "skew_reverse_kl"))
+ANCHORED = Together(terms=(RCIDM(w="anchors"), EffectMatch(draws=2)), weights=(1.0, 0.5))
+OTHERS = ("rcid_m_shuffled", "rcid_m_random_w", "skew_reverse_kl", "rcid", "fitnets", "cka", "diito", ANCHORED)
+
+@pytest.mark.parametrize("method", (*MATCHING, *PATCHING, *OTHERS))
 def test_several_kinds_are_one_training(world, kinds, method):
     teacher, _ = world
-    student, config = shrink(teacher, 2), replace(CONFIG, steps=20, batch=16, lr=2e-3)
+    student, config = shrink(teacher, 2), replace(CONFIG, sites=TOP, steps=20, batch=16, lr=2e-3)
     result = distill(student, teacher, kinds, method, config)
     def total(h): return h["kl"] + h.get("method_loss", 0)
     first, last = result.history[1:5], result.history[-4:]                  # sites differ from step to step
@@ -294,10 +329,10 @@ def test_a_kind_that_does_not_reach_a_role_asks_for_nothing_there(world, kinds):
     objective = objective_of(world, "rcid_m", pairs=kinds)
     roles = [s.role for s in objective.want_t.sites]
     assert "io" in roles                         # `names` changes it, `s2` does not
-    with torch.no_grad(): t = objective.of_teacher(torch.arange(16), kinds)
+    with torch.no_grad(): t = objective.of_teacher(torch.arange(40), kinds)
     d = (t.sites - t.sites_corrupt)[roles.index("io")].norm(dim=-1)         # (pair,)
     classic = first_difference(kinds) == kinds.key_positions["s2"]
-    assert classic.tolist() == [True] * 8 + [False] * 8
+    assert classic.tolist() == [True] * 20 + [False] * 20
     assert (d[classic] == 0).all() and (d[~classic] > 0).all()
 
 
@@ -348,6 +383,7 @@ def refused(message, call, *args, **kw):
     (lambda: Interchange(temperature=0.0), "temperature=0.0: it must be above 0"),
     (lambda: Interchange(span=0), "span=0"),
     (lambda: Interchange(pairs=False), "pairs=True"),
+    (lambda: Interchange(shuffled=True), "shuffled pairs are a control"),
     (lambda: StandardKD(kind="jsd", beta=1.5), "beta=1.5"),
     (lambda: StandardKD(kind="skew", skew=0.0), "skew=0.0"),
     (lambda: Together(terms=(RCIDM(),)), "a sum of 1 methods"),
@@ -397,6 +433,10 @@ def test_a_map_that_is_not_determined_is_refused(world, make_model, monkeypatch)
     refused("rows cannot determine 32 directions", distill, student, teacher, pairs[:3], RCIDM(w="anchors"), few)
     monkeypatch.setattr(maps, "strongest_roles", lambda *_: {})
     refused("no mapped layer has a role with an effect", distill, student, teacher, pairs, RCIDM(w="anchors"), CONFIG)
+
+
+def test_the_plain_loop_says_that_it_patches_nothing(world):
+    refused("the plain loop patches nothing", plain_distill, shrink(world[0], 2), *world, "interchange", CONFIG)
 
 
 def test_comparing_methods_need_one_process_and_batch(world):

@@ -15,6 +15,7 @@ from ..causal.hooks import Site, read
 from ..causal.sites import score_sites
 from ..data.pairs import ContrastiveDataset
 from .method import Signals
+from ..models.adapters import model_device
 from ..models.modes import evaluating
 
 # %% ../../nbs/05_distill/01b_maps.ipynb #b894d252
@@ -38,19 +39,22 @@ def deepest_layers(layer_map: dict[int, int]) -> dict[int, int]:
     "Student layer -> the deepest teacher layer that it stands for."
     return {s: max(t for t, m in layer_map.items() if m == s) for s in sorted(set(layer_map.values()))}
 
-def _differences_at(model, pairs, sites) -> Float[Tensor, "site pair d_model"]:
+def _differences_at(model, pairs, sites, batch_size=64) -> Float[Tensor, "site pair d_model"]:
+    parts = []
     with evaluating(model):
-        clean, corrupt = (
-            read(model, ids, sites, pairs.attention_mask, pairs.key_positions)
-            for ids in (pairs.clean_ids, pairs.corrupt_ids)
-        )
-    return torch.stack([clean[s] - corrupt[s] for s in sites]).float()
+        for i in range(0, len(pairs), batch_size):
+            b = pairs[i : i + batch_size].to(model_device(model))
+            clean, corrupt = (
+                read(model, ids, sites, b.attention_mask, b.key_positions) for ids in (b.clean_ids, b.corrupt_ids)
+            )
+            parts.append(torch.stack([clean[s] - corrupt[s] for s in sites]).float())
+    return torch.cat(parts, 1)
 
 def anchor_differences(
     student: nn.Module, teacher: nn.Module, pairs: ContrastiveDataset,
     layer_map: dict[int, int]            # teacher layer -> student layer
 ) -> tuple[Float[Tensor, "layer pair d_s"], Float[Tensor, "layer pair d_t"]]:
-    "Differences of both models at the strongest role of each pair of mapped layers, on some of the pairs."
+    "Differences of both models at the strongest role of each pair of mapped layers; some pairs say which role it is."
     # evenly from all of them: kinds of corruption may be stacked
     some = pairs[torch.linspace(0, len(pairs) - 1, min(len(pairs), ANCHOR_PAIRS)).round().long()]
     of_student, of_teacher = strongest_roles(student, some), strongest_roles(teacher, some)
@@ -61,8 +65,8 @@ def anchor_differences(
             " determined: use another w"
         )
     return (
-        _differences_at(student, some, [Site(s, of_student[s]) for s, _ in places]),
-        _differences_at(teacher, some, [Site(t, of_teacher[t]) for _, t in places]),
+        _differences_at(student, pairs, [Site(s, of_student[s]) for s, _ in places]),
+        _differences_at(teacher, pairs, [Site(t, of_teacher[t]) for _, t in places]),
     )
 
 # %% ../../nbs/05_distill/01b_maps.ipynb #57024b97

@@ -138,6 +138,8 @@ class PairMethod(Method):
         if self.draws < 0 or self.span < 1:
             raise ValueError(f"a method with draws={self.draws} and span={self.span}: use draws >= 0 and span >= 1")
         if self.draws and not self.pairs: raise ValueError("a method that swaps residuals runs both prompts: pairs=True")
+        if self.shuffled and not (self.pairs and self.reads == "sites"):
+            raise ValueError("shuffled pairs are a control of methods that read both prompts' residuals at sites")
 
     def learns_from_pairs(self): return True
 

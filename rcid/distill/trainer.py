@@ -182,6 +182,7 @@ def plain_distill(
 ) -> list[float]:
     "The reference: no cache, no packing, full logits, unfused AdamW. Returns the loss of every step."
     method, c = get_method(method), config
+    if method.draws: raise ValueError("the plain loop patches nothing: for this method `exchanged_by_hooks` is plain")
     want_t, want_s = plan_signals(student, teacher, pairs, method, c)
     vocab = common_vocab(teacher, student, ids=all_ids(pairs))
 
