@@ -288,7 +288,7 @@ def test_a_step_draws_from_all_sites_and_a_resumed_run_the_same(world, tmp_path)
 
 def test_the_teachers_runs_of_a_plan_are_those_that_are_asked_for(world):
     "A step that is not in the plan is run when it is asked for, and says the same."
-    planned, asked = objective_of(world, "interchange"), objective_of(world, "interchange", config=replace(CONFIG, steps=0))
+    planned, asked = (objective_of(world, "interchange", config=replace(CONFIG, steps=n)) for n in (6, 0))
     rows = torch.tensor([5, 2, 11])
     for step in range(2):
         drawn = drawn_sites(2, 1, step, CONFIG.seed)

@@ -96,7 +96,7 @@ class RCIDNorm(RCIDM):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.w != "identity": raise ValueError(f"norms have no map: a method of norms with w={self.w!r}, leave w out")
+        if self.w != "identity": raise ValueError(f"norms have no map, and w={self.w!r} is one: leave w out")
 
     def fits_w(self): return False
 

@@ -137,7 +137,8 @@ class PairMethod(Method):
             raise ValueError(f"a method with beta={self.beta} and skew={self.skew}: both are shares, from 0 to 1")
         if self.draws < 0 or self.span < 1:
             raise ValueError(f"a method with draws={self.draws} and span={self.span}: use draws >= 0 and span >= 1")
-        if self.draws and not self.pairs: raise ValueError("a method that swaps residuals runs both prompts: pairs=True")
+        if self.draws and not self.pairs:
+            raise ValueError("a method that swaps residuals runs both prompts: pairs=True")
         if self.shuffled and not (self.pairs and self.reads == "sites"):
             raise ValueError("shuffled pairs are a control of methods that read both prompts' residuals at sites")
 

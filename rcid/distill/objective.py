@@ -171,7 +171,7 @@ class PairObjective(Objective):
         return self.method.answer_loss(s, t, self.c.temperature), *self.method.loss(s, t, state)
 
     def _others(self, rows: Int[Tensor, "batch"], step: int) -> dict[str, Tensor]:
-        "The teacher's differences and residuals of each pair's partner: the one before it in the batch of all processes."
+        "The teacher's differences and residuals of each pair's partner: that before it in the batch of all processes."
         whole = whole_batch(rows, step, len(self.pairs), self.c, self.lengths)
         partner = whole[(rows[:, None] == whole).int().argmax(1) - 1]
         clean, corrupt = (self.targets[k][partner].to(self.device) for k in ("sites", "sites_corrupt"))

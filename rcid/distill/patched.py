@@ -82,6 +82,13 @@ class States(nn.Module):
     @property
     def w(self): return next(state.w for state in self.each.values() if hasattr(state, "w"))
 
+def _of_all(name: str, terms: list[PairMethod]):
+    "What all terms say of a field."
+    said = {getattr(term, name) for term in terms}
+    if len(said) > 1:
+        raise ValueError(f"the terms of a sum share their runs, and have {name} {sorted(said)}: give one")
+    return said.pop()
+
 @dataclass(frozen=True)
 class Together(PairMethod):
     "A weighted sum of methods on pairs, on one run of both prompts; the KL is its own."
@@ -98,18 +105,12 @@ class Together(PairMethod):
         if any(term.reads == "layers" or term.swaps or term.fits_late() for term in self.terms):
             raise ValueError("a sum is of methods that read sites or patch them, with maps fitted at the start")
         shared = {"weights": weights, "reads": "sites" if any(t.reads == "sites" for t in self.terms) else "nothing"}
-        shared["choice"] = self._one("choice", self.terms)
-        shared["random_sites"] = self._one("random_sites", self.terms)
+        shared["choice"] = _of_all("choice", self.terms)
+        shared["random_sites"] = _of_all("random_sites", self.terms)
         shared["shuffled"] = any(term.shuffled for term in self.terms)
         patching = [term for term in self.terms if term.draws]
-        for name in ("draws", "span", "source") if patching else (): shared[name] = self._one(name, patching)
+        if patching: shared |= {name: _of_all(name, patching) for name in ("draws", "span", "source")}
         for name, value in shared.items(): object.__setattr__(self, name, value)    # what a frozen object derives
-
-    def _one(self, name, terms):
-        "What all terms say."
-        said = {getattr(term, name) for term in terms}
-        if len(said) > 1: raise ValueError(f"the terms of a sum share their runs, and have {name} {sorted(said)}: give one")
-        return said.pop()
 
     def starts(self): return any(term.starts() for term in self.terms)
     def fits_w(self): return any(term.fits_w() for term in self.terms)
