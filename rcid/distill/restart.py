@@ -126,21 +126,17 @@ def exchanged(
     moves = (some.columns != some.comes_from)[..., None]
     h = torch.where(moves, put.detach() if source == "detached" else put, own)             # (pair, query, d_model)
     masks = _masks(run, some)
-    def inputs(columns, queries, mask):
-        return dict(
-            attention_mask=mask[row, 0, queries][:, None],
-            position_ids=run.packed.position_ids[row, columns],
-            position_embeddings=tuple(x[row, columns] for x in run.rotary),
-        )
-    every = torch.arange(h.shape[1], device=h.device).expand(len(h), -1)
+    def inputs(columns):
+        places = run.packed.position_ids[row, columns]
+        return dict(position_ids=places, position_embeddings=tuple(x[row, columns] for x in run.rotary))
+    of_all, of_few = inputs(some.columns), inputs(some.columns.gather(1, some.answers))
     for l in range(layer + 1, a.n_layers):
         past, mask = PrefixCache(run.keys_values[l]), masks[a.window(l)]
-        of_all = inputs(some.columns, every, mask)
-        if l < last:
-            h = hidden_of(a.layers[l](h, past_key_values=past, use_cache=True, **of_all))
+        all_inputs = dict(attention_mask=mask, **of_all)
+        if l < last: h = hidden_of(a.layers[l](h, past_key_values=past, use_cache=True, **all_inputs))
         else:
-            of_few = inputs(some.columns.gather(1, some.answers), some.answers, mask)
-            h = _asked(a.layers[l], h, h[row, some.answers], past, of_all, of_few)         # (pair, 2, d_model)
+            few_inputs = dict(attention_mask=mask[row, 0, some.answers][:, None], **of_few)
+            h = _asked(a.layers[l], h, h[row, some.answers], past, all_inputs, few_inputs) # (pair, 2, d_model)
     return a.final_norm(h)
 
 # %% ../../nbs/05_distill/03b_restart.ipynb #87eee4f5
