@@ -45,7 +45,8 @@ def train(toy, method, config=CONFIG, **kw):
     return distill(shrink(teacher, 2), teacher, pairs, method, config, **kw)
 
 
-@pytest.mark.parametrize("method", METHODS)
+# a random teacher has no gap, which `effect_match` divides by: tests/test_moving.py has one that answers
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "effect_match"])
 def test_every_method_learns(toy, method):
     before = {n: p.clone() for n, p in shrink(toy[0], 2).state_dict().items()}
     result = train(toy, method)
@@ -58,7 +59,7 @@ def test_every_method_learns(toy, method):
     # embeddings are frozen
     assert moved and all(n.startswith("model.layers.") or n == "model.norm.weight" for n in moved)
     assert result.tokens > 0 and result.flops > 0
-    assert ("method_loss" in last) == (get_method(method).reads != "nothing")
+    assert ("method_loss" in last) == (get_method(method).reads != "nothing" or get_method(method).draws > 0)
     if get_method(method).reads == "sites" and isinstance(get_method(method), RCID):
         assert last["method_loss"] >= last["floor"] - 1e-5
 

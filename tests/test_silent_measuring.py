@@ -34,6 +34,7 @@ from rcid.data.problems import load_reasoning
 from rcid.data.reasoning import encode_problems, exact_match, extract_number, number
 from rcid.data.reasoning_pairs import reasoning_rows
 from rcid.data.sources import read_rows
+from rcid.distill.restart import exchanged, exchanged_by_hooks, kept_run
 from rcid.distill.teacher_cache import SignalRequest, hidden_signals
 from rcid.eval import keep_correct, perplexity, stats, task_accuracy
 from rcid.eval.bench import run_bench
@@ -152,6 +153,14 @@ def test_packed_prompts_see_what_the_model_sees(short_sighted, everywhere):
                 for i in range(4):
                     own = out.last_hidden_state[i, first[i] : pairs.answer_pos[i] + 1]
                     assert far(got[final][i, : len(own)], own) < 1e-5
+
+
+@pytest.mark.parametrize("site", (Site(0, "changed"), Site(1, "end"), Site(2, "changed")), ids=str)
+def test_a_restart_sees_what_the_model_sees(short_sighted, site):
+    pairs = long_pairs()
+    with torch.no_grad():
+        _, run = kept_run(short_sighted, pairs, SignalRequest(corrupt=True))
+        assert far(exchanged(run, *site, span=2), exchanged_by_hooks(short_sighted, pairs, *site, span=2)) < 1e-5
 
 
 @pytest.mark.parametrize("mode", ("noising", "denoising"))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['run_logit_diff', 'checked', 'answer_logit_diff', 'all_sites', 'all_positions', 'site_positions', 'first_difference',
-           'naive_effects', 'causal_effects', 'sweep_flops']
+           'naive_effects', 'why_not_restarted', 'causal_effects', 'sweep_flops']
 
 # %% ../../nbs/03_causal/01_effects.ipynb #ea2b131c
 import warnings
@@ -104,7 +104,7 @@ def naive_effects(model: nn.Module, pairs: ContrastiveDataset,
 # %% ../../nbs/03_causal/01_effects.ipynb #d87292c1
 _restartable = WeakKeyDictionary()               # model -> {(attention, dtype, device): reason or None}
 
-def _why_not(model, pairs) -> str | None: # None if the engine can restart this model
+def why_not_restarted(model, pairs) -> str | None: # None if the engine can restart this model
     # latent places
     several = getattr(model, "several_passes", None)
     if several and several(pairs.clean_ids): return "it takes several passes over this input"
@@ -159,7 +159,7 @@ def causal_effects(
     with evaluating(model):
         # a wrong mode or broken weights are reported as such
         _direction(mode, p), run_logit_diff(model, p.clean_ids[:1], p[:1])
-        if why := _why_not(model, p):
+        if why := why_not_restarted(model, p):
             warnings.warn(f"causal_effects takes the slow path for this {a.family} model: {why}", stacklevel=2)
             return naive_effects(model, pairs, sites, mode, batch_size)
         length, last = p.answer_pos.cpu() + 1, a.n_layers - 1

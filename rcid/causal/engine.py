@@ -152,11 +152,12 @@ def sweep(
     first: Int[Tensor, "pair"],          # first position where the two differ
     rows: Int[Tensor, "row 3"],          # a patched run: pair, layer (not the last), position (<= answer); on the CPU
     tokens: int = 512,                   # size of a block
-    work: int | None = None              # bytes a block may work in; None = any
+    work: int | None = None,             # bytes a block may work in; None = any
+    span: int = 1                        # positions that are patched, from `position` on, up to the answer
 ) -> tuple[Float[Tensor, "pair d_model"], Float[Tensor, "pair d_model"], Float[Tensor, "row d_model"]]:
     "The last residual at the answer, before the final norm: of the base runs, the source runs and the patched runs."
     a, device, n = get_adapter(model), base.device, len(base)
-    answer, first = answer.cpu(), first.cpu()
+    end, answer, first = answer.to(device), answer.cpu(), first.cpu()
     seq, last = int(answer.max()) + 1, a.n_layers - 1
     cos, sin = a.rotary(a.embed(base[:1, :1]), torch.arange(seq, device=device)[None])
     rotary = cos[0], sin[0]              # each (seq, head_dim)
@@ -201,7 +202,10 @@ def sweep(
             if new.start < new.stop:
                 pairs = w.pair[new]
                 fresh = hidden[m-1][pairs[:, None], w.slots[new]] # (new row, width, d_model)
-                fresh[torch.arange(len(fresh), device=device), at[new] - w.start[new]] = other[m-1][pairs, at[new]]
+                each = torch.arange(len(fresh), device=device)
+                for j in range(span):
+                    there = torch.minimum(at[new] + j, end[pairs])
+                    fresh[each, there - w.start[new]] = other[m-1][pairs, there]
                 h = torch.cat([h, fresh])
             past = w.before(kv[m], len(h))
             if m < last: h = w.run(a.layers[m], h, past, a.window(m))

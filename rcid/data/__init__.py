@@ -15,6 +15,7 @@ from .factual import factual_rows, relations_of
 from .winogrande import winogrande_rows, real_twins
 from .arithmetic import arithmetic_rows
 from .splits import TASKS, corruptions, load_kinds, load_pairs, check_disjoint, variants_of
+from .kinds import stacked
 from .world import task_sentences, world_sentences
 from .holdout import StyledProblem, check_parts, load_parts, save_parts, split_problems, styled_problems
 from .stories import Reader, story_pairs

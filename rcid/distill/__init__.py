@@ -8,6 +8,8 @@ __all__ = []
 # %% ../../nbs/05_distill/index.ipynb #75af51d0
 from .method import Method, Objective, PairMethod, Signals
 from .methods import METHODS, StandardKD, FitNets, InformedFitNets, RCID, get_method
+from .differences import RCIDM, RCIDNorm
+from .patched import EffectMatch, Interchange, Together
 from .losses import divergence, rcid_loss, rcid_floor, relative_error
 from .teacher_cache import SignalRequest, teacher_targets, model_hash
 from .config import DistillConfig, random_sites

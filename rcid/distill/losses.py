@@ -32,18 +32,20 @@ def _between(log_p, log_q, kind, beta, skew, zeros):
     if kind == "forward": return _kl(log_p, log_q, zeros)
     if kind == "reverse": return _kl(log_q, log_p, zeros)
     if kind == "skew": return _kl(log_p, _mix(log_p, log_q, skew, zeros), zeros)
+    if kind == "skew_reverse": return _kl(log_q, _mix(log_q, log_p, skew, zeros), zeros)
     log_m = _mix(log_p, log_q, beta, zeros)
     return beta * _kl(log_p, log_m, zeros) + (1 - beta) * _kl(log_q, log_m, zeros)
 
-KINDS = ("forward", "reverse", "jsd", "skew")
+KINDS = ("forward", "reverse", "jsd", "skew", "skew_reverse")
 
 def divergence(
     student: Float[Tensor, "*batch vocab"],  # logits; -inf = probability 0
     teacher: Float[Tensor, "*batch vocab"],  # logits; -inf = probability 0
-    kind: str = "forward",                   # forward | reverse | jsd | skew
+    kind: str = "forward",                   # forward | reverse | jsd | skew | skew_reverse
     temperature: float = 1.0,                # > 0; the loss is scaled by its square
     beta: float = 0.5,                       # jsd: weight of the teacher in the mixture, 0 = forward KL, 1 = reverse KL
-    skew: float = 0.1                        # skew: share of the teacher in KL(p || skew p + (1 - skew) q)
+    # skew: share of the teacher in KL(p || skew p + (1 - skew) q); skew_reverse: p and q change places
+    skew: float = 0.1
 ) -> Float[Tensor, "*batch"]:
     "Divergence between teacher and student per row, in float32."
     s, t = student.float(), teacher.float()

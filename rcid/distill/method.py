@@ -11,7 +11,7 @@ from inspect import get_annotations
 from typing import NamedTuple
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from .losses import divergence
+from .losses import KINDS, divergence
 
 # %% ../../nbs/05_distill/01_method.ipynb #4226c4ef
 class Objective:
@@ -67,6 +67,10 @@ class Method:
         "Does its own term start only after `w_warmup` of the steps, on maps that are fitted then?"
         return False
 
+    def refit(self, state: nn.Module, new: nn.Module):
+        "Maps that were fitted anew take the place of those in use; a subclass keeps what is fixed at the start."
+        state.load_state_dict(new.state_dict())
+
     def whole_batch(self) -> bool:
         "Does its loss compare the rows of a batch with one another, so that processes cannot share it?"
         return False
@@ -93,6 +97,16 @@ class Signals(NamedTuple):
     answer: Int[Tensor, "batch"] | None = None
     # of the teacher: clean - corrupt of each pair's partner, for the control with shuffled pairs
     others: Float[Tensor, "site batch d_model"] | None = None
+    # ... and its residuals of both prompts, clean first
+    others_both: Float[Tensor, "site both d_model"] | None = None
+    # clean - corrupt at each layer's own strongest role, for W by `anchors`
+    anchors: Float[Tensor, "layer batch d_model"] | None = None
+    # logit differences of both prompts: clean answer less wrong one
+    ld: Float[Tensor, "batch"] | None = None
+    ld_corrupt: Float[Tensor, "batch"] | None = None
+    # logits at the answer after a swap at the drawn sites: of corrupt into clean, of clean into corrupt
+    patched: Float[Tensor, "draw swap batch vocab"] | None = None
+    patched_ld: Float[Tensor, "draw swap batch"] | None = None
     # of every divergence between distributions in a method's own term
     temperature: float = 1.0
 
@@ -107,6 +121,26 @@ class PairMethod(Method):
     answer_only: bool = False    # is the answer supervised even where the KL is at all tokens?
     shuffled: bool = False       # control: a pair's target is its partner's in the whole batch, `Signals.others`
     random_sites: bool = False   # control: as many sites, same roles, other layers
+    choice: str = "top"          # which sites: top | mediating (both of the config) | all that are not excluded
+    draws: int = 0               # sites a step at which both prompts' residuals change places; 0 = none
+    span: int = 1                # tokens that change places, from the site on, up to the answer
+    source: str = "detached"     # the student's patched-in residual: attached | detached (no gradient through it)
+    beta: float = 0.5            # jsd: weight of the teacher in the mixture (GKD)
+    skew: float = 0.1            # skew and skew_reverse: share of the other in the mixture (DistiLLM)
+
+    def __post_init__(self):
+        known = dict(choice=("top", "mediating", "all"), source=("attached", "detached"), kind=KINDS)
+        for name, names in known.items():
+            if getattr(self, name) not in names:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r} of a method: use {', '.join(names)}")
+        if not (0 <= self.beta <= 1 and 0 < self.skew < 1):
+            raise ValueError(f"a method with beta={self.beta} and skew={self.skew}: both are shares, from 0 to 1")
+        if self.draws < 0 or self.span < 1:
+            raise ValueError(f"a method with draws={self.draws} and span={self.span}: use draws >= 0 and span >= 1")
+        if self.draws and not self.pairs:
+            raise ValueError("a method that swaps residuals runs both prompts: pairs=True")
+        if self.shuffled and not (self.pairs and self.reads == "sites"):
+            raise ValueError("shuffled pairs are a control of methods that read both prompts' residuals at sites")
 
     def learns_from_pairs(self): return True
 
@@ -114,15 +148,24 @@ class PairMethod(Method):
         "Is there a divergence on the corrupt prompts?"
         return self.pairs
 
+    def starts(self) -> bool:
+        "Does `start` look at the training pairs?"
+        return self.reads != "nothing"
+
+    def anchored(self) -> bool:
+        "Does `start` need `Signals.anchors`?"
+        return False
+
     def start(self, student: Signals, teacher: Signals, seed: int) -> nn.Module | None:
         "Called with both models' signals on the training pairs: what `loss` needs, frozen maps as buffers."
         return None
 
     def answer_loss(self, s: Signals, t: Signals, temperature: float = 1.0) -> Float[Tensor, ""]:
         "Divergence at the answer, or over all real tokens when the logits are of all of them."
-        clean = divergence(s.logits, t.logits, self.kind, temperature)
+        options = dict(kind=self.kind, temperature=temperature, beta=self.beta, skew=self.skew)
+        clean = divergence(s.logits, t.logits, **options)
         if not self.corrupt_kl(): return clean.mean()
-        corrupt = divergence(s.logits_corrupt, t.logits_corrupt, self.kind, temperature)
+        corrupt = divergence(s.logits_corrupt, t.logits_corrupt, **options)
         if s.shared is None: return (clean.mean() + corrupt.mean()) / 2
         # a shared token counts in both prompts
         return ((clean * (1 + s.shared)).sum() + corrupt.sum()) / (2 * len(clean))

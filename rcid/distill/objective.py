@@ -12,9 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from ..causal.effects import first_difference
 from ..data.pairs import ContrastiveDataset
-from .config import DistillConfig, plan_signals
+from .config import DistillConfig, patch_sites, plan_signals
 from .cost import run_cost
+from .maps import anchor_differences
 from .method import Objective, PairMethod, Signals
+from .patch_targets import PatchTargets, drawn_sites
+from .restart import exchanged, exchanged_by_hooks, kept_run, restarts
 from .schedule import whole_batch
 from .teacher_cache import hidden_signals, teacher_targets
 from ..models.adapters import common_vocab, get_adapter, model_device
@@ -50,6 +53,10 @@ class PairObjective(Objective):
         # the others find them in `targets_dir`
         with PartialState().main_process_first():
             self.targets = teacher_targets(teacher, pairs, self.want_t, c.targets_dir)
+            if method.draws:
+                of_teacher, self.patched_at = patch_sites(student, teacher, pairs, method, c)
+                plan = method.draws, method.span, c, self.lengths
+                self.patches = PatchTargets(teacher, pairs, of_teacher, *plan)
         sides = ["final", "final_corrupt"] if method.corrupt_kl() else ["final"]
         # 256 MB of float32: there, reading logits is cheaper than the head
         small = len(sides) * len(pairs) * self.vocab <= 2**26
@@ -103,35 +110,73 @@ class PairObjective(Objective):
             swapped=logits[-1] if "swapped" in hidden else None,
             answer=batch.correct_token_id,
             temperature=self.c.temperature,
+            **self._differences(logits, mask, batch, shared),
         )
+
+    def _differences(self, logits, mask, batch: ContrastiveDataset, shared) -> dict[str, Tensor]:
+        "The logit differences of both prompts, for a method that patches."
+        if not self.method.draws: return {}
+        found = {}
+        lengths = mask.sum(1), mask.sum(1) - first_difference(batch)
+        for name, rows, length in zip(("ld", "ld_corrupt"), logits, lengths):
+            # at all tokens: the last row of each prompt
+            if shared is not None: rows = rows[length.cumsum(0) - 1]
+            found[name] = _ld(rows, batch)
+        return found
+
+    def patched(self, rows: Int[Tensor, "batch"], batch: ContrastiveDataset, step: int) -> tuple[Signals, Signals]:
+        "Both models' signals, and what they say after the swaps at the sites that this step draws."
+        m, student = self.method, self.student
+        drawn = drawn_sites(len(self.patched_at), m.draws, step, self.c.seed)
+        if restarts(student):
+            hidden, run = kept_run(student, batch, self.want_s)
+            s = self._signals(hidden, student, batch)
+            each = [exchanged(run, *self.patched_at[i], m.span, m.source) for i in drawn]
+        else:
+            s = self.of_student(batch)
+            each = [exchanged_by_hooks(student, batch, *self.patched_at[i], m.span, m.source) for i in drawn]
+        s = self._with_patches(s, student, torch.stack(each).transpose(1, 2), batch)
+        with torch.no_grad():
+            finals = self.patches.finals(rows, drawn).to(self.device)
+            return s, self._with_patches(self.of_teacher(rows, batch), self.teacher, finals, batch)
+
+    def _with_patches(self, said: Signals, model, finals: Float[Tensor, "draw swap pair d_model"], batch) -> Signals:
+        logits = _head(model, self.vocab, finals)                          # (draw, swap, pair, vocab)
+        return said._replace(patched=logits, patched_ld=_ld(logits, batch))
 
     def start(self) -> nn.Module | None:
         "What the method needs from both models on all training pairs."
-        if self.method.reads == "nothing": return None
+        if not self.method.starts(): return None
         students, teachers = [], []
         with torch.no_grad():
             # a regressor of whole layers needs their widths only
-            for i in range(0, len(self.pairs) if self.method.reads == "sites" else 1, 64):
+            for i in range(0, 1 if self.method.reads == "layers" else len(self.pairs), 64):
                 batch = self.pairs[i : i + 64].to(self.device)
                 students.append(self.of_student(batch))
                 teachers.append(self.of_teacher(slice(i, i + 64), batch))
-        return self.method.start(_joined(students), _joined(teachers), self.c.seed)
+        s, t = _joined(students), _joined(teachers)
+        if self.method.anchored():
+            of_student, of_teacher = anchor_differences(self.student, self.teacher, self.pairs, self.c.layer_map)
+            s, t = s._replace(anchors=of_student), t._replace(anchors=of_teacher)
+        return self.method.start(s, t, self.c.seed)
 
     def terms(
         self, rows: Int[Tensor, "batch"], step: int, state: nn.Module | None
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         "The loss at the answer, the method's own term, and what to log."
         batch, swap = self.pairs[rows].trimmed().to(self.device), step % max(len(self.want_s.swaps), 1)
-        s, t = self.of_student(batch, swap), self.of_teacher(rows, batch, swap)
-        if self.method.shuffled: t = t._replace(others=self._others(rows, step))
+        if self.method.draws: s, t = self.patched(rows, batch, step)
+        else: s, t = self.of_student(batch, swap), self.of_teacher(rows, batch, swap)
+        if self.method.shuffled: t = t._replace(**self._others(rows, step))
         return self.method.answer_loss(s, t, self.c.temperature), *self.method.loss(s, t, state)
 
-    def _others(self, rows: Int[Tensor, "batch"], step: int) -> Tensor: # (site, row, d_model)
-        "The teacher's differences of each pair's partner: the one before it in the batch of all processes."
+    def _others(self, rows: Int[Tensor, "batch"], step: int) -> dict[str, Tensor]:
+        "The teacher's differences and residuals of each pair's partner: that before it in the batch of all processes."
         whole = whole_batch(rows, step, len(self.pairs), self.c, self.lengths)
         partner = whole[(rows[:, None] == whole).int().argmax(1) - 1]
         clean, corrupt = (self.targets[k][partner].to(self.device) for k in ("sites", "sites_corrupt"))
-        return clean.transpose(0, 1).float() - corrupt.transpose(0, 1).float()
+        clean, corrupt = clean.transpose(0, 1).float(), corrupt.transpose(0, 1).float()    # (site, row, d_model)
+        return {"others": clean - corrupt, "others_both": torch.cat([clean, corrupt], 1)}
 
     def shares(self, some: Int[Tensor, "part"], rows: Int[Tensor, "batch"]) -> tuple[float, float]:
         """How much the means over a part of the batch weigh in the means over the batch: at the answer, and in the
@@ -149,12 +194,18 @@ def _head(model: nn.Module, vocab: int, h: Float[Tensor, "*row d_model"]) -> Flo
     head = get_adapter(model).lm_head
     return head(h.to(next(head.parameters()).dtype))[..., :vocab]
 
+def _ld(logits: Float[Tensor, "*some batch vocab"], batch: ContrastiveDataset) -> Float[Tensor, "*some batch"]:
+    row = torch.arange(len(batch), device=logits.device)
+    return (logits[..., row, batch.correct_token_id] - logits[..., row, batch.wrong_token_id]).float()
+
 def _by_site(hidden: dict[str, Tensor], key: str) -> Tensor | None: # (pair, site, ...) -> (site, pair, ...)
     return hidden[key].transpose(0, 1) if key in hidden else None
 
 def _joined(parts: list[Signals]) -> Signals:
-    "Residuals at the sites of all pairs; whole layers of the first ones."
+    "Residuals at the sites and logit differences of all pairs; whole layers of the first ones."
     sites = {}
+    for name in ("ld", "ld_corrupt"):
+        if getattr(parts[0], name) is not None: sites[name] = torch.cat([getattr(x, name) for x in parts])
     for name in ("sites", "sites_corrupt"):
         if getattr(parts[0], name) is not None: sites[name] = torch.cat([getattr(x, name) for x in parts], 1)
     return Signals(**sites, layers=parts[0].layers)

@@ -89,7 +89,7 @@ def _train(student, teacher, pairs, method, c, probe, trained: dict[str, nn.Para
     for step in bar:
         refit = c.refit_every and method.fits_w() and step and step % c.refit_every == 0
         if refit or (method.fits_late() and step == late):
-            state.load_state_dict(_fitted(objective, student).state_dict())
+            method.refit(state, _fitted(objective, student))
         whole = batch_rows(step, len(pairs), c.batch, c.seed, objective.lengths, c.buckets)
         rows = whole[world.process_index::world.num_processes]
         parts = _total(world, _backward(objective, rows, whole, step, state, c, device, own_term=step >= late))
@@ -182,6 +182,7 @@ def plain_distill(
 ) -> list[float]:
     "The reference: no cache, no packing, full logits, unfused AdamW. Returns the loss of every step."
     method, c = get_method(method), config
+    if method.draws: raise ValueError("the plain loop patches nothing: for this method `exchanged_by_hooks` is plain")
     want_t, want_s = plan_signals(student, teacher, pairs, method, c)
     vocab = common_vocab(teacher, student, ids=all_ids(pairs))
 

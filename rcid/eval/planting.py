@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'small_teacher', 'fresh', 'live_layers', 'close_attention', 'open_attention', 'skipping', 'drawn_gates',
-           'gated', 'stacked', 'carried_by', 'next_token', 'solved', 'Narrow', 'run_layers', 'Rerouting']
+           'gated', 'carried_by', 'next_token', 'solved', 'Narrow', 'run_layers', 'Rerouting']
 
 # %% ../../nbs/07_eval/16_planting.ipynb #2c38ca58
 import copy
@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Iterable, NamedTuple
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from ..data.corpus import pad_sentences
+from ..data.kinds import stacked
 from ..data.pairs import ContrastiveDataset
 from ..data.world import world_sentences
 from ..distill.language import train_language
@@ -146,25 +146,6 @@ def gated(
                 for p in o.parameters(): p.mul_(gates[l])
 
 # %% ../../nbs/07_eval/16_planting.ipynb #1367c180
-def stacked(
-    pairs: ContrastiveDataset | dict[str, ContrastiveDataset]  # or by kind of corruption
-) -> ContrastiveDataset:
-    "The pairs of all kinds, one kind after the other, as one set."
-    if isinstance(pairs, ContrastiveDataset): return pairs
-    sets = list(pairs.values())
-    if not sets: raise ValueError("no kinds of pairs given: name at least one")
-    if any(s.roles != sets[0].roles for s in sets):
-        raise ValueError(f"kinds {', '.join(pairs)} have other roles: load them with load_kinds")
-    width, n_entities = max(s.clean_ids.shape[1] for s in sets), min(s.entity_ids.shape[1] for s in sets)
-    parts = []
-    for s in sets:
-        def wide(ids): return F.pad(ids, (0, width - ids.shape[1]))
-        ids = {name: wide(getattr(s, name)) for name in ("clean_ids", "corrupt_ids", "attention_mask")}
-        parts.append(replace(s, **ids, entity_ids=s.entity_ids[:, :n_entities]).tensors())
-    new = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-    positions = {role: new.pop(f"role.{role}") for role in sets[0].roles}
-    return replace(sets[0], **new, key_positions=positions)
-
 def carried_by(pairs: ContrastiveDataset, role: str) -> ContrastiveDataset:
     "The same pairs with one more role, `carrier`, which is where `role` is."
     if role not in pairs.roles:

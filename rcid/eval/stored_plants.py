@@ -11,6 +11,7 @@ from typing import Callable
 import torch
 from torch import nn
 from ..core.tensors import content_hash, load_tensors, save_tensors
+from ..data.kinds import stacked
 from ..data.pairs import ContrastiveDataset
 from ..distill.language import train_language
 from ..distill.methods import get_method
@@ -31,7 +32,7 @@ def plant_key(
     return recipe, model_hash(teacher), [(kind, p.content_hash()) for kind, p in sets.items()]
 
 def _code() -> str: return code_hash(
-    doses, verified, fresh, distill, train_language, get_method, PairObjective, get_adapter
+    doses, verified, fresh, stacked, distill, train_language, get_method, PairObjective, get_adapter
 )
 
 def plant_file(folder: str | Path, key: tuple) -> Path:

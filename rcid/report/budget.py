@@ -12,6 +12,7 @@ from torch import nn
 from ..data.pairs import ContrastiveDataset
 from ..distill.config import DistillConfig, plan_signals
 from ..distill.cost import run_cost
+from ..distill.methods import get_method
 from ..distill.trainer import distill
 from ..models.adapters import get_adapter
 
@@ -97,6 +98,7 @@ def run_budget(student: nn.Module, teacher: nn.Module, pairs: ContrastiveDataset
     a, seq = get_adapter(teacher), pairs.clean_ids.shape[1]
     hidden = each if want_t.everywhere else 1 + want_t.corrupt + len(want_t.swaps)    # kept states of a pair
     hidden += len(want_t.sites) * (1 + want_t.corrupt) + len(want_t.layers) * seq
+    hidden += 2 * get_method(method).draws * c.steps * c.batch / len(pairs)         # patched runs, both swaps
     _, without_last = run_cost(student, teacher, pairs, method, replace(c, steps=c.steps - 1))
     return dict(
         tokens=tokens,

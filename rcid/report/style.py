@@ -33,6 +33,16 @@ METHODS = {  # name in params.yaml: (label, colour, marker); the order is the or
     "skew_kl": ("skew KL", "#A6DBA0", "s"),
     "cka": ("CKA", "#C51B7D", "o"),
     "diito": ("DIITO", "#35978F", "8"),
+    "skew_reverse_kl": ("skew reverse KL", "#A6DBA0", "D"),
+    "rcid_m": ("RCID-m", "#D55E00", "o"),
+    "rcid_m_random_w": ("RCID-m, random $W$", "#8C6BB1", "o"),
+    "rcid_m_shuffled": ("RCID-m, shuffled pairs", "#666666", "o"),
+    "rcid_norm": ("RCID-norm", "#D55E00", "^"),
+    "hidden_m": ("Hidden-m", "#E69F00", "o"),
+    "hidden_norm": ("Hidden-norm", "#E69F00", "^"),
+    "interchange": ("Interchange", "#0072B2", "X"),
+    "effect_match": ("Effect match", "#0072B2", "P"),
+    "rcid_m_interchange": ("RCID-m + interchange", "#009E73", "X"),
 }
 FAMILIES = {"llama": "LLaMA", "qwen3": "Qwen3", "qwen2": "Qwen2"}
 ROLES = {"io": "IO", "s1": "S1", "s1+1": "S1+1", "s2": "S2", "end": "END"}
@@ -44,6 +54,8 @@ PROSE = {                                 # where the words of a sentence differ
     "rcid_shuffled": "RCID with shuffled pairs",
     "rcid_random_w": "RCID with a random $W$",
     "rcid_warmup": "RCID with a late $W$",
+    "rcid_m_shuffled": "RCID-m with shuffled pairs",
+    "rcid_m_random_w": "RCID-m with a random $W$",
     "undistilled": "the undistilled student",
 }
 
