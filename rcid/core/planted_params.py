@@ -9,7 +9,7 @@ __all__ = ['Direction', 'Reach', 'Planted']
 from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# %% ../../nbs/00_core/11_planted_params.ipynb #47ad4a21
+# %% ../../nbs/00_core/11_planted_params.ipynb #5f475220
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -23,6 +23,7 @@ class Reach(_Strict):
     "How far a repair reaches when training sees more kinds of corruption."
     methods: list[str] = []                      # trained once more on each list of kinds
     kinds: list[list[str]] = []                  # beside `kinds` itself
+    roles: list[list[str]] = []                  # beside `roles` itself, on `kinds`
     runs: int = Field(1, ge=1)                   # of each direction
 
 class Planted(_Strict):
@@ -61,7 +62,10 @@ class Planted(_Strict):
             if some[:1] != self.kinds[:1]:
                 raise ValueError(f"reach.kinds has {some}: the classic kind {self.kinds[0]!r} comes first")
             if lost := set(some) - set(known): raise ValueError(f"reach.kinds names {sorted(lost)}, of {known}")
-            if set(known) == set(some): raise ValueError(f"reach.kinds has {some}: no kind is left that judges")
+            if set(known) <= set(some): raise ValueError(f"reach.kinds has {some}: no kind is left that judges")
+        for some in self.reach.roles:
+            if not some or not set(some) < set(self.roles):
+                raise ValueError(f"reach.roles has {some}: it takes some of {self.roles}")
         return self
 
     def judging(self, kinds: list[str]) -> list[str]:
