@@ -23,9 +23,9 @@ def pairings(students: list[dict], teachers: list[dict], n: int) -> list[tuple[d
             if teacher["seed"] != student["seed"]: found.append((student, teacher))
     return found[:n]
 
-# %% ../../nbs/07_eval/19_repair.ipynb #a30cc5db
+# %% ../../nbs/07_eval/19_repair.ipynb #6ee29f6d
 def carriers(plant: dict) -> list[tuple[int, str]]:
-    "(layer, role) of the attention without which a plant has no gap, from its record: `cls`, `live` and, if moved, `at`."
+    "(layer, role) of the attention without which a plant has no gap, from its record (`cls`, `live`, `at`)."
     if plant["cls"] == "moved": return [(plant["at"], "end")]
     _, first, second = plant["live"]
     return [(first, "s2+1"), (second, "end")]      # the carrier reads the changed word, the answer the carrier
@@ -56,9 +56,9 @@ def share_closed(before, after):
     before, after = np.asarray(before, float), np.asarray(after, float)
     return np.where(before > 0, 1 - after / np.where(before > 0, before, 1), np.nan)
 
-# %% ../../nbs/07_eval/19_repair.ipynb #efac751f
+# %% ../../nbs/07_eval/19_repair.ipynb #6f6d972d
 def over_runs(values: Float[np.ndarray, "run resample"], seed: int = 0) -> dict:
-    """A mean over runs, each a pair of plants, with its test against zero (`of_resamples`); the first column is the data
+    """A mean over runs, each a pair of plants, and its test against zero (`of_resamples`); the first column is the data
     as they are. `n` runs are defined, `undefined` are not and left out."""
     known = values[~np.isnan(values[:, 0])]
     counts = dict(n=len(known), undefined=len(values) - len(known))
