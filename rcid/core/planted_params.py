@@ -9,7 +9,7 @@ __all__ = ['Direction', 'Reach', 'Planted']
 from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# %% ../../nbs/00_core/11_planted_params.ipynb #5f475220
+# %% ../../nbs/00_core/11_planted_params.ipynb #5a0739db
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -32,6 +32,7 @@ class Planted(_Strict):
     directions: list[str] = Field(min_length=1)  # names of `routes`
     routes: dict[str, Direction]
     runs: int = Field(3, ge=1)                   # pairs of plants of a direction, or as many as there are
+    develop_runs: int = Field(1, ge=1)           # of a direction that develops
     leave_out_failed: bool = True                # plants that failed their check teach nobody
     methods: list[str] = Field(min_length=1)     # `standard_kd_pairs` is what the others are compared with
     kinds: list[str] = Field(min_length=1)       # of corruption, trained on; the classic one first
