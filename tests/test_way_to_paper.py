@@ -289,7 +289,7 @@ SHARES = {
 def cases_of_exp2a():
     say, route = page("exp2a"), {"route": True}
     for couples, directions in ((0, 3), (9, 3), (2, 1)): say.plants_sentence(couples, directions, 8)
-    for chosen in (None, "rcid_m"): say.chosen_sentence(chosen)
+    for chosen in (None, "rcid_m"): say.chosen_sentence(chosen, route)
     for kind, share in SHARES.items():
         assert say.bar_outcome(a_share(*share), .8) == kind
         say.repair_sentence("rcid_m", a_share(*share), route)
@@ -297,9 +297,9 @@ def cases_of_exp2a():
         assert say.bar_outcome(a_share(*share), .6) == kind
         say.reach_sentence("rcid_m", a_share(*share), 2, route)
     say.repair_sentence(None, a_share(.9), route)
-    for name in say.TITLES: say.directions_sentence({name: a_share(.9), "other": a_share(None)}, a_share(.9))
-    say.directions_sentence({}, None)
-    for knock in (None, a_share(.9), a_share(.05)): say.knockout_sentence(knock)
+    for name in say.TITLES: say.directions_sentence({name: a_share(.9), "other": a_share(None)}, a_share(.9), route)
+    say.directions_sentence({}, None, route)
+    for knock in (None, a_share(.9), a_share(.05)): say.knockout_sentence("rcid_m", knock)
     for shares in ({}, {"rcid": a_share(None)}, {"rcid": a_share(.1)}): say.controls_sentence(shares, route)
     for kind in (*ROUTES, None):
         test = None if kind is None else planted_test(kind)
@@ -421,9 +421,9 @@ def test_a_repair_is_not_claimed_by_a_reading_that_is_not_validated():
     "Knocking attention out is no reading under test: it still speaks."
     say = page("exp2a")
     claims = say.exp2a_sentences(planted_record({"route": False, "fingerprint": True}))
-    for key in ("repair", "reach", "controls", "contrast", "norms"):
+    for key in ("repair", "directions", "reach", "controls", "contrast", "norms"):
         assert claims[f"claim.exp2a.{key}"] == sentence("exp2a", f"exp2a.{key}", "unvalidated"), key
-    assert claims["claim.exp2a.knockout"] == say.knockout_sentence(a_share(.8))
+    assert claims["claim.exp2a.knockout"] == say.knockout_sentence("rcid_m", a_share(.8))
 
 
 def test_the_chosen_method_is_the_nearest_that_still_answers():
