@@ -9,7 +9,7 @@ from rcid.report import lint_sentences, read_families, read_matrix, read_validat
 from rcid.report import verdict_of, word
 from rcid.report.sentences import fields
 
-PAGES = ("calibrate", "exp1", "exp2", "exp3", "exp4", "exp5", "paper")
+PAGES = ("calibrate", "exp1", "exp2", "exp2a", "exp3", "exp4", "exp5", "paper")
 METRICS = ROOT/"metrics"
 
 
@@ -23,6 +23,9 @@ PAGE_OF = {    # file in paper/tables: the page that writes it, where that is no
     "exp1_tests": "exp1",
     "companions": "exp2",
     "tests": "exp2",
+    "planted": "exp2a",
+    "planted_tests": "exp2a",
+    "planted_reach": "exp2a",
     "kv_tests": "exp6",
     "exp7_tests": "exp7",
 }
@@ -46,6 +49,9 @@ def table_of(name: str) -> tuple:
         "exp2": lambda: of("exp2", "methods_table", "rows"),
         "companions": lambda: of("exp2", "companions_table", "rows"),
         "tests": lambda: of("exp2", "tests_table", "tests"),
+        "planted": lambda: of("exp2a", "planted_table", "rows", "kinds", "roles"),
+        "planted_tests": lambda: of("exp2a", "planted_tests", "tests"),
+        "planted_reach": lambda: of("exp2a", "reach_table", "reach", "every_kind"),
         "exp3": lambda: of("exp3", "robustness_table", "points"),
         "exp4": lambda: of("exp4", "purity_table", "rows"),
         "exp5": lambda: of("exp5", "architecture_table", "rows", "tests"),
@@ -87,11 +93,12 @@ def test_a_cell_of_the_main_table_is_a_number_of_the_metrics():
 
 
 def sentences_of(record: dict) -> dict[str, str]:
-    "What the pages say of the metrics of the calibration and of experiments 1, 2, 4 and 5."
+    "What the pages say of the metrics of the calibration and of experiments 1, 2, 2a, 4 and 5."
     return {
         **page("calibrate").calibrate_sentences(record["calibrate"]),
         **page("exp1").exp1_sentences(*(record["exp1"][key] for key in ("rows", "tests", "validated", "bounds"))),
         **page("exp2").exp2_sentences(record["exp2"]["tests"]),
+        **page("exp2a").exp2a_sentences(record["exp2a"]),
         **page("exp4").exp4_sentences(record["exp4"]["rows"]),
         "claim.exp5.architectures": page("exp5").architecture_sentence(
             record["exp5"]["tests"], record["exp5"]["validated"]
@@ -100,9 +107,9 @@ def sentences_of(record: dict) -> dict[str, str]:
 
 
 def test_a_sentence_is_what_its_page_makes_of_the_metrics():
-    needs_results_of("calibrate", "exp1", "exp2", "exp4", "exp5")
+    needs_results_of("calibrate", "exp1", "exp2", "exp2a", "exp4", "exp5")
     committed = read_values(ROOT/"paper"/"values.tex")
-    record = {name: metrics(name) for name in ("calibrate", "exp1", "exp2", "exp4", "exp5")}
+    record = {name: metrics(name) for name in ("calibrate", "exp1", "exp2", "exp2a", "exp4", "exp5")}
     versions = [sentences_of(nudged(record, by)) for by in (-6e-9, 0, 6e-9)]
     for key in versions[0]: assert committed[key] in [v[key] for v in versions], key
 
@@ -258,6 +265,60 @@ def cases_of_exp2():
     say.exp2_sentences([a_test(("llama", "ioi"), say.EXP2[0], "held_out", "same", holm=False)])
 
 
+def a_share(mean, low=None, high=None):
+    "Of a distance that is closed; None where nothing could be read."
+    ends = [None, None] if mean is None else [mean - .1 if low is None else low, mean + .1 if high is None else high]
+    return dict(diff=mean, ci=ends, n=0 if mean is None else 3, undefined=0)
+
+
+def planted_test(kind, metric="apart", pair=("rcid_m", "hidden_m")):
+    "A test of the planted experiment by what it says; of accuracies `nearer` is lower and `farther` higher."
+    diff, verdict = ROUTES[kind]
+    p = None if diff is None else .01
+    test = dict(a=pair[0], b=pair[1], metric=metric, diff=diff, ci=[diff, diff], verdict=verdict, bound=.1, p=p)
+    return test | dict(p_holm=p, detectable=None if diff is None else .2)
+
+
+# what a share of a distance is called at a bar of .8: (mean, lower end, upper end)
+SHARES = {
+    "closes": (.9, .85, .95), "partly": (.4, .3, .5), "unresolved": (.8, .6, .9), "nothing": (.1, -.2, .4),
+    "missing": (None,),
+}
+
+
+def cases_of_exp2a():
+    say, route = page("exp2a"), {"route": True}
+    for couples, directions in ((0, 3), (9, 3), (2, 1)): say.plants_sentence(couples, directions, 8)
+    for chosen in (None, "rcid_m"): say.chosen_sentence(chosen, route)
+    for kind, share in SHARES.items():
+        assert say.bar_outcome(a_share(*share), .8) == kind
+        say.repair_sentence("rcid_m", a_share(*share), route)
+    for kind, share in {**SHARES, "unresolved": (.5, .3, .7), "partly": (.4, .3, .5)}.items():
+        assert say.bar_outcome(a_share(*share), .6) == kind
+        say.reach_sentence("rcid_m", a_share(*share), 2, route)
+    say.repair_sentence(None, a_share(.9), route)
+    for name in say.TITLES: say.directions_sentence({name: a_share(.9), "other": a_share(None)}, a_share(.9), route)
+    say.directions_sentence({}, None, route)
+    for knock in (None, a_share(.9), a_share(.05)): say.knockout_sentence("rcid_m", knock)
+    for shares in ({}, {"rcid": a_share(None)}, {"rcid": a_share(.1)}): say.controls_sentence(shares, route)
+    for kind in (*ROUTES, None):
+        test = None if kind is None else planted_test(kind)
+        for key in ("exp2a.contrast", "exp2a.norms"): say.contrast_sentence(key, test, route)
+        for metric in ("known", "unseen"): say.accuracy_sentence(test, metric)
+    for validated in (route, {"route": False}):
+        say.exp2a_sentences(planted_record(validated))
+
+
+def planted_record(validated):
+    "What the page keeps of a run, as far as sentences are made of it."
+    shares = dict(first=a_share(.9), trained=a_share(.95), knock=a_share(.8), directions={"early_late": a_share(.9)})
+    tests = [planted_test("nearer"), planted_test("equal", "unseen", ("rcid_m", "standard_kd_pairs"))]
+    closed = {method: shares for method in ("standard_kd_pairs", "rcid", "rcid_m")}
+    counts, reached = dict(couples=9, directions=3, methods=8), dict(method="rcid_m", n=2, share=a_share(.9))
+    more = dict(closed=closed, counts=counts, reached=reached, validated=validated)
+    return dict(chosen="rcid_m", tests=tests, **more)
+
+
 def cases_of_exp3():
     say = page("exp3")
     follows, unrelated = [0, 1, 2, 3], [1, 0, 0, 1]          # of four seeds in each of three groups
@@ -354,6 +415,28 @@ def test_a_reading_that_is_not_validated_makes_no_claim():
         claims = say.exp1_sentences(rows, tests, {"route": False, "fingerprint": True}, BOUNDS)
         said.add(tuple(claims[f"claim.exp1.{key}"] for key in keys))
     assert said == {tuple(sentence("exp1", f"exp1.{key}", "unvalidated") for key in keys)}
+
+
+def test_a_repair_is_not_claimed_by_a_reading_that_is_not_validated():
+    "Knocking attention out is no reading under test: it still speaks."
+    say = page("exp2a")
+    claims = say.exp2a_sentences(planted_record({"route": False, "fingerprint": True}))
+    for key in ("repair", "directions", "reach", "controls", "contrast", "norms"):
+        assert claims[f"claim.exp2a.{key}"] == sentence("exp2a", f"exp2a.{key}", "unvalidated"), key
+    assert claims["claim.exp2a.knockout"] == say.knockout_sentence("rcid_m", a_share(.8))
+
+
+def test_the_chosen_method_is_the_nearest_that_still_answers():
+    "Not a control, not one that lost a route, not one that answers worse than the bound allows."
+    import numpy as np
+    say = page("exp2a")
+    def runs(*means): return np.array([[m, m] for m in means])
+    left = dict(standard_kd_pairs=runs(.6, .6), rcid=runs(.5, .4), hidden_m=runs(.0, .0), interchange=runs(.1, .1),
+                rcid_m=runs(.2, .2), rcid_norm=runs(.0, np.nan))
+    right = {method: runs(.95, .95) for method in left}
+    assert say.choose(left, right, .05) == "interchange"
+    assert say.choose(left, right | dict(interchange=runs(.9, .85)), .05) == "rcid_m"
+    assert say.choose({m: runs() for m in left}, {m: runs() for m in left}, .05) is None
 
 
 def test_an_instrument_without_calibration_is_not_believed(tmp_path):

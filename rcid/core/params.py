@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic.dataclasses import dataclass
 from .calibrate_params import Calibrate
 from .paths import read_yaml, root, workspace_path
+from .planted_params import Planted
 from .teacher_params import Bench, Teachers
 
 # %% ../../nbs/00_core/01_params.ipynb #21a268f4
@@ -188,6 +189,7 @@ class Params(_Section):
     kv: Kv
     purity: Purity = Purity()
     calibrate: Calibrate
+    planted: Planted
     teachers: Teachers
     bench: Bench = Bench()
     launch: Launch = Launch()

@@ -45,7 +45,7 @@ METHODS = {  # name in params.yaml: (label, colour, marker); the order is the or
     "rcid_m_interchange": ("RCID-m + interchange", "#009E73", "X"),
 }
 FAMILIES = {"llama": "LLaMA", "qwen3": "Qwen3", "qwen2": "Qwen2"}
-ROLES = {"io": "IO", "s1": "S1", "s1+1": "S1+1", "s2": "S2", "end": "END"}
+ROLES = {"io": "IO", "s1": "S1", "s1+1": "S1+1", "s2": "S2", "s2+1": "S2+1", "end": "END"}
 TASKS = {"ioi": "IOI", "factual": "factual recall", "winogrande": "WinoGrande", "arithmetic": "arithmetic"}
 PROSE = {                                 # where the words of a sentence differ from the label of a table
     "standard_kd_pairs": "StandardKD on pairs",

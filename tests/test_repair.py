@@ -1,0 +1,135 @@
+"""Experiment 2a: who teaches whom, what is closed of a distance, and what the params may not ask for."""
+from dataclasses import replace
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from rcid.causal.mediation import Mediation
+from rcid.core import load_params
+from rcid.core.planted_params import Planted
+from rcid.eval.repair import apart, carriers, over_runs, pairings, roles_to_judge, share_closed
+
+SETTINGS = dict(
+    architectures=["qwen3"],
+    directions=["later"],
+    routes={"later": {"student": "moved at 1", "teacher": "moved at 4"}},
+    methods=["standard_kd_pairs"],
+    kinds=["s2"],
+    held_kinds=["names", "io_new"],
+    roles=["s2", "end"],
+    reach={"methods": ["standard_kd_pairs"], "kinds": [["s2", "io_new"]], "roles": [["end"]]},
+    train_pairs=8,
+    pairs=16,
+    choose_pairs=16,
+    answer_pairs=16,
+    steps=2,
+    batch=4,
+    lr=1e-3,
+    log_every=1,
+)
+
+
+@pytest.mark.parametrize("change, why", (
+    (dict(directions=["sooner"]), r"directions names 'sooner', routes has \['later'\]"),
+    (dict(routes={"later": {"student": "moved at 1", "teacher": "moved at 1"}}), "both are 'moved at 1': no repair"),
+    (dict(held_kinds=["names", "s2"]), r"held_kinds has \['s2'\], which kinds trains on: hold out another"),
+    (dict(reach={"kinds": [["io_new", "s2"]]}), r"reach.kinds has .*: the classic kind 's2' comes first"),
+    (dict(reach={"kinds": [["s2", "s1_new"]]}), r"reach.kinds names \['s1_new'\]"),
+    (dict(reach={"kinds": [["s2", "io_new", "names"]]}), "no kind is left that judges"),
+    (dict(reach={"roles": [["io"]]}), r"reach.roles has \['io'\]: it takes some of \['s2', 'end'\]"),
+    (dict(reach={"roles": [[]]}), r"reach.roles has \[\]"),
+    (dict(reach={"roles": [["s2", "end"]]}), "it takes some of"),
+    (dict(runs=0), "greater than or equal to 1"),
+    (dict(lr=0), "greater than 0"),
+))
+def test_params_that_make_no_experiment_are_refused(change, why):
+    Planted(**SETTINGS)
+    with pytest.raises(ValidationError, match=why): Planted(**SETTINGS | change)
+
+
+def test_the_default_names_plants_that_the_calibration_makes():
+    "Each route of a direction is one of `calibrate.plan`, and the roles and kinds are those of the task."
+    from rcid.data import corruptions
+    p = load_params()
+    c = p.planted
+    for architecture in c.architectures:
+        plan, made = p.calibrate.plan[architecture], set()
+        for some in (plan["moved"].develop, plan["moved"].judge):
+            made |= {(f"moved at {at}", some is plan["moved"].develop) for live in some for at in live[1:]}
+        for some in (plan["rerouted"].develop, plan["rerouted"].judge):
+            name = "rerouted at "
+            made |= {(name + "-".join(map(str, live)), some is plan["rerouted"].develop) for live in some}
+        for name in c.directions:
+            route = c.routes[name]
+            assert {(route.teacher, route.develop), (route.student, route.develop)} <= made, name
+    assert set(c.kinds) | set(c.held_kinds) <= set(corruptions("ioi"))
+    assert any(c.routes[name].develop for name in c.directions)
+
+
+def test_no_plant_is_taught_by_its_own_training():
+    "Two ends of a dose are one training with other gates: a seed never meets itself, and none is used twice early on."
+    def plants(*seeds): return [dict(seed=seed) for seed in seeds]
+    found = pairings(plants(200, 201, 202), plants(201, 202, 203), 99)
+    assert all(s["seed"] != t["seed"] for s, t in found) and len(found) == 7
+    first = [(s["seed"], t["seed"]) for s, t in found[:3]]
+    assert len({s for s, _ in first}) == len({t for _, t in first}) == 3
+    assert [(s["seed"], t["seed"]) for s, t in pairings(plants(0, 1), plants(0, 1), 9)] == [(0, 1), (1, 0)]
+    assert pairings(plants(7), plants(7), 9) == pairings([], plants(7), 9) == pairings(plants(7), [], 9) == []
+
+
+def test_carriers_are_where_the_recipe_put_them():
+    assert carriers(dict(cls="moved", live=[0, 1, 4], at=1)) == [(1, "end")]
+    assert carriers(dict(cls="rerouted", live=[0, 2, 4])) == [(2, "s2+1"), (4, "end")]
+
+
+def a_model(hands_over: int, kinds=("s2", "names"), gap=2., layers: int = 6, pairs: int = 8) -> Mediation:
+    "S2 has all of the effect before a layer and END from it on, exactly."
+    effects = torch.zeros(pairs, layers, 2)
+    effects[:, :hands_over, 0] = gap
+    effects[:, hands_over:, 1] = gap
+    forced = torch.zeros(layers, 2, dtype=torch.bool)
+    forced[-1] = True
+    names = torch.arange(2 * pairs).view(pairs, 2)
+    some = {kind: effects.clone() for kind in kinds}
+    gaps = {kind: torch.full((pairs,), gap) for kind in kinds}
+    return Mediation(some, gaps, {kind: forced for kind in kinds}, ["s2", "end"], names)
+
+
+def test_the_share_that_is_closed_by_hand():
+    "Hand-overs at layers 4 and 1 of 6: D is 3 layers of the 5 that are not forced; at 2 it is two, a third is closed."
+    teacher, before = a_model(4), a_model(1)
+    roles = roles_to_judge(teacher, before)
+    assert roles == {"s2": ["s2", "end"], "names": ["s2", "end"]}
+    start, end = apart(teacher, before, roles), apart(teacher, a_model(2), roles)
+    assert start[0] / end[0] == pytest.approx(3 / 2)
+    assert share_closed(start, end)[0] == pytest.approx(1 / 3)
+    assert share_closed(start, apart(teacher, teacher, roles))[0] == 1
+    assert share_closed(start, start)[0] == 0
+    assert share_closed(start, apart(teacher, a_model(0), roles))[0] == pytest.approx(-1 / 3)    # farther than before
+    assert np.isnan(share_closed(0., .1))                            # there was nothing to close
+
+
+def test_a_lost_gap_is_undefined_and_not_a_repair():
+    "A student that no longer answers has no route: what is left of its distance is not known, so nothing is closed."
+    teacher, before = a_model(4), a_model(1)
+    roles = roles_to_judge(teacher, before)
+    broken = a_model(4, gap=.05)                                     # under a tenth of the teacher's gap
+    assert np.isnan(apart(teacher, broken, roles)).all()
+    part = replace(a_model(4), gaps={"s2": torch.full((8,), 2.), "names": torch.full((8,), .05)})
+    assert np.isnan(apart(teacher, part, roles)).all()               # one of two kinds is enough
+    assert apart(teacher, part, {"s2": roles["s2"]})[0] == 0
+    assert np.isnan(apart(teacher, before, {}, np.ones((3, 8)))).tolist() == [True] * 3
+    assert roles_to_judge(teacher, broken) == {}
+
+
+def test_plants_are_drawn_again_with_the_variance_of_their_mean():
+    "Of three plants two are drawn, so the mean's interval is that of all twos; a plant without a route is counted."
+    runs = np.repeat(np.array([[.7], [.8], [.9]]), 4001, 1)
+    mean = over_runs(runs)
+    assert mean["diff"] == pytest.approx(.8) and mean["ci"] == pytest.approx([.7, .9]) and mean["n"] == 3
+    lost = over_runs(np.concatenate([runs, np.full((1, 4001), np.nan)]))
+    assert (lost["diff"], lost["n"], lost["undefined"]) == (mean["diff"], 3, 1)
+    nothing = over_runs(np.full((2, 5), np.nan))
+    assert (nothing["diff"], nothing["p"], nothing["ci"], nothing["undefined"]) == (None, None, [None, None], 2)
+    one = over_runs(np.array([[.5, .4, .6, .5]]))                    # names alone
+    assert one["diff"] == .5 and one["ci"] == pytest.approx([.405, .595], abs=.01)
