@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'FAMILIES', 'ROLES', 'TASKS', 'PROSE', 'WIDTH', 'HALF', 'STYLE', 'label', 'prose', 'in_order', 'look',
-           'style', 'Figure', 'image_bytes', 'panels', 'method_legend', 'save_figure']
+           'style', 'Figure', 'panels', 'method_legend', 'save_figure']
 
 # %% ../../nbs/08_report/00_style.ipynb #075026e4
-from io import BytesIO
 from pathlib import Path
-import matplotlib
-import matplotlib.figure
 from matplotlib.lines import Line2D
+from ..core import figures
+from ..core.figures import drawn_with, image_bytes
 from ..core.paths import atomic_file
 
 # %% ../../nbs/08_report/00_style.ipynb #cfb3c3a8
@@ -111,21 +110,12 @@ STYLE = {
 
 def style():
     "The house style, `with style(): ...`; below it matplotlib's own defaults, not the user's matplotlibrc."
-    plain = {k: v for k, v in matplotlib.rcParamsDefault.items() if k not in ("backend", "interactive", "toolbar")}
-    return matplotlib.rc_context({**plain, **STYLE})
+    return drawn_with(STYLE)
 
 # %% ../../nbs/08_report/00_style.ipynb #070a5366
-class Figure(matplotlib.figure.Figure):
-    "A figure that a notebook shows without a backend: the same figure leaves the same bytes."
-    def _repr_png_(self) -> bytes:
-        with style(): return image_bytes(self, "png", dpi=110)    # a small file that is sharp enough to read
-
-def image_bytes(fig: matplotlib.figure.Figure, form: str, dpi: float | str = "figure") -> bytes:
-    "The figure as `pdf` or `png`, without the date and the version of the program."
-    undated = {"pdf": {"CreationDate": None}, "png": {"Software": None}}[form]
-    file = BytesIO()
-    fig.savefig(file, format=form, dpi=dpi, metadata=undated)
-    return file.getvalue()
+class Figure(figures.Figure):
+    "A figure in the house style, as a notebook shows it."
+    look = STYLE
 
 def panels(rows: int, cols: int, width: float = WIDTH, height: float = 1.7, **kw):
     "A figure of `rows` x `cols` axes, `width` inches wide with rows `height` inches high; axes always as a 2-D array."
@@ -138,7 +128,7 @@ def method_legend(fig: Figure, methods, most: int = 6, **marker):
     columns = min(len(handles), most)
     fig.legend(handles=handles, loc="outside upper center", ncols=columns, columnspacing=1.2, handletextpad=0.4)
 
-def save_figure(fig: matplotlib.figure.Figure, path: str | Path, png: bool = False) -> Path:
+def save_figure(fig: figures.Figure, path: str | Path, png: bool = False) -> Path:
     "Writes `path` as PDF without dates (the same figure is the same bytes); `png=True` adds a PNG beside it."
     path = Path(path).with_suffix(".pdf")
     with style():
