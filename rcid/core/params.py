@@ -173,7 +173,7 @@ class Kv(_Section):
 # %% ../../nbs/00_core/01_params.ipynb #d50f8e2a
 class Params(_Section):
     "Everything `params.yaml` may say."
-    scale: Literal["tiny", "laptop", "gpu", "a100"]
+    scale: Literal["tiny", "laptop", "calibrate", "gpu", "a100"]
     families: list[str]                          # all families, in the order of the paper
     tasks: list[str]                             # all tasks; the first one leads the figures
     main_matrix: Block                           # the main matrix
