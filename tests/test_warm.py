@@ -29,6 +29,7 @@ from pathlib import Path
 from rcid.pipeline.dvc import Job
 from rcid.pipeline.local import Local, marked
 folder, out = Path.cwd(), {}
+signal.signal(signal.SIGINT, signal.SIG_IGN)              # as a shell's "&" does, and children inherit it
 
 def begin(pool, name):
     pool.start(Job(name, f"python -m rcid.pipeline.stage {name}", str(folder), {"DVC_STAGE": name}, [], ExitStack()))
@@ -56,6 +57,9 @@ def waiting(pool, what):
 os.environ["RCID_WARM"] = "0"
 cold = Local(1, folder)
 for name in ("seen", "fails"): stage(cold, name, f"cold {name}")
+stopped = []
+waiting(cold, lambda p: stopped.extend(cold.stop(20)))
+out["cold stopped"] = [[job.name for job in stopped], cold.log("waits").read_text(), marked(folder)]
 del os.environ["RCID_WARM"]
 pool = Local(1, folder)
 for name in ("seen", "fails", "reads"): stage(pool, name, f"warm {name}")
@@ -137,8 +141,9 @@ def test_a_killed_warm_process_is_survived(outcome):
 @pytest.mark.slow
 def test_a_killed_or_stopped_warm_stage_is_told_as_a_cold_one(outcome):
     assert outcome["number"] == -15
-    names, log, left = outcome["stopped"]
-    assert names == ["waits"] and log.splitlines()[-1] == "rcid: interrupted" and left == []
+    for which in ("cold stopped", "stopped"):
+        names, log, left = outcome[which]
+        assert names == ["waits"] and log.splitlines()[-1] == "rcid: interrupted" and left == [], which
     assert outcome["left"] == []
 
 

@@ -6,7 +6,7 @@
 __all__ = ['LAZY', 'redact', 'relative', 'strip_notebook', 'run_notebook', 'coordinates_of', 'bring_back', 'main']
 
 # %% ../../nbs/09_pipeline/00_stage.ipynb #d32ae094
-import json, os, re, sys, tempfile
+import json, os, re, signal, sys, tempfile
 from pathlib import Path
 from urllib.parse import quote
 from .deps import code_view, module_deps, write_code_views
@@ -149,6 +149,8 @@ def bring_back():
 
 def main(argv: list[str], forked=None):
     "`NAME key=value ...` runs a notebook, in `forked` if there is one; `code` writes the code views."
+    # a shell that starts the launcher in the background has it ignored, and the launcher stops stages by it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         if not argv: raise ValueError("usage: python -m rcid.pipeline.stage NAME key=value ..., or code")
         if argv == ["code"]: return write_code_views()
