@@ -143,14 +143,16 @@ def _share_score(model, pairs, score: str, batch_size: int | None) -> Float[Tens
 def score_sites(model: nn.Module, pairs: ContrastiveDataset,
     score: str = "effect",                       # effect | mediation | integrated | atp | norm | rel_norm
     batch_size: int | None = None,
-    per_pair: bool = False                       # True: (pair, layer, role), before the mean
+    per_pair: bool = False,                      # True: (pair, layer, role), before the mean
+    effects: Float[Tensor, "pair layer role"] | None = None    # for 'effect', where a sweep has measured them already
 ) -> Float[Tensor, "layer role"]:
     "Score of every layer and role (order of `pairs.key_positions`), mean over pairs; excluded sites are NaN."
     if score in SHARES:
         if per_pair: raise ValueError(f"score {score!r} is a ratio of means over pairs: it has no value for one pair")
         return _share_score(model, pairs, score, batch_size)
     sites, n = all_sites(model, pairs), batch_size or 16
-    if score == "effect": values = causal_effects(model, pairs, sites, batch_size=batch_size).abs()
+    if score == "effect":
+        values = (causal_effects(model, pairs, sites, batch_size=batch_size) if effects is None else effects).abs()
     elif score == "atp": values = attribution_effects(model, pairs, sites, n).abs()
     elif score in ("norm", "rel_norm"):
         p, values = checked(model, pairs), []
