@@ -233,7 +233,7 @@ def build_docs(workers: int = 2) -> Path:
     for c in nb["cells"]: c["source"] = c["source"].replace("](../", "](")
     nb["cells"].append({"cell_type": "markdown", "id": "doc-toc", "metadata": {}, "source": "\n".join(trees)})
     _write(site/"index.ipynb", nb)
-    for name in ("paper/figures/method_intervals.png", "paper/main.pdf"):               # what the guide shows and links
+    for name in ("paper/figures/routes.png", "paper/main.pdf"):               # what the guide shows and links
         if (root()/name).exists():
             (site/name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(root()/name, site/name)
