@@ -1,8 +1,8 @@
-"""What a finished run of another scale says: python tests/benchmarks/scale.py gpu COMMIT
+"""What a finished run of another scale says: python tests/benchmarks/scale.py gpu|calibrate COMMIT
 
-Reads .workspaces/gpu and writes tests/benchmarks/gpu.json: settings, models, experiments 1 to 5, stage times,
-machine, and the commit that its sources are. Refuses a run with stale stages or with sources
-of another commit. nbs/guides/gpu_scale.ipynb shows the file."""
+Reads .workspaces/SCALE and writes tests/benchmarks/SCALE.json: settings, stage times, machine, the commit that its
+sources are, and of `gpu` the models and experiments 1 to 5, of `calibrate` the calibration. Refuses a run with stale
+stages or with sources of another commit. nbs/guides/gpu_scale.ipynb and more_plants.ipynb show the files."""
 
 import json, os, subprocess, sys
 from collections import defaultdict
@@ -24,13 +24,32 @@ def settings(p):
     )
 
 
+def what_is_asked(scale, p):
+    "(stages, settings)"
+    if scale == "calibrate": return ["calibrate"], p.calibrate.model_dump()
+    return EXPERIMENTS, settings(p)
+
+
+def results(scale, p, metrics):
+    if scale == "calibrate": return dict(calibration=read_json(metrics/"calibrate.json"))
+    return dict(
+        models={
+            f: {kind: read_json(metrics / kind / f"{f}.json") for kind in ("models", "heal", "pilot")}
+            for f in p.families
+        },
+        experiments={e: read_json(metrics / f"{e}.json") for e in EXPERIMENTS},
+    )
+
+
 def collect(scale, commit):
     folder = root()/".workspaces"/scale
     git = lambda *words: subprocess.run(["git", *words], cwd=root(), capture_output=True, text=True, check=True).stdout
     if other := git(f"--work-tree={folder}", "diff", "--name-only", commit, "--", *SOURCES).split():
         sys.exit(f"{folder}: {', '.join(other[:3])} are not those of commit {commit}")
+    p, metrics = load_params(folder/"params.yaml"), folder/"metrics"
+    stages, asked = what_is_asked(scale, p)
     stale = subprocess.run(
-        [sys.executable, "-m", "dvc", "status", "--with-deps", *EXPERIMENTS],
+        [sys.executable, "-m", "dvc", "status", "--with-deps", *stages],
         cwd=folder,
         env={**os.environ, "RCID_ROOT": str(folder), "PYTHONPATH": str(folder)},
         capture_output=True,
@@ -38,18 +57,13 @@ def collect(scale, commit):
     )
     if stale.returncode or "up to date" not in stale.stdout:
         sys.exit(f"{folder} is not up to date:\n{stale.stdout[:600]}{stale.stderr[:600]}")
-    p, metrics = load_params(folder/"params.yaml"), folder/"metrics"
     seconds = defaultdict(list)
     for name, s in read_json(folder/"logs"/"launch"/"times.json").items(): seconds[name.split("@")[0]].append(s)
     return dict(
         commit=git("rev-parse", "--short", commit).strip(),
         machine=machine(),
-        settings=settings(p),
-        models={
-            f: {kind: read_json(metrics / kind / f"{f}.json") for kind in ("models", "heal", "pilot")}
-            for f in p.families
-        },
-        experiments={e: read_json(metrics / f"{e}.json") for e in EXPERIMENTS},
+        settings=asked,
+        **results(scale, p, metrics),
         seconds={k: dict(stages=len(v), mean=sum(v) / len(v)) for k, v in sorted(seconds.items())},
     )
 
