@@ -1,5 +1,6 @@
 """From metrics/*.json to the paper: its words and tables are what the pages make of the committed metrics."""
 from itertools import product
+import numpy as np
 import pytest
 from conftest import ROOT, assert_shows, needs_results_of, nudged, page
 from rcid.core import load_params, read_json
@@ -321,12 +322,25 @@ def planted_record(validated):
 
 def cases_of_exp3():
     say = page("exp3")
+    def said(report, validated=PASSED): say.exp3_sentences(report, dict(lost=report, kappa=report), validated)
     follows, unrelated = [0, 1, 2, 3], [1, 0, 0, 1]          # of four seeds in each of three groups
     for y in (follows, follows[::-1], unrelated):
-        say.exp3_sentences(robustness_correlation(follows * 3, y * 3, [g for g in "abc" for _ in y], 500), PASSED)
+        said(robustness_correlation(follows * 3, y * 3, [g for g in "abc" for _ in y], 500))
     one_seed = robustness_correlation(follows, follows, list("abcd"), 50)
-    for validated in (PASSED, {"route": False}): say.exp3_sentences(one_seed, validated)
-    say.exp3_sentences(robustness_correlation([.5] * 4, [.1] * 4, list("aabb"), 50), PASSED)
+    for validated in (PASSED, {"route": False}): said(one_seed, validated)
+    said(robustness_correlation([.5] * 4, [.1] * 4, list("aabb"), 50))
+
+
+def test_planted_students_that_err_with_their_teacher_the_more_the_nearer_they_are():
+    "The direction of the sentence: a small distance and a large kappa go together."
+    say, points = page("exp3"), []
+    for group in "abc":
+        for d in range(4): points.append(dict(group=group, route=.1 * d, lost=.05 * d, kappa=1 - .2 * d))
+    lost, kappa = (say.planted_report(points, what, 500) for what in ("lost", "kappa"))
+    assert np.isclose(lost.within.r, 1) and np.isclose(kappa.within.r, -1) and lost.n_groups == 3
+    told = say.exp3_sentences(lost, dict(lost=lost, kappa=kappa), PASSED)
+    assert told["claim.exp3.planted_kappa"].startswith("The nearer the route is to the teacher's, the more does")
+    assert "lose more accuracy on new names" in told["claim.exp3.planted_lost"]
 
 
 def cases_of_exp4():
