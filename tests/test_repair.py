@@ -46,6 +46,7 @@ SETTINGS = dict(
     (dict(reach={"roles": [["io"]]}), r"reach.roles has \['io'\]: it takes some of \['s2', 'end'\]"),
     (dict(reach={"roles": [[]]}), r"reach.roles has \[\]"),
     (dict(reach={"roles": [["s2", "end"]]}), "it takes some of"),
+    (dict(controls=["rcid"]), r"controls names \['rcid'\], methods has \['standard_kd_pairs'\]"),
     (dict(variants={"standard_kd_pairs": {"method": "rcid"}}), "variants.standard_kd_pairs is one of methods"),
     (dict(variants={"same": {"method": "rcid_m"}}), "variants.same is rcid_m itself: say what is other"),
     (dict(variants={"x": {"method": "rcid_m", "choice": "all", "random_sites": True}}), "beside all sites there are none"),

@@ -42,6 +42,7 @@ class Planted(_Strict):
     develop_runs: int = Field(1, ge=1)           # of a direction that develops
     leave_out_failed: bool = True                # plants that failed their check teach nobody
     methods: list[str] = Field(min_length=1)     # `standard_kd_pairs` is what the others are compared with
+    controls: list[str] = []                     # of `methods`: never chosen, so not trained where plants choose
     variants: dict[str, Variant] = {}            # by name: judged beside `methods`, never chosen
     kinds: list[str] = Field(min_length=1)       # of corruption, trained on; the classic one first
     held_kinds: list[str] = Field(min_length=1)  # that judge, where training did not use them
@@ -66,6 +67,8 @@ class Planted(_Strict):
             if route.teacher == route.student: raise ValueError(f"routes.{name}: both are {route.teacher!r}: no repair")
         if twice := set(self.kinds) & set(self.held_kinds):
             raise ValueError(f"held_kinds has {sorted(twice)}, which kinds trains on: hold out another")
+        if lost := set(self.controls) - set(self.methods):
+            raise ValueError(f"controls names {sorted(lost)}, methods has {self.methods}")
         for name, variant in self.variants.items():
             if name in self.methods: raise ValueError(f"variants.{name} is one of methods: give it another name")
             if variant == Variant(method=variant.method):
