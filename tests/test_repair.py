@@ -1,13 +1,20 @@
 """Experiment 2a: who teaches whom, what is closed of a distance, and what the params may not ask for."""
+import copy
 from dataclasses import replace
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from rcid.causal.mediation import Mediation
+from rcid.causal.mediation import Mediation, mediation
 from rcid.core import load_params
-from rcid.core.planted_params import Planted
-from rcid.eval.repair import apart, carriers, over_runs, pairings, roles_to_judge, share_closed
+from rcid.core.planted_params import Planted, Variant
+from rcid.data import load_pairs
+from rcid.distill import METHODS, DistillConfig, distill
+from rcid.distill.config import plan_sites
+from rcid.eval.plant import doses
+from rcid.eval.repair import REDRAWN, apart, carriers, layers_of, method_of, over_runs, pairings, redraw_closed
+from rcid.eval.repair import roles_to_judge, share_closed
+from rcid.models import get_adapter
 
 SETTINGS = dict(
     architectures=["qwen3"],
@@ -39,6 +46,12 @@ SETTINGS = dict(
     (dict(reach={"roles": [["io"]]}), r"reach.roles has \['io'\]: it takes some of \['s2', 'end'\]"),
     (dict(reach={"roles": [[]]}), r"reach.roles has \[\]"),
     (dict(reach={"roles": [["s2", "end"]]}), "it takes some of"),
+    (dict(controls=["rcid"]), r"controls names \['rcid'\], methods has \['standard_kd_pairs'\]"),
+    (dict(variants={"standard_kd_pairs": {"method": "rcid"}}), "variants.standard_kd_pairs is one of methods"),
+    (dict(variants={"same": {"method": "rcid_m"}}), "variants.same is rcid_m itself: say what is other"),
+    (dict(variants={"x": {"method": "rcid_m", "choice": "all", "random_sites": True}}), "beside all sites there are none"),
+    (dict(variants={"x": {"method": "rcid_m", "layers": "upside down"}}), "'same', 'reversed' or 'shifted'"),
+    (dict(variants={"x": {"method": "rcid_m", "choice": "best"}}), "'top', 'mediating' or 'all'"),
     (dict(runs=0), "greater than or equal to 1"),
     (dict(lr=0), "greater than 0"),
 ))
@@ -80,6 +93,93 @@ def test_no_plant_is_taught_by_its_own_training():
 def test_carriers_are_where_the_recipe_put_them():
     assert carriers(dict(cls="moved", live=[0, 1, 4], at=1)) == [(1, "end")]
     assert carriers(dict(cls="rerouted", live=[0, 2, 4])) == [(2, "s2+1"), (4, "end")]
+
+
+@pytest.fixture(scope="module", params=["qwen3", "llama"])
+def ends(request, make_model, tokenizers):
+    "Both ends of a short dose whose layers 1 and 3 of 4 hand over: one's layer 3 is closed, the other's layer 1."
+    tokenizer = tokenizers[request.param]
+    train, held = (load_pairs("ioi", tokenizer, split="train", seed=seed, n=16) for seed in (0, 1))
+    teacher = make_model(request.param, layers=4, d_model=32, heads=2, kv_heads=1, d_mlp=64)
+    config = DistillConfig(steps=3, batch=8, lr=3e-3, log_every=1000)
+    found = doses(teacher, train, (0, 1, 3), (0., 1.), held=held, config=config)
+    return [plant.model for plant in found], teacher, held
+
+
+def attention_of(model, layer: int) -> dict:
+    "Every weight that only the attention of a layer uses, its output projection apart."
+    parts = get_adapter(model).parts(layer)
+    found = {name: getattr(parts, name).weight for name in ("attention_norm", "q", "k", "v")}
+    attention = get_adapter(model).attention(layer).named_parameters()
+    return found | {name: p for name, p in attention if not name.startswith("o_proj")}
+
+
+def test_redrawn_attention_leaves_answers_and_routes_as_they_were_and_nothing_of_what_slept(ends):
+    "To the bit: what is behind a projection of zero says nothing, before and after."
+    (early, late), _, held = ends
+    for model, slept, awake in ((early, 3, 1), (late, 1, 3)):
+        redrawn = copy.deepcopy(model)
+        assert redraw_closed(redrawn, REDRAWN) == sorted({slept, 2})
+        with torch.no_grad(): assert torch.equal(redrawn(held.clean_ids).logits, model(held.clean_ids).logits)
+        before, after = (mediation(m, {"s2": held}) for m in (model, redrawn))
+        assert torch.equal(before.effects["s2"], after.effects["s2"])
+        assert torch.equal(before.gaps["s2"], after.gaps["s2"])
+        old, new = (attention_of(m, slept) for m in (model, redrawn))
+        assert not any(torch.equal(old[name], new[name]) for name in ("attention_norm", "q", "k", "v"))
+        assert not get_adapter(redrawn).parts(slept).o.weight.any()
+        for layer in (0, awake):
+            old, new = (attention_of(m, layer) for m in (model, redrawn))
+            assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+def test_a_redrawn_start_owes_nothing_to_the_dose(ends):
+    "Whatever the other end had learned, the same seed gives the same attention; another seed another."
+    (early, _), _, _ = ends
+    spoilt = copy.deepcopy(early)
+    with torch.no_grad():
+        for p in attention_of(spoilt, 3).values(): p.add_(1)
+    first, second, other = (copy.deepcopy(m) for m in (early, spoilt, early))
+    for model, seed in ((first, REDRAWN), (second, REDRAWN), (other, REDRAWN + 1)): redraw_closed(model, seed)
+    first, second, other = (attention_of(m, 3) for m in (first, second, other))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in ("q", "k", "v"))
+
+
+def test_redrawn_attention_learns(ends):
+    "It is open: the projection of zero gets a gradient at once, and what is behind it as soon as that is none."
+    (early, late), _, held = ends
+    model = copy.deepcopy(early)
+    redraw_closed(model, REDRAWN)
+    start = {name: p.clone() for name, p in attention_of(model, 3).items()}
+    distill(model, late, held, "standard_kd_pairs", DistillConfig(steps=3, batch=8, lr=3e-3, log_every=1000))
+    assert get_adapter(model).parts(3).o.weight.any()
+    assert not any(torch.equal(start[name], p) for name, p in attention_of(model, 3).items() if name in "qkv")
+
+
+def test_a_variant_changes_what_it_says_and_no_more(ends):
+    "Sites and maps of the variants that the scales name, on a teacher and a student of four layers."
+    (early, late), _, held = ends
+    variants = {
+        "top": Variant(method="rcid_m_interchange", choice="top"),
+        "between": Variant(method="interchange", choice="mediating"),
+        "random": Variant(method="rcid_m", choice="top", random_sites=True),
+        "reversed": Variant(method="rcid_m", layers="reversed"),
+        "shifted": Variant(method="interchange", layers="shifted"),
+    }
+    assert method_of("rcid_m", variants) == METHODS["rcid_m"]
+    assert layers_of("rcid_m", variants, 4) == layers_of("top", variants, 4) == {0: 0, 1: 1, 2: 2, 3: 3}
+    assert layers_of("reversed", variants, 4) == {0: 3, 1: 2, 2: 1, 3: 0}
+    assert layers_of("shifted", variants, 4) == {0: 1, 1: 2, 2: 3, 3: 0}
+    assert {term.choice for term in method_of("top", variants).terms} == {"top"}
+    top, between = ((1, "s2"), (3, "s2")), ((2, "end"),)
+    def sites(name):
+        config = DistillConfig(sites=top, mediating=between, layer_map=layers_of(name, variants, 4))
+        return plan_sites(early, late, held, method_of(name, variants), config)
+    assert sites("top") == (top, top) and sites("between") == (between, between)
+    assert not set(sites("random")[0]) & set(top) and {s.role for s in sites("random")[0]} == {"s2"}
+    of_teacher, of_student = sites("reversed")
+    assert [s.layer for s in of_student] == [3 - s.layer for s in of_teacher] and len(of_teacher) > len(top)
+    assert all(s.layer == (t.layer + 1) % 4 for t, s in zip(*sites("shifted")))
 
 
 def a_model(hands_over: int, kinds=("s2", "names"), gap=2., layers: int = 6, pairs: int = 8) -> Mediation:

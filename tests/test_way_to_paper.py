@@ -269,7 +269,8 @@ def cases_of_exp2():
 def a_share(mean, low=None, high=None):
     "Of a distance that is closed; None where nothing could be read."
     ends = [None, None] if mean is None else [mean - .1 if low is None else low, mean + .1 if high is None else high]
-    return dict(diff=mean, ci=ends, n=0 if mean is None else 3, undefined=0)
+    seen = None if mean is None else .2
+    return dict(diff=mean, ci=ends, n=0 if mean is None else 3, undefined=0, detectable=seen)
 
 
 def planted_test(kind, metric="apart", pair=("rcid_m", "hidden_m")):
@@ -300,12 +301,14 @@ def cases_of_exp2a():
     say.repair_sentence(None, a_share(.9), route)
     for name in say.TITLES: say.directions_sentence({name: a_share(.9), "other": a_share(None)}, a_share(.9), route)
     say.directions_sentence({}, None, route)
+    assert "share of 0.20 would have been seen" in say.directions_sentence({"rerouted": a_share(.05)}, a_share(.9), route)
     for knock in (None, a_share(.9), a_share(.05)): say.knockout_sentence("rcid_m", knock)
     for shares in ({}, {"rcid": a_share(None)}, {"rcid": a_share(.1)}): say.controls_sentence(shares, route)
     for kind in (*ROUTES, None):
         test = None if kind is None else planted_test(kind)
         for key in ("exp2a.contrast", "exp2a.norms"): say.contrast_sentence(key, test, route)
-        for metric in ("known", "unseen"): say.accuracy_sentence(test, metric)
+        for metric in say.ANSWERS: say.accuracy_sentence(test, metric)
+        say.others_sentence([] if kind is None else [planted_test(kind, "apart", ("rcid", say.CONTROL))], route)
     for validated in (route, {"route": False}):
         say.exp2a_sentences(planted_record(validated))
 

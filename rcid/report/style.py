@@ -42,6 +42,13 @@ METHODS = {  # name in params.yaml: (label, colour, marker); the order is the or
     "interchange": ("Interchange", "#0072B2", "X"),
     "effect_match": ("Effect match", "#0072B2", "P"),
     "rcid_m_interchange": ("RCID-m + interchange", "#009E73", "X"),
+    "rcid_m_top": ("RCID-m, top sites", "#A6761D", "D"),      # variants of `planted.variants`
+    "rcid_m_mediating": ("RCID-m, mediating sites", "#A6761D", "v"),
+    "rcid_m_random_sites": ("RCID-m, random sites", "#B8A800", "o"),
+    "rcid_m_reversed": ("RCID-m, map reversed", "#444444", "v"),
+    "rcid_m_shifted": ("RCID-m, map shifted", "#444444", ">"),
+    "interchange_top": ("Interchange, top sites", "#35978F", "D"),
+    "interchange_reversed": ("Interchange, map reversed", "#444444", "X"),
 }
 FAMILIES = {"llama": "LLaMA", "qwen3": "Qwen3", "qwen2": "Qwen2"}
 ROLES = {"io": "IO", "s1": "S1", "s1+1": "S1+1", "s2": "S2", "s2+1": "S2+1", "end": "END"}
