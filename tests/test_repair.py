@@ -49,7 +49,10 @@ SETTINGS = dict(
     (dict(controls=["rcid"]), r"controls names \['rcid'\], methods has \['standard_kd_pairs'\]"),
     (dict(variants={"standard_kd_pairs": {"method": "rcid"}}), "variants.standard_kd_pairs is one of methods"),
     (dict(variants={"same": {"method": "rcid_m"}}), "variants.same is rcid_m itself: say what is other"),
-    (dict(variants={"x": {"method": "rcid_m", "choice": "all", "random_sites": True}}), "beside all sites there are none"),
+    (
+        dict(variants={"x": {"method": "rcid_m", "choice": "all", "random_sites": True}}),
+        "beside all sites there are none",
+    ),
     (dict(variants={"x": {"method": "rcid_m", "layers": "upside down"}}), "'same', 'reversed' or 'shifted'"),
     (dict(variants={"x": {"method": "rcid_m", "choice": "best"}}), "'top', 'mediating' or 'all'"),
     (dict(runs=0), "greater than or equal to 1"),
