@@ -340,14 +340,15 @@ def real_record(validated, kind="nearer"):
     rows = [dict(student="early", task="ioi", method=m, trained=a_share(.3)) for m in ("undistilled", "rcid_m")]
     counts = dict(students=2, tasks=1, methods=3, seeds=1)
     more = dict(counts=counts, least=dict(ioi=dict(early=.2, late=None)), validated=validated)
-    return dict(rows=rows, tests=tests, chosen="rcid_m", **more)
+    return dict(rows=rows, tests=tests, chosen="rcid_m", control=a_share(.3) | dict(least=.2), **more)
 
 
 def cases_of_exp2b():
     say, route = page("exp2b"), {"route": True}
     for kind in ROUTES:
         for validated in (route, {"route": False}): say.exp2b_sentences(real_record(validated, kind))
-    nothing = dict(counts=dict(students=0, tasks=2, methods=7, seeds=3), rows=[], tests=[], chosen=None, least={})
+    counts = dict(students=0, tasks=2, methods=7, seeds=3)
+    nothing = dict(counts=counts, rows=[], tests=[], chosen=None, least={}, control=None)
     say.exp2b_sentences(nothing | dict(validated=route))
     for n in (1, 2): say.students_sentence(n, n, 7, n)
 

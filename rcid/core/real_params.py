@@ -40,7 +40,7 @@ class Real(_Strict):
     sites: Literal["top", "mediating", "all"] | None = None
     w: Literal["procrustes", "identity", "random", "anchors"] | None = None
     weights: dict[str, float] = {}               # of a method's own term; else 1
-    teach_steps: int = Field(ge=0)               # of KL on pairs that make a healed student competent, before any method
+    teach_steps: int = Field(ge=0)               # of KL on pairs that make a healed student competent before any method
     steps: int = Field(gt=0)                     # of `standard_kd_pairs`
     batch: int = Field(gt=0)                     # pairs a step
     lr: float = Field(gt=0)
