@@ -194,8 +194,8 @@ def test_real_students_are_for_a_larger_scale_and_fit_their_teacher(tmp_path):
 
 
 def test_the_kept_map_has_a_least_distance_that_no_student_beats():
-    """Layers 0, 1 and 5 of six, hand-over at 4: from 1 to 5 the student has one F. Of five layers that count it is one late
-    at 5, and three early at 1; the least is the first."""
+    """Layers 0, 1 and 5 of six, hand-over at 4: from 1 to 5 the student has one F. Of the five that count it is one
+    layer late at 5, and three early at 1; the least is the first."""
     teacher, keep = a_model(4), [0, 1, 5]
     roles = roles_to_judge(teacher, teacher)
     late, early = (apart_kept(teacher, a_model(at, layers=3), keep, roles)[0] for at in (2, 1))
