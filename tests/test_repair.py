@@ -224,3 +224,16 @@ def test_the_method_is_chosen_where_kl_on_pairs_has_a_route():
     assert choose(plain, .05) == "rcid_m"
     assert choose(plain, .2) == "interchange"
     assert choose({key: of([nan, nan]) for key in plain}, .05) is None and choose({}, .05) is None
+
+
+def test_equal_means_less_than_half_of_what_could_be_closed():
+    "Two students, .30 and .20 away before any method, of which .1 each is the map's: the room is .15 on average."
+    from conftest import page
+    say = page("exp2b")
+    before = [dict(trained=dict(diff=d)) for d in (.3, .2, None)]
+    records = [dict(least=dict(trained=.1))] * 3
+    room = say.room_of(records, before)
+    assert room == pytest.approx(.15) and say.room_of(records[:1], before[2:]) is None
+    assert say.route_bound(.1, room) == pytest.approx(.075)
+    assert say.route_bound(.05, room) == .05                         # never wider than the params
+    assert say.route_bound(.1, None) == say.route_bound(.1, 0.) == .1
