@@ -227,13 +227,13 @@ def test_the_method_is_chosen_where_kl_on_pairs_has_a_route():
 
 
 def test_equal_means_less_than_half_of_what_could_be_closed():
-    "Two students, .30 and .20 away before any method, of which .1 each is the map's: the room is .15 on average."
+    "A student .25 away before any method, .1 of it by its layers: the room is .15; within the floor there is none."
     from conftest import page
     say = page("exp2b")
-    before = [dict(trained=dict(diff=d)) for d in (.3, .2, None)]
-    records = [dict(least=dict(trained=.1))] * 3
-    room = say.room_of(records, before)
-    assert room == pytest.approx(.15) and say.room_of(records[:1], before[2:]) is None
+    room = say.room_of(dict(trained=.1), dict(trained=dict(diff=.25)))
+    assert room == pytest.approx(.15)
+    assert say.room_of(dict(trained=None), dict(trained=dict(diff=.3))) is None
+    assert say.room_of(dict(trained=.1), dict(trained=dict(diff=None))) is None
+    assert say.has_room(room, .02) and not say.has_room(.01, .02) and not say.has_room(None, None)
     assert say.route_bound(.1, room) == pytest.approx(.075)
     assert say.route_bound(.05, room) == .05                         # never wider than the params
-    assert say.route_bound(.1, None) == say.route_bound(.1, 0.) == .1

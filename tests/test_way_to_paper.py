@@ -340,7 +340,8 @@ def real_record(validated, kind="nearer"):
     rows = [dict(student="early", task="ioi", method=m, trained=a_share(.3)) for m in ("undistilled", "rcid_m")]
     counts = dict(students=2, tasks=1, methods=3, seeds=1)
     more = dict(counts=counts, least=dict(ioi=dict(early=.2, late=None)), validated=validated)
-    return dict(rows=rows, tests=tests, chosen="rcid_m", control=a_share(.3) | dict(least=.2), **more)
+    return dict(rows=rows, tests=tests, chosen="rcid_m", control=a_share(.3) | dict(least=.2),
+                room=dict(cells=4, room=2), **more)
 
 
 def cases_of_exp2b():
@@ -348,7 +349,8 @@ def cases_of_exp2b():
     for kind in ROUTES:
         for validated in (route, {"route": False}): say.exp2b_sentences(real_record(validated, kind))
     counts = dict(students=0, tasks=2, methods=7, seeds=3)
-    nothing = dict(counts=counts, rows=[], tests=[], chosen=None, least={}, control=None)
+    nothing = dict(counts=counts, rows=[], tests=[], chosen=None, least={}, control=None, room=dict(cells=0, room=0))
+    say.room_sentence(4, 0)
     say.exp2b_sentences(nothing | dict(validated=route))
     for n in (1, 2): say.students_sentence(n, n, 7, n)
 
