@@ -1,4 +1,4 @@
-"""Experiment 2a: who teaches whom, what is closed of a distance, and what the params may not ask for."""
+"""Experiments 2a and 2b: who teaches whom, what is closed of a distance, and what the params may not ask for."""
 import copy
 from dataclasses import replace
 import numpy as np
@@ -8,9 +8,11 @@ from pydantic import ValidationError
 from rcid.causal.mediation import Mediation, mediation
 from rcid.core import load_params
 from rcid.core.planted_params import Planted, Variant
+from rcid.core.real_params import Real
 from rcid.data import load_pairs
 from rcid.distill import METHODS, DistillConfig, distill
 from rcid.distill.config import plan_sites
+from rcid.eval.kept import apart_kept, least_apart
 from rcid.eval.plant import doses
 from rcid.eval.repair import REDRAWN, apart, carriers, layers_of, method_of, over_runs, pairings, redraw_closed
 from rcid.eval.repair import roles_to_judge, share_closed
@@ -236,3 +238,105 @@ def test_plants_are_drawn_again_with_the_variance_of_their_mean():
     assert (nothing["diff"], nothing["p"], nothing["ci"], nothing["undefined"]) == (None, None, [None, None], 2)
     one = over_runs(np.array([[.5, .4, .6, .5]]))                    # names alone
     assert one["diff"] == .5 and one["ci"] == pytest.approx([.405, .595], abs=.01)
+
+
+REAL = dict(
+    family="llama",
+    cuts={"early": {"keep": [0, 1, 3]}, "released": {"keep": [0, 2, 3], "shut": [3]}},
+    students=["early"],
+    tasks=["ioi"],
+    methods=["standard_kd_pairs", "rcid_m"],
+    seeds=[0],
+    kinds={"ioi": ["s2"]},
+    teach_steps=2,
+    steps=2,
+    batch=4,
+    lr=1e-3,
+    val_pairs=8,
+    log_every=1,
+)
+
+
+@pytest.mark.parametrize("change, why", (
+    (dict(students=["late"]), r"students names \['late'\], cuts has \['early', 'released'\]"),
+    (dict(cuts={"early": {"keep": [1, 0, 3]}}), "ascending order, each once"),
+    (dict(cuts={"early": {"keep": [0, 0]}}), "each once"),
+    (dict(cuts={"early": {"keep": [0, 1], "shut": [2]}}), r"shut has \[2\], keep is \[0, 1\]"),
+    (dict(cuts={"early": {"keep": [0, 1], "shut": [0, 1]}}), "shut has every layer: nothing could move"),
+    (dict(kinds={"factual": ["subject"]}), "kinds names no corruption of 'ioi' to train on"),
+    (dict(methods=["rcid_m"]), "lacks standard_kd_pairs"),
+    (dict(weights={"rcid": 2.}), r"weights names \['rcid'\]"),
+    (dict(w="procrustes_after_warmup"), "Input should be 'procrustes', 'identity', 'random' or 'anchors'"),
+    (dict(seeds=[]), "at least 1 item"),
+))
+def test_params_of_no_real_student_are_refused(change, why):
+    Real(**REAL)
+    with pytest.raises(ValidationError, match=why): Real(**REAL | change)
+
+
+def settings(*overrides: str, folder):
+    from rcid.pipeline.workspace import compose_params
+    compose_params(folder/"params.yaml", *overrides)
+    return load_params(folder/"params.yaml")
+
+
+def test_real_students_are_for_a_larger_scale_and_fit_their_teacher(tmp_path):
+    "None by default; at `gpu` all, with three seeds, of layers that SmolLM2 has, on kinds whose pairs are written."
+    from rcid.data import corruptions
+    assert load_params().real.students == [] and settings("scale=a100", folder=tmp_path).real.students == []
+    p = settings("scale=gpu", folder=tmp_path)
+    assert set(p.real.students) == set(p.real.cuts) and len(p.real.seeds) >= 3
+    assert {"standard_kd_pairs", "rcid_m", "hidden_m", "interchange", "effect_match"} <= set(p.real.methods)
+    for cut in p.real.cuts.values(): assert len(cut.keep) == 10 and cut.keep[-1] == 29
+    for task in p.real.tasks:
+        written = [corruptions(task)[0], *p.data.corruptions[task]]
+        assert set(p.real.kinds[task]) < set(written), "no kind is left that training does not use"
+    with pytest.raises(ValueError, match="real.students are of the family 'llama', which families does not name"):
+        alone = ("families=[qwen3]", "main_matrix.families=[qwen3]", "extra_matrix.families=[qwen3]")
+        settings("scale=gpu", *alone, folder=tmp_path)
+
+
+def test_the_kept_map_has_a_least_distance_that_no_student_beats():
+    """Layers 0, 1 and 5 of six, hand-over at 4: from 1 to 5 the student has one F. Of the five that count it is one
+    layer late at 5, and three early at 1; the least is the first."""
+    teacher, keep = a_model(4), [0, 1, 5]
+    roles = roles_to_judge(teacher, teacher)
+    late, early = (apart_kept(teacher, a_model(at, layers=3), keep, roles)[0] for at in (2, 1))
+    assert late == pytest.approx(1 / 5) and early == pytest.approx(3 / 5)
+    assert least_apart(teacher, keep, roles) == pytest.approx(late)
+    assert least_apart(teacher, [0, 4, 5], roles) == 0 == apart_kept(teacher, a_model(1, layers=3), [0, 4, 5], roles)[0]
+    assert np.isnan(least_apart(a_model(4, gap=-1.), keep, roles)) and np.isnan(least_apart(teacher, keep, {}))
+    assert np.isnan(apart_kept(teacher, a_model(2, layers=3, gap=.05), keep, roles)).all()
+    with pytest.raises(ValueError, match="ascending layers"): apart_kept(teacher, a_model(2, layers=3), [0, 1], roles)
+
+
+def test_the_method_is_chosen_where_kl_on_pairs_has_a_route():
+    from conftest import page
+    def of(val, accuracy=(.9, .9)): return dict(val=list(val), val_accuracy=list(accuracy))
+    nan = float("nan")
+    plain = {
+        ("early", "ioi", "standard_kd_pairs"): of([.4, nan]),
+        ("early", "ioi", "undistilled"): of([.1], [.9]),
+        ("early", "ioi", "hidden_m"): of([.05, .05]),
+        ("early", "ioi", "rcid_m"): of([.2, nan]),                   # lost where KL on pairs is lost, too
+        ("early", "ioi", "interchange"): of([.1, .1], [.8, .8]),     # too much accuracy
+        ("early", "ioi", "effect_match"): of([nan, .1]),             # lost where KL on pairs is not
+        ("early", "ioi", "rcid"): of([.3, .3]),
+    }
+    choose = page("exp2b").choose
+    assert choose(plain, .05) == "rcid_m"
+    assert choose(plain, .2) == "interchange"
+    assert choose({key: of([nan, nan]) for key in plain}, .05) is None and choose({}, .05) is None
+
+
+def test_equal_means_less_than_half_of_what_could_be_closed():
+    "A student .25 away before any method, .1 of it by its layers: the room is .15; within the floor there is none."
+    from conftest import page
+    say = page("exp2b")
+    room = say.room_of(dict(trained=.1), dict(trained=dict(diff=.25)))
+    assert room == pytest.approx(.15)
+    assert say.room_of(dict(trained=None), dict(trained=dict(diff=.3))) is None
+    assert say.room_of(dict(trained=.1), dict(trained=dict(diff=None))) is None
+    assert say.has_room(room, .02) and not say.has_room(.01, .02) and not say.has_room(None, None)
+    assert say.route_bound(.1, room) == pytest.approx(.075)
+    assert say.route_bound(.05, room) == .05                         # never wider than the params

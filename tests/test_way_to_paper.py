@@ -10,7 +10,7 @@ from rcid.report import lint_sentences, read_families, read_matrix, read_validat
 from rcid.report import verdict_of, word
 from rcid.report.sentences import fields
 
-PAGES = ("calibrate", "exp1", "exp2", "exp2a", "exp3", "exp4", "exp5", "paper")
+PAGES = ("calibrate", "exp1", "exp2", "exp2a", "exp2b", "exp3", "exp4", "exp5", "paper")
 METRICS = ROOT/"metrics"
 
 
@@ -27,6 +27,9 @@ PAGE_OF = {    # file in paper/tables: the page that writes it, where that is no
     "planted": "exp2a",
     "planted_tests": "exp2a",
     "planted_reach": "exp2a",
+    "real": "exp2b",
+    "real_least": "exp2b",
+    "real_tests": "exp2b",
     "kv_tests": "exp6",
     "exp7_tests": "exp7",
 }
@@ -53,6 +56,9 @@ def table_of(name: str) -> tuple:
         "planted": lambda: of("exp2a", "planted_table", "rows", "kinds", "roles"),
         "planted_tests": lambda: of("exp2a", "planted_tests", "tests"),
         "planted_reach": lambda: of("exp2a", "reach_table", "reach", "every_kind"),
+        "real": lambda: of("exp2b", "real_table", "rows"),
+        "real_least": lambda: of("exp2b", "least_table", "cuts", "least"),
+        "real_tests": lambda: of("exp2b", "real_tests", "tests"),
         "exp3": lambda: of("exp3", "robustness_table", "points"),
         "exp4": lambda: of("exp4", "purity_table", "rows"),
         "exp5": lambda: of("exp5", "architecture_table", "rows", "tests"),
@@ -100,6 +106,7 @@ def sentences_of(record: dict) -> dict[str, str]:
         **page("exp1").exp1_sentences(*(record["exp1"][key] for key in ("rows", "tests", "validated", "bounds"))),
         **page("exp2").exp2_sentences(record["exp2"]["tests"]),
         **page("exp2a").exp2a_sentences(record["exp2a"]),
+        **page("exp2b").exp2b_sentences(record["exp2b"]),
         **page("exp4").exp4_sentences(record["exp4"]["rows"]),
         "claim.exp5.architectures": page("exp5").architecture_sentence(
             record["exp5"]["tests"], record["exp5"]["validated"]
@@ -108,9 +115,9 @@ def sentences_of(record: dict) -> dict[str, str]:
 
 
 def test_a_sentence_is_what_its_page_makes_of_the_metrics():
-    needs_results_of("calibrate", "exp1", "exp2", "exp2a", "exp4", "exp5")
+    needs_results_of("calibrate", "exp1", "exp2", "exp2a", "exp2b", "exp4", "exp5")
     committed = read_values(ROOT/"paper"/"values.tex")
-    record = {name: metrics(name) for name in ("calibrate", "exp1", "exp2", "exp2a", "exp4", "exp5")}
+    record = {name: metrics(name) for name in ("calibrate", "exp1", "exp2", "exp2a", "exp2b", "exp4", "exp5")}
     versions = [sentences_of(nudged(record, by)) for by in (-6e-9, 0, 6e-9)]
     for key in versions[0]: assert committed[key] in [v[key] for v in versions], key
 
@@ -322,6 +329,47 @@ def planted_record(validated):
     counts, reached = dict(couples=9, directions=3, methods=8), dict(method="rcid_m", n=2, share=a_share(.9))
     more = dict(closed=closed, counts=counts, reached=reached, validated=validated)
     return dict(chosen="rcid_m", tests=tests, **more)
+
+
+def real_test(kind, metric, cell=("all", "all")):
+    "A test of the real experiment by what it says; of accuracies `nearer` is lower and `farther` higher."
+    test = planted_test(kind, metric, ("rcid_m", "standard_kd_pairs"))
+    return test | dict(student=cell[0], task=cell[1])
+
+
+def real_record(validated, kind="nearer"):
+    "What the page keeps of a run, as far as sentences are made of it."
+    tests = [planted_test("farther", "trained", ("rcid", "standard_kd_pairs")) | dict(student="all", task="all")]
+    tests += [real_test(kind, metric) for metric in ("others", "trained", "accuracy")]
+    tests += [real_test("unresolved", metric, ("early", "ioi")) for metric in ("others", "trained", "accuracy")]
+    rows = [dict(student="early", task="ioi", method=m, trained=a_share(.3)) for m in ("undistilled", "rcid_m")]
+    counts = dict(students=2, tasks=1, methods=3, seeds=1)
+    more = dict(counts=counts, least=dict(ioi=dict(early=.2, late=None)), validated=validated)
+    return dict(rows=rows, tests=tests, chosen="rcid_m", control=a_share(.3) | dict(least=.2),
+                room=dict(cells=4, room=2), **more)
+
+
+def cases_of_exp2b():
+    say, route = page("exp2b"), {"route": True}
+    for kind in ROUTES:
+        for validated in (route, {"route": False}): say.exp2b_sentences(real_record(validated, kind))
+    counts = dict(students=0, tasks=2, methods=7, seeds=3)
+    nothing = dict(counts=counts, rows=[], tests=[], chosen=None, least={}, control=None, room=dict(cells=0, room=0))
+    say.room_sentence(4, 0)
+    say.exp2b_sentences(nothing | dict(validated=route))
+    for n in (1, 2): say.students_sentence(n, n, 7, n)
+
+
+def test_the_real_claim_is_of_the_chosen_method_over_all_students():
+    "Neither a contrast that was asked for before it nor a single student speaks for it."
+    say, record = page("exp2b"), real_record({"route": True}, "equal")
+    test = say.test_of(record["tests"], "trained")
+    assert (test["a"], test["student"], test["verdict"]) == ("rcid_m", "all", "equal within the bound")
+    claims = say.exp2b_sentences(record)
+    assert "does not close" in claims["claim.exp2b.repair"]
+    assert "closes more" in say.exp2b_sentences(real_record({"route": True}))["claim.exp2b.repair"]
+    none = say.exp2b_sentences(record | dict(chosen=None))
+    assert none["claim.exp2b.repair"] == sentence("exp2b", "exp2b.repair", "missing")
 
 
 def cases_of_exp3():

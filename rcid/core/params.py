@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from .calibrate_params import Calibrate
 from .paths import read_yaml, root, workspace_path
 from .planted_params import Planted
+from .real_params import Real
 from .teacher_params import Bench, Teachers
 
 # %% ../../nbs/00_core/01_params.ipynb #21a268f4
@@ -190,6 +191,7 @@ class Params(_Section):
     purity: Purity = Purity()
     calibrate: Calibrate
     planted: Planted
+    real: Real
     teachers: Teachers
     bench: Bench = Bench()
     launch: Launch = Launch()
@@ -227,6 +229,10 @@ def _disagreement(p: Params) -> str | None:
         for key, used, known in (("families", block.families, p.families), ("tasks", block.tasks, p.tasks)):
             if lost := set(used) - set(known):
                 return f"{name}.{key} names {sorted(lost)}, which {key} does not (it has {known})"
+    if p.real.students and p.real.family not in p.families:
+        return f"real.students are of the family {p.real.family!r}, which families does not name (it has {p.families})"
+    if p.real.students and (lost := set(p.real.tasks) - set(p.tasks)):
+        return f"real.tasks names {sorted(lost)}, which tasks does not (it has {p.tasks})"
     for task, kinds in p.data.corruptions.items():
         if kinds and task not in p.tasks:
             return f"data.corruptions names the task {task!r}, which tasks does not (it has {p.tasks})"
