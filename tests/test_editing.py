@@ -3,6 +3,7 @@ import functools, json, os, re, resource, shutil, signal, subprocess, sys, time,
 from pathlib import Path
 import pytest
 from conftest import ROOT, output_of
+from rcid.core.params import load_params
 
 HEAVY = ("metrics/", "paper/", "tests/")                                    # not needed to edit
 WHO = {"GIT_AUTHOR_NAME": "A", "GIT_AUTHOR_EMAIL": "a@example.org",
