@@ -24,15 +24,11 @@ def settings(p):
     )
 
 
-def what_is_asked(scale, p):
-    "(stages, settings)"
-    if scale == "calibrate": return ["calibrate"], p.calibrate.model_dump()
-    return EXPERIMENTS, settings(p)
-
-
 def results(scale, p, metrics):
-    if scale == "calibrate": return dict(calibration=read_json(metrics/"calibrate.json"))
+    if scale == "calibrate":
+        return dict(settings=p.calibrate.model_dump(), calibration=read_json(metrics/"calibrate.json"))
     return dict(
+        settings=settings(p),
         models={
             f: {kind: read_json(metrics / kind / f"{f}.json") for kind in ("models", "heal", "pilot")}
             for f in p.families
@@ -46,8 +42,7 @@ def collect(scale, commit):
     git = lambda *words: subprocess.run(["git", *words], cwd=root(), capture_output=True, text=True, check=True).stdout
     if other := git(f"--work-tree={folder}", "diff", "--name-only", commit, "--", *SOURCES).split():
         sys.exit(f"{folder}: {', '.join(other[:3])} are not those of commit {commit}")
-    p, metrics = load_params(folder/"params.yaml"), folder/"metrics"
-    stages, asked = what_is_asked(scale, p)
+    stages = ["calibrate"] if scale == "calibrate" else EXPERIMENTS
     stale = subprocess.run(
         [sys.executable, "-m", "dvc", "status", "--with-deps", *stages],
         cwd=folder,
@@ -57,13 +52,12 @@ def collect(scale, commit):
     )
     if stale.returncode or "up to date" not in stale.stdout:
         sys.exit(f"{folder} is not up to date:\n{stale.stdout[:600]}{stale.stderr[:600]}")
-    seconds = defaultdict(list)
+    p, seconds = load_params(folder/"params.yaml"), defaultdict(list)
     for name, s in read_json(folder/"logs"/"launch"/"times.json").items(): seconds[name.split("@")[0]].append(s)
     return dict(
         commit=git("rev-parse", "--short", commit).strip(),
         machine=machine(),
-        settings=asked,
-        **results(scale, p, metrics),
+        **results(scale, p, folder/"metrics"),
         seconds={k: dict(stages=len(v), mean=sum(v) / len(v)) for k, v in sorted(seconds.items())},
     )
 
