@@ -63,8 +63,9 @@ def defines(source: str) -> bool:
     except SyntaxError: return False                       # a magic, such as %matplotlib
     for s in statements:
         if isinstance(s, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)): continue
-        if not isinstance(s, ast.Assign): return False
-        names = [n.id for target in s.targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+        if not isinstance(s, (ast.Assign, ast.AugAssign)): return False
+        targets = s.targets if isinstance(s, ast.Assign) else [s.target]
+        names = [n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
         if names and all(n.isupper() for n in names): continue
         try: ast.literal_eval(s.value)
         except ValueError: return False
