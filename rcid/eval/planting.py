@@ -230,7 +230,7 @@ class _Rerouted(PairObjective):
         into_clean, into_corrupt = clean.index_put(at, corrupt[at]), corrupt.index_put(at, clean[at])
         runs = torch.cat([clean, corrupt, into_clean, into_corrupt])       # (run * pair, seq, d_model)
         final = a.final_norm(run_layers(self.student, runs, range(after + 1, a.n_layers), narrow(4)))
-        logits = a.lm_head(final[torch.arange(len(runs), device=self.device), batch.answer_pos.repeat(4)])
+        logits = a.logits(final[torch.arange(len(runs), device=self.device), batch.answer_pos.repeat(4)])
         of_clean, of_corrupt = said.logits, said.logits_corrupt
         target = torch.cat([of_clean, of_corrupt, of_corrupt, of_clean])   # (run * pair, vocab)
         each = divergence(logits[..., :self.vocab], target, temperature=self.c.temperature).view(4, -1).mean(1)

@@ -107,7 +107,7 @@ def record_teacher(
     model, tokenizer = load_model({"path": teacher.folder}, dtype=computed, device=device)
     read = teacher.read(problems, model, tokenizer)
     data = _tokenized(teacher, read, problems, tokenizer)
-    head = get_adapter(model).lm_head
+    head = get_adapter(model).logits
     numbers = data.input_ids.gather(1, data.cue_pos[:, None] + 1).unique()   # the numbers that answer some problem
     parts, right = [], []
     for i in range(0, len(data), batch):
