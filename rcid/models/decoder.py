@@ -7,6 +7,7 @@ __all__ = ['KNOWN_LAYERS', 'LayerParts', 'ModelAdapter']
 
 # %% ../../nbs/01_models/00_decoder.ipynb #a0f10032
 from dataclasses import dataclass
+from functools import cached_property
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -140,14 +141,21 @@ class ModelAdapter:
         kinds = getattr(self.model.config, "layer_types", None)
         return kinds[layer] if kinds else None
 
+    @cached_property
+    def windows(self) -> list[int | None]:
+        "By layer: how many tokens a query sees, its own among them; None: all before it."
+        size = getattr(self.model.config, "sliding_window", None)
+        return [size if self.kind(l) in (None, "sliding_attention") else None for l in range(self.n_layers)]
+
     def window(self, layer: int) -> int | None:
         "How many tokens a query of `layer` sees, its own among them; None: all before it."
-        if self.kind(layer) in (None, "sliding_attention"): return getattr(self.model.config, "sliding_window", None)
-        return None
+        return self.windows[layer]
 
-    def base(self, layer: int) -> str | None:
-        "Which of several RoPE bases `layer` has; None where there is one, or none."
-        return self.kind(layer) if hasattr(self.rotary, f"{self.kind(layer)}_inv_freq") else None
+    @cached_property
+    def bases(self) -> list[str | None]:
+        "By layer: which of several RoPE bases it has; None where there is one, or none."
+        kinds = [self.kind(l) for l in range(self.n_layers)]
+        return [kind if hasattr(self.rotary, f"{kind}_inv_freq") else None for kind in kinds]
 
     def rotations(self,
         h: Float[Tensor, "batch seq d_model"],   # of the dtype and on the device
@@ -155,8 +163,7 @@ class ModelAdapter:
     ) -> dict[str | None, tuple[Tensor, ...]]:
         "`(cos, sin)` by base of a layer; `()` for a model without RoPE."
         if self.rotary is None: return {None: ()}
-        bases = {self.base(l) for l in range(self.n_layers)}
-        return {b: self.rotary(h, position_ids, *([] if b is None else [b])) for b in bases}
+        return {b: self.rotary(h, position_ids, *([] if b is None else [b])) for b in set(self.bases)}
 
     def start(self,
         input_ids: Int[Tensor, "batch seq"],
@@ -192,8 +199,7 @@ class ModelAdapter:
         "The kernel's masks by window of a layer: what `sees` allows, no further back than the window, in positions."
         at = torch.arange(sees.shape[-1], device=sees.device)[None] if position_ids is None else position_ids
         back = at[:, None, :, None] - at[:, None, None, :]                         # (batch, 1, query, key)
-        windows = {self.window(l) for l in range(self.n_layers)}
-        return {w: self.mask(sees if w is None else sees & (back < w), like) for w in windows}
+        return {w: self.mask(sees if w is None else sees & (back < w), like) for w in set(self.windows)}
 
     def trunk(self,
         input_ids: Int[Tensor, "batch seq"],
