@@ -124,16 +124,16 @@ def exchanged(
     moves = (some.columns != some.comes_from)[..., None]
     h = torch.where(moves, put.detach() if source == "detached" else put, own)             # (pair, query, d_model)
     masks = _masks(run, some)
-    few = some.columns.gather(1, some.answers)                                             # (pair, 2)
-    def inputs(l, columns, mask, past):
-        rotation = tuple(x[row, columns] for x in run.rotations[a.bases[l]])
-        return a.inputs(mask, run.packed.position_ids[row, columns], rotation, past)
+    def places(columns): # positions, and rotations by base
+        turned = {b: tuple(x[row, columns] for x in both) for b, both in run.rotations.items()}
+        return run.packed.position_ids[row, columns], turned
+    (at, turned), (at_few, turned_few) = places(some.columns), places(some.columns.gather(1, some.answers))
     for l in range(layer + 1, a.n_layers):
         past, mask = PrefixCache(run.keys_values[l]), masks[a.window(l)]
-        all_inputs = inputs(l, some.columns, mask, past)
+        all_inputs = a.inputs(mask, at, turned[a.bases[l]], past)
         if l < last: h = hidden_of(a.layers[l](h, **all_inputs))
         else:
-            few_inputs = inputs(l, few, mask[row, 0, some.answers][:, None], past)
+            few_inputs = a.inputs(mask[row, 0, some.answers][:, None], at_few, turned_few[a.bases[l]], past)
             h = _asked(a.layers[l], h, h[row, some.answers], past, all_inputs, few_inputs) # (pair, 2, d_model)
     return a.final_norm(h)
 
