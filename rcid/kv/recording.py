@@ -148,5 +148,7 @@ def load_recording(teacher: Teacher, path: str | Path, tokenizer) -> TeacherReco
         raise ValueError(
             f"teacher {teacher.name}: {path} was recorded through another tokenizer: pass that of the teacher's folder"
         )
-    rope = Rope(torch.tensor(note["rope"]["inv_freq"]), note["rope"]["scaling"])
+    said = note["rope"]
+    scaling = torch.tensor(said["scaling"]) if isinstance(said["scaling"], list) else said["scaling"]      # by layer
+    rope = Rope(torch.tensor(said["inv_freq"]), scaling, said.get("width"))
     return TeacherRecording(teacher, data, cache.to(torch.float32), torch.tensor(note["available"]), rope)

@@ -65,11 +65,10 @@ def get_adapter(model: nn.Module) -> ModelAdapter:
         f"unknown model family {family!r}: rcid knows {known}; add it in {where} (tried by structure: {_found[model]})"
     )
 
-def share_parts(model: nn.Module, other: nn.Module):
-    "Gives `other` the parts of the model's body under the names that `get_adapter` looks for."
-    a = get_adapter(model)
-    for name in (a.names.embed, a.names.layers, a.names.final_norm, a.names.rotary):
-        if name is not None: setattr(other, name, getattr(a.body, name))
+def share_parts(body: nn.Module, other: nn.Module):
+    "Gives `other` the parts of a body with LLaMA's names, where `get_adapter` looks for them."
+    names = Family()
+    for name in (names.embed, names.layers, names.final_norm, names.rotary): setattr(other, name, getattr(body, name))
 
 # %% ../../nbs/01_models/00_adapters.ipynb #1a9feab5
 PADDING = 1024                                   # most rows that a head has beyond its tokenizer

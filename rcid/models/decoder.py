@@ -157,6 +157,13 @@ class ModelAdapter:
         kinds = [self.kind(l) for l in range(self.n_layers)]
         return [kind if hasattr(self.rotary, f"{kind}_inv_freq") else None for kind in kinds]
 
+    def frequencies(self, layer: int) -> tuple[Float[Tensor, "half"], float] | None:
+        "RoPE's inverse frequencies in `layer`, and its scaling; None where nothing is turned."
+        turned = getattr(self.model.config, "no_rope_layers", None)            # of SmolLM3: 1 where RoPE is used
+        if self.rotary is None or turned and not turned[layer]: return None
+        base = f"{self.bases[layer]}_" if self.bases[layer] else ""
+        return getattr(self.rotary, f"{base}inv_freq"), float(getattr(self.rotary, f"{base}attention_scaling"))
+
     def rotations(self,
         h: Float[Tensor, "batch seq d_model"],   # of the dtype and on the device
         position_ids: Int[Tensor, "batch seq"]
