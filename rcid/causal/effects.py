@@ -225,7 +225,8 @@ def causal_effects(
             warnings.warn(f"causal_effects takes the slow path for this {a.family} model: {why}", stacklevel=2)
             return hooked_effects(model, pairs, sites, mode, batch_size)
         length, last = p.answer_pos.cpu() + 1, a.n_layers - 1
-        fit, work = _shares(a, memory or _budget(p.clean_ids.device), int(length.max()), len(sites), int((what > 0).sum()))
+        memory, n_parts = memory or _budget(p.clean_ids.device), int((what > 0).sum())
+        fit, work = _shares(a, memory, int(length.max()), len(sites), n_parts)
         batch_size = min(batch_size or fit, fit)
         effects = torch.zeros(len(p), len(sites), device=p.clean_ids.device)
         for rows in length.argsort(stable=True).split(batch_size):        # similar lengths together
@@ -236,8 +237,8 @@ def causal_effects(
 
 
 def _needed(pairs, layer, position, what, last, skip_zero):
-    """Which (pair, site) must be run, the distinct (pair, layer, position, what) among them, and which of these each one
-    is."""
+    """Which (pair, site) must be run, the distinct (pair, layer, position, what) among them, and which of these each
+    one is."""
     answer, first = pairs.answer_pos.cpu()[:, None], first_difference(pairs).cpu()[:, None]
     reaches = (layer < last) | ((what > 0) & (position == answer))         # a part of the last layer: at the answer
     wanted = (position <= answer) & reaches & ((position >= first) | (not skip_zero)) # (pair, site)

@@ -28,7 +28,8 @@ def logit_difference(adapter: ModelAdapter,
 ) -> Float[Tensor, "batch"]:
     "`logit[correct] - logit[wrong]` in float32, from two rows of the LM head."
     with in_memory(adapter.lm_head) as head:
-        if adapter.logit_cap is not None: ld = _capped(adapter, head, normed, correct) - _capped(adapter, head, normed, wrong)
+        if adapter.logit_cap is not None:
+            ld = _capped(adapter, head, normed, correct) - _capped(adapter, head, normed, wrong)
         else:
             ld = (normed.float() * (head.weight[correct].float() - head.weight[wrong].float())).sum(-1)
             if head.bias is not None: ld = ld + (head.bias[correct] - head.bias[wrong]).float()

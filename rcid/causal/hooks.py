@@ -66,7 +66,8 @@ def stream_of(
     "`(residual | heads | attention | mlp, which columns of it)`; ValueError for a part that is not there."
     adapter.residual_site(site.layer)            # the layer is there
     if isinstance(site, Site): return "residual", slice(None)
-    if site.part not in PARTS: raise ValueError(f"site {tuple(site)}: unknown part {site.part!r}: use {', '.join(PARTS)}")
+    if site.part not in PARTS:
+        raise ValueError(f"site {tuple(site)}: unknown part {site.part!r}: use {', '.join(PARTS)}")
     if site.part in ("attention", "mlp"): return site.part, slice(None)
     n = adapter.n_heads if site.part == "head" else adapter.n_kv_heads
     if not isinstance(site.index, int) or not 0 <= site.index < n:
@@ -126,8 +127,8 @@ def read(model: nn.Module,
     attention_mask: Int[Tensor, "batch seq"] | None = None,
     positions: dict[str, Int[Tensor, "batch"]] | None = None # role -> position per row; needed for sites named by role
 ) -> dict[Site | PartSite, Tensor]:
-    """The residuals at `sites`: `(batch, d_model)` each, `(batch, seq, d_model)` for a whole layer. Of a head it is what
-    it has read, `(batch, head_dim)`."""
+    """The residuals at `sites`: `(batch, d_model)` each, `(batch, seq, d_model)` for a whole layer. A head's value is
+    what it has read, `(batch, head_dim)`."""
     if not input_ids.numel():
         raise ValueError(f"read: input_ids of shape {tuple(input_ids.shape)} hold no tokens: pass at least one row")
     sites, a, seen = [site_of(s) for s in sites], get_adapter(model), {}
@@ -148,7 +149,8 @@ def read(model: nn.Module,
 @contextmanager
 def write(
     model: nn.Module,
-    values: dict[Site | PartSite, Tensor],  # site -> (batch, d_model) or (d_model,); (batch, seq, d_model) for a whole layer
+    # site -> (batch, d_model) or (d_model,); (batch, seq, d_model) for a whole layer; of a part as `read` gives it
+    values: dict[Site | PartSite, Tensor],
     positions: dict[str, Int[Tensor, "batch"]] | None = None,  # role -> position per row
 ):
     "Replaces residuals in the forwards inside the block (interchange intervention; Geiger et al., arXiv 2106.02997)."

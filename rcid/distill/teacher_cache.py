@@ -72,7 +72,8 @@ def final_at(model: nn.Module,
     try: last.forward(h, **a.inputs(mask, position_ids, rotation, past))
     except KeysReady: past.stop = False
     of_few = tuple(x.expand(len(ids), -1, -1)[row, columns] for x in rotation)
-    asked = a.inputs(mask[row, 0, columns][:, None], position_ids[row, columns], of_few, past) # mask: (row, 1, few, seq)
+    sees = mask[row, 0, columns][:, None]        # (row, 1, few, seq)
+    asked = a.inputs(sees, position_ids[row, columns], of_few, past)
     few = last.forward(h[row, columns], **asked) # (row, few, d_model)
     return a.final_norm(hidden_of(few))
 

@@ -60,7 +60,7 @@ def _check_even(head_dim: int):
 def rope_of(model: nn.Module) -> Rope:
     "The rotation as the model applied it in its last forward pass."
     a = get_adapter(model)
-    if not a.known: raise ValueError(f"rope_of: how {a.family!r} turns keys is not known: add it to FAMILIES and test it")
+    if not a.known: raise ValueError(f"rope_of: how {a.family!r} turns keys is not known: add it to FAMILIES")
     _check_even(a.head_dim)
     every = [a.frequencies(l) for l in range(a.n_layers)]
     used = [f for f in every if f is not None]

@@ -29,7 +29,7 @@ class Family:
     k: str = "k_proj"
     v: str = "v_proj"
     o: str = "o_proj"                    # heads -> residual stream
-    fused: str | None = None             # q, k, v are one module: "columns", one after the other | "heads", head by head
+    fused: str | None = None             # q, k, v are one module: "columns" one after another | "heads" head by head
     heads_first: bool = False            # is q_norm's output (batch, head, seq, head_dim)?
     cache: str = "past_key_values"       # the cache among the arguments of a layer
     gated: bool = True                   # has the MLP three matrices?
@@ -123,7 +123,7 @@ def unlike(
         a.model.eval()
         want = a.model(input_ids=ids, use_cache=False).logits
         final = a.trunk(ids)
-        if far(a.final_norm(after["last"]), final): return f"its last layer and {a.names.final_norm} give no final state"
+        if far(a.final_norm(after["last"]), final): return f"{a.names.final_norm} of its last layer is no final state"
         if far(a.logits(final), want): return "its logits are not those of its LM head"
         causal = torch.ones(2, 1, 6, 6, dtype=torch.bool, device=ids.device).tril()
         if far(a.trunk(ids, causal, torch.arange(6, device=ids.device).expand(2, 6)), final):
