@@ -353,3 +353,12 @@ def test_a_part_that_is_not_there_is_refused(pairs):
             with pytest.raises(ValueError, match=words): effects(model, pairs, [site])
     with pytest.raises(IndexError, match="layer 3 is outside"): read(model, pairs.clean_ids, [PartSite(3, 0, "mlp")])
     with pytest.raises(ValueError, match="unknown part 'neuron'"): all_parts(model, pairs, "neuron")
+
+
+def test_gemma_is_scaled_where_its_embedding_does_not_do_it():
+    "As in versions of transformers that scale behind the embedding: in the model's dtype."
+    model = made("gemma2", **CASES["gemma2"][1])
+    assert get_adapter(model).embed_scale == 1.0 and model.model.embed_tokens.embed_scale == 32**0.5
+    model.model.embed_tokens = torch.nn.Embedding(VOCAB, 32)
+    assert get_adapter(model).embed_scale == pytest.approx(32**0.5, rel=1e-7)
+    assert get_adapter(model.bfloat16()).embed_scale == 5.65625            # the bfloat16 nearest to 5.65685

@@ -17,6 +17,13 @@ from .weights import hidden_of, in_memory, model_device, weights_of, with_hidden
 # %% ../../nbs/01_models/00_adapters.ipynb #a0f1000c
 SUPPORTED = tuple(FAMILIES)
 
+def _embed_scale(c, names: Family, embed: nn.Module) -> float:
+    "What embeddings are multiplied with behind their module."
+    # some versions of transformers scale Gemma's in the module; the others round the factor to the model's dtype
+    if names.scaled and not hasattr(embed, "embed_scale"):
+        return float(torch.tensor(c.hidden_size**0.5, dtype=embed.weight.dtype))
+    return getattr(c, "embedding_multiplier", None) or 1.0
+
 def _adapter(model: nn.Module, names: Family, known: bool) -> ModelAdapter:
     "The parts of these names, and the sizes of the config."
     c, body = model.config, getattr(model, names.body)
@@ -40,7 +47,7 @@ def _adapter(model: nn.Module, names: Family, known: bool) -> ModelAdapter:
         names=names,
         places=part(names.places),
         known=known,
-        embed_scale=getattr(c, "embedding_multiplier", None) or 1.0,
+        embed_scale=_embed_scale(c, names, part(names.embed)),
         logit_divisor=getattr(c, "logits_scaling", None) or 1.0,
         logit_cap=getattr(c, "final_logit_softcapping", None),
     )

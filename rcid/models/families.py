@@ -33,6 +33,7 @@ class Family:
     heads_first: bool = False            # is q_norm's output (batch, head, seq, head_dim)?
     cache: str = "past_key_values"       # the cache among the arguments of a layer
     gated: bool = True                   # has the MLP three matrices?
+    scaled: bool = False                 # are embeddings multiplied by sqrt(d_model), in the embedding or behind it?
 
 _two_norms = dict(attention_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm")
 
@@ -46,8 +47,8 @@ FAMILIES = dict(
     granite=Family(),
     olmo2=Family(**_two_norms),
     olmo3=Family(**_two_norms),
-    gemma2=Family(**_two_norms),
-    gemma3_text=Family(**_two_norms, heads_first=True),
+    gemma2=Family(**_two_norms, scaled=True),
+    gemma3_text=Family(**_two_norms, scaled=True, heads_first=True),
     phi3=Family(q="qkv_proj", k="qkv_proj", v="qkv_proj", fused="columns"),
     gpt2=Family(
         body="transformer", embed="wte", places="wpe", layers="h", final_norm="ln_f", rotary=None, attention="attn",
