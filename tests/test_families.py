@@ -15,7 +15,8 @@ from rcid.eval.accuracy import answer_logits
 from rcid.eval.decode import greedy_decode
 from rcid.kv import LatentModel, extract_kv, rope_of
 from rcid.models import byte_tokenizer, get_adapter, load_model, save_model, shrink
-from rcid.models.families import FAMILIES
+from rcid.models.families import FAMILIES, Family
+from rcid.models.rewrite import SAME, identity_blocks, logits_differ, permuted_heads, rotated
 from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCAB, LAYERS = 300, 3
@@ -287,6 +288,16 @@ def test_greedy_text_is_the_models(model, pairs):
 def test_bfloat16_is_restarted_too(model, pairs):
     half = copy.deepcopy(model).bfloat16()
     assert why_not_restarted(half, pairs) is None and why_not_restarted(half, pairs, parts=True) is None
+
+
+def test_a_model_is_rewritten_to_the_same_function_or_refused(model):
+    a, rewrites = get_adapter(model), (lambda m: identity_blocks(m, [0]), rotated, permuted_heads)
+    if a.names != Family() or a.family == "qwen3_moe":
+        words = f"a layer of this {a.family} model is not norm, q, k, v"
+        for rewrite in rewrites:
+            with pytest.raises(ValueError, match=words): rewrite(model)
+        return
+    for rewrite in rewrites: assert logits_differ(model, rewrite(model)) < SAME
 
 
 # families that no one has listed
