@@ -1,6 +1,6 @@
 """Every family of models: what its adapter says is what the model does: logits, sweep, and what is made of the model.
 All models are random, three layers wide 32, and drawn so that caps, windows and multipliers matter."""
-import copy, warnings
+import copy, re, warnings
 from dataclasses import replace
 import pytest, torch
 from rcid.causal import PartSite, Site, all_parts, all_sites, answer_logit_diff, causal_effects, hooked_effects
@@ -17,6 +17,7 @@ from rcid.kv import LatentModel, extract_kv, rope_of
 from rcid.models import byte_tokenizer, get_adapter, load_model, save_model, shrink
 from rcid.models.families import FAMILIES, Family
 from rcid.models.rewrite import SAME, identity_blocks, logits_differ, permuted_heads, rotated
+from test_causal import LiveBytes
 from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCAB, LAYERS = 300, 3
@@ -146,17 +147,31 @@ def test_the_engine_equals_the_oracle(model, pairs, attention):
         assert want.view(len(pairs), LAYERS, 3)[:, :2, 1:].abs().max() > 0.01 * scale_of(other, pairs)
 
 
-@pytest.mark.parametrize("part", ("head", "group", "attention", "mlp"))
-def test_parts_by_the_engine_equal_the_oracle(model, pairs, part):
+# each part in one direction: what differs between the two is tested where residuals are
+@pytest.mark.parametrize(
+    "part, mode", (("head", "noising"), ("group", "denoising"), ("attention", "noising"), ("mlp", "denoising"))
+)
+def test_parts_by_the_engine_equal_the_oracle(model, pairs, part, mode):
     sites, a = all_parts(model, pairs, part), get_adapter(model)
     numbers = dict(head=a.n_heads, group=a.n_kv_heads).get(part, 1)
     assert len(sites) == LAYERS * numbers * 3
-    for mode in MODES:
-        want, got = naive_effects(model, pairs, sites, mode), fast(model, pairs, sites, mode)
-        assert torch.allclose(got, want, atol=1e-4 * scale_of(model, pairs))
-        e = got.view(len(pairs), LAYERS, numbers, 3)
-        assert (e[..., 0] == 0).all() and (e[:, -1, :, 1] == 0).all()      # before the change; nothing reads it
-        assert (e[..., 2].abs().amax(0) > 0).all()                         # every head says something at the end
+    want, got = naive_effects(model, pairs, sites, mode), fast(model, pairs, sites, mode)
+    assert torch.allclose(got, want, atol=1e-4 * scale_of(model, pairs))
+    e = got.view(len(pairs), LAYERS, numbers, 3)
+    assert (e[..., 0] == 0).all() and (e[:, -1, :, 1] == 0).all()          # before the change; nothing reads it
+    assert (e[..., 2].abs().amax(0) > 0).all()                             # every head says something at the end
+
+
+@pytest.mark.parametrize("case", ("gpt2", "gemma2", "phi3"))
+def test_a_sweep_of_parts_keeps_to_its_memory(case, pairs):
+    model_type, more = CASES[case]
+    model = made(model_type, **more)
+    sites = [*all_sites(model, pairs), *all_parts(model, pairs), *all_parts(model, pairs, "mlp")]
+    free = causal_effects(model, pairs, sites)
+    with pytest.raises(ValueError, match="raise memory") as e: causal_effects(model, pairs, sites, memory=1000)
+    least = int(re.search(r"needs (\d+)", str(e.value))[1])
+    with LiveBytes(model) as live: got = causal_effects(model, pairs, sites, memory=least)
+    assert torch.allclose(got, free, atol=1e-5) and least / 3 < live.peak <= least
 
 
 def test_read_and_write_identities(model, pairs):
