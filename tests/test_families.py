@@ -331,6 +331,7 @@ def test_an_unlisted_family_is_measured_as_it_is_or_refused(model_type, pairs):
         warnings.simplefilter("ignore")
         got = causal_effects(model, pairs, sites)
     assert torch.allclose(got, want, atol=1e-4 * scale_of(model, pairs)) and want.abs().max() > 0
+    assert get_adapter(copy.deepcopy(model).bfloat16()).names == a.names
     with pytest.raises(ValueError, match=f"how '{model_type}' turns keys is not known"): rope_of(model)
     with pytest.raises(ValueError, match="LatentModel: latent places need"): LatentModel(model, 5, 1)
 
@@ -355,6 +356,14 @@ def test_an_encoder_decoder_model_is_refused():
     from transformers import T5Config, T5ForConditionalGeneration
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4))
     with pytest.raises(ValueError, match="'t5'.*tried by structure: it is an encoder-decoder model"): get_adapter(t5)
+
+
+def test_a_model_that_sees_pictures_is_refused():
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+    text = dict(SIZES, head_dim=8, num_key_value_heads=2)
+    eye = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=dict(eye, patch_size=14)))
+    with pytest.raises(ValueError, match="'gemma3'.*it reads more than text: load its"): get_adapter(model)
 
 
 def test_a_layer_that_divides_by_its_number_cannot_move():

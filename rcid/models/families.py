@@ -81,6 +81,7 @@ def by_structure(model: nn.Module) -> Family:
     c = model.config
     if getattr(c, "is_encoder_decoder", False): raise ValueError("it is an encoder-decoder model")
     absent = [name for name in _SIZES if not getattr(c, name, None)]
+    if absent and hasattr(c, "text_config"): raise ValueError("it reads more than text: load its language model alone")
     if absent: raise ValueError(f"its config has no {absent[0]}")
     prefix = getattr(model, "base_model_prefix", "")
     body = getattr(model, prefix, None) if prefix else None
@@ -116,15 +117,19 @@ def unlike(
 ) -> str | None:
     "What the parts that were found do not do as the model does; None if all is well."
     ids = torch.arange(12, device=model_device(a.model)).remainder(a.vocab).view(2, 6)
-    after, modes = {}, [(m, m.training) for m in a.model.modules()]
-    def keep(module, args, output): after["last"] = hidden_of(output)
-    handle = a.layers[-1].register_forward_hook(keep)
-    def far(x: Tensor, y: Tensor): return bool((x.float() - y.float()).norm() > 1e-3 * y.float().norm())
+    seen, modes = {}, [(m, m.training) for m in a.model.modules()]
+    def keep_last(module, args, output): seen["last"] = hidden_of(output)
+    def keep_heads(module, args): seen["heads"] = args[0].shape[-1]
+    handles = [a.layers[-1].register_forward_hook(keep_last), a.heads_out(0).register_forward_pre_hook(keep_heads)]
+    most = 0.01 if a.model.dtype == torch.float32 else 0.1                 # kernels round differently
+    def far(x: Tensor, y: Tensor): return bool((x.float() - y.float()).norm() > most * y.float().norm())
     try:
         a.model.eval()
         want = a.model(input_ids=ids, use_cache=False).logits
         final = a.trunk(ids)
-        if far(a.final_norm(after["last"]), final): return f"{a.names.final_norm} of its last layer is no final state"
+        wide = a.n_heads * a.head_dim
+        if seen["heads"] != wide: return f"its heads are {seen['heads']} wide together, by its config {wide}"
+        if far(a.final_norm(seen["last"]), final): return f"{a.names.final_norm} of its last layer is no final state"
         if far(a.logits(final), want): return "its logits are not those of its LM head"
         causal = torch.ones(2, 1, 6, 6, dtype=torch.bool, device=ids.device).tril()
         if far(a.trunk(ids, causal, torch.arange(6, device=ids.device).expand(2, 6)), final):
@@ -134,6 +139,6 @@ def unlike(
     except Exception as e:
         return f"a run fails with {type(e).__name__}: {e}".splitlines()[0]
     finally:
-        handle.remove()
+        for handle in handles: handle.remove()
         for m, mode in modes: m.training = mode
     return None
