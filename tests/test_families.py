@@ -266,7 +266,7 @@ def test_keys_values_and_queries_are_those_that_the_attention_used(model, pairs)
     want = other(ids, output_attentions=True).attentions
     for l in range(LAYERS):
         key = cache.k[:, l].repeat_interleave(a.n_heads // a.n_kv_heads, 1)            # (batch, head, seq, dim)
-        scores = cache.q[:, l] @ key.mT * a.attention(l).scaling
+        scores = cache.q[:, l] @ key.mT / a.head_dim**0.5
         cap = getattr(other.config, "attn_logit_softcapping", None)
         if cap: scores = torch.tanh(scores / cap) * cap
         closed = torch.ones(4, 4, dtype=torch.bool).triu(1)

@@ -172,7 +172,7 @@ def forward_kv(
         model,
         getattr(out, "past_key_values", None),
         mask,
-        torch.stack([adapter.query_heads(caught[l]) for l in range(adapter.n_layers)], 1) if queries else None,
+        torch.stack([adapter.query_heads(l, caught[l]) for l in range(adapter.n_layers)], 1) if queries else None,
         pre_rope,
     )
     if check: check_finite(cache)

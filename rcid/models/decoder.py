@@ -103,14 +103,19 @@ class ModelAdapter:
         return attention.q_norm if self.has_head_norms else getattr(attention, self.names.q)
 
     def query_heads(self,
+        layer: int,
         output: Tensor                           # of `queries(layer)`
     ) -> Float[Tensor, "batch head seq head_dim"]:
-        "The queries in it, by head."
-        if self.names.heads_first: return output
-        if self.names.fused == "heads":
-            return output.unflatten(-1, (self.n_heads, 3, self.head_dim))[..., 0, :].transpose(1, 2)
-        width = self.n_heads * self.head_dim     # `columns`: the queries come first
-        return output.flatten(2)[..., :width].unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)
+        "The queries in it, by head: times a key, over sqrt(head_dim), they are the model's scores (before a cap)."
+        if self.names.heads_first: heads = output
+        elif self.names.fused == "heads":
+            heads = output.unflatten(-1, (self.n_heads, 3, self.head_dim))[..., 0, :].transpose(1, 2)
+        else:                                    # `columns`: the queries come first
+            queries = output.flatten(2)[..., :self.n_heads * self.head_dim]
+            heads = queries.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)
+        scaling = getattr(self.attention(layer), "scaling", self.head_dim**-0.5)
+        scale = scaling * self.head_dim**0.5     # 1, but for Gemma and Granite
+        return heads if abs(scale - 1) < 1e-6 else heads * scale
 
     def key_value_projections(self, layer: int) -> tuple[nn.Module, ...]:
         "The modules that make keys and values out of the residual stream, before norm and rotation."
