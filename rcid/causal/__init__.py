@@ -6,8 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/03_causal/index.ipynb #a1464c49
-from .hooks import Site, capture, read, write
-from .effects import all_positions, all_sites, answer_logit_diff, causal_effects, naive_effects, sweep_flops
+from .hooks import PartSite, Site, capture, read, write
+from .effects import all_parts, all_positions, all_sites, answer_logit_diff, causal_effects, hooked_effects
+from .effects import naive_effects, sweep_flops
 from .mediation import Mediation, load_mediation, mediation
 from .sites import SiteChoice, attribution_effects, choose_sites, excluded_sites, rank_agreement, score_sites
 from .sites import integrated_effects, integrated_fraction, select_sites

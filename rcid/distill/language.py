@@ -71,13 +71,13 @@ def _next_token(model, x, mask, focus) -> Tensor:
     a = get_adapter(model)
     keep = mask.bool()[:, 1:]
     hidden = a.trunk(x, mask)            # (batch, seq, d_model)
-    loss = F.cross_entropy(a.lm_head(hidden[:, :-1][keep]).float(), x[:, 1:][keep])
+    loss = F.cross_entropy(a.logits(hidden[:, :-1][keep]).float(), x[:, 1:][keep])
     if focus is None: return loss
     row = torch.arange(len(x), device=x.device)
-    return loss + F.cross_entropy(a.lm_head(hidden[row, focus - 1]).float(), x[row, focus])
+    return loss + F.cross_entropy(a.logits(hidden[row, focus - 1]).float(), x[row, focus])
 
 def _kl_to(teacher, model, x, mask, vocab: int) -> Tensor:
     a, other, keep = get_adapter(model), get_adapter(teacher), mask.bool()
     hidden = a.trunk(x, mask)            # (batch, seq, d_model)
-    with torch.no_grad(): target = other.lm_head(other.trunk(x, mask)[keep]) # (token, vocab)
-    return divergence(a.lm_head(hidden[keep])[..., :vocab], target[..., :vocab]).mean()
+    with torch.no_grad(): target = other.logits(other.trunk(x, mask)[keep]) # (token, vocab)
+    return divergence(a.logits(hidden[keep])[..., :vocab], target[..., :vocab]).mean()

@@ -191,8 +191,8 @@ class PairObjective(Objective):
         return run_cost(self.student, self.teacher, self.pairs, self.method, self.c)
 
 def _head(model: nn.Module, vocab: int, h: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row vocab"]:
-    head = get_adapter(model).lm_head
-    return head(h.to(next(head.parameters()).dtype))[..., :vocab]
+    a = get_adapter(model)
+    return a.logits(h.to(next(a.lm_head.parameters()).dtype))[..., :vocab]
 
 def _ld(logits: Float[Tensor, "*some batch vocab"], batch: ContrastiveDataset) -> Float[Tensor, "*some batch"]:
     row = torch.arange(len(batch), device=logits.device)

@@ -25,49 +25,47 @@ class KeptRun(NamedTuple):
     packed: Packed
     residuals: list[Float[Tensor, "pair both d_model"]]          # after each layer; not always of the last one
     keys_values: list[tuple[Tensor, Tensor]]                     # of each layer, (pair, kv_head, both, head_dim) each
-    rotary: tuple[Tensor, Tensor]                                # (pair, both, head_dim) each
+    rotations: dict[str | None, tuple[Tensor, ...]]              # by RoPE base; (pair, both, head_dim) each
 
 def restarts(model: nn.Module) -> bool:
     "Can its runs be restarted? Not where activations are recomputed: a layer then keeps no keys and values."
     strange = set(getattr(model.config, "layer_types", None) or ()) - KNOWN_LAYERS
-    return not (get_adapter(model).recomputes or strange)
+    return get_adapter(model).known and not (get_adapter(model).recomputes or strange)
 
 def kept_run(
     model: nn.Module, pairs: ContrastiveDataset, request: SignalRequest
 ) -> tuple[dict[str, Tensor], KeptRun]:
     "What the model says of both prompts, as `hidden_signals`, and the run to restart from."
     a, packed = get_adapter(model), pack_pairs(pairs)
-    h, answers = a.embed(packed.ids), answer_columns(pairs, packed, True)
-    masks, rotary = a.masks(packed.mask, h, packed.position_ids), a.rotary(h, packed.position_ids)
-    inputs = dict(position_ids=packed.position_ids, position_embeddings=rotary)
+    at = packed.position_ids
+    h, answers = a.start(packed.ids, at), answer_columns(pairs, packed, True)
+    masks, rotations = a.masks(packed.mask, h, at), a.rotations(h, at)
     residuals, keys_values, last = [], [], a.n_layers - 1
     short = not request.everywhere and last not in request.read_layers
     row = torch.arange(len(pairs), device=h.device)[:, None]
     for l, layer in enumerate(a.layers):
-        past, mask = PrefixCache(), masks[a.window(l)]
+        past, mask, rotation = PrefixCache(), masks[a.window(l)], rotations[a.bases[l]]
+        inputs = a.inputs(mask, at, rotation, past)
         if l == last and short:
-            few = dict(
-                attention_mask=mask[row, 0, answers][:, None],   # (pair, 1, 2, both)
-                position_ids=packed.position_ids[row, answers],
-                position_embeddings=tuple(x.expand(len(pairs), -1, -1)[row, answers] for x in rotary),
-            )
-            h = _asked(layer, h, h[row, answers], past, dict(attention_mask=mask, **inputs), few)
+            of_few = tuple(x.expand(len(pairs), -1, -1)[row, answers] for x in rotation)
+            few = a.inputs(mask[row, 0, answers][:, None], at[row, answers], of_few, past)   # mask: (pair, 1, 2, both)
+            h = _asked(layer, h, h[row, answers], past, inputs, few)
         else:
-            h = hidden_of(layer(h, attention_mask=mask, past_key_values=past, use_cache=True, **inputs))
+            h = hidden_of(layer(h, **inputs))
             residuals.append(h)
         keys_values.append(past.own)
     final = a.final_norm(h)
     if not short and not request.everywhere: final = final[row, answers]                   # (pair, 2, d_model)
     hidden = dict(enumerate(residuals))
-    rotary = tuple(x.expand(len(pairs), -1, -1) for x in rotary)
-    return told(pairs, request, packed, hidden, final), KeptRun(model, pairs, packed, residuals, keys_values, rotary)
+    for b, both in rotations.items(): rotations[b] = tuple(x.expand(len(pairs), -1, -1) for x in both)
+    return told(pairs, request, packed, hidden, final), KeptRun(model, pairs, packed, residuals, keys_values, rotations)
 
 def _asked(layer, h, few, past, all_inputs, few_inputs):
     "The last layer's output at a few columns; all others only give keys and values."
     past.stop = True
-    try: layer.forward(h, past_key_values=past, use_cache=True, **all_inputs)
+    try: layer.forward(h, **all_inputs)
     except KeysReady: past.stop = False
-    return hidden_of(layer.forward(few, past_key_values=past, use_cache=True, **few_inputs))
+    return hidden_of(layer.forward(few, **few_inputs))
 
 # %% ../../nbs/05_distill/03b_restart.ipynb #ae484fec
 class Suffix(NamedTuple):
@@ -108,8 +106,8 @@ def _masks(run: KeptRun, some: Suffix) -> dict:
     sees = torch.cat([sees & ~again[:, None], own], 2)[:, None]                            # (pair, 1, query, key)
     at = packed.position_ids[row, some.columns]                                            # (pair, query)
     back = (at[:, :, None] - torch.cat([packed.position_ids, at], 1)[:, None])[:, None]
-    windows, like = {a.window(l) for l in range(a.n_layers)}, run.residuals[0]
-    return {w: a.mask(sees if w is None else sees & (back < w), like) for w in windows}
+    like = run.residuals[0]
+    return {w: a.mask(sees if w is None else sees & (back < w), like) for w in set(a.windows)}
 
 def exchanged(
     run: KeptRun,
@@ -126,16 +124,16 @@ def exchanged(
     moves = (some.columns != some.comes_from)[..., None]
     h = torch.where(moves, put.detach() if source == "detached" else put, own)             # (pair, query, d_model)
     masks = _masks(run, some)
-    def inputs(columns):
-        places = run.packed.position_ids[row, columns]
-        return dict(position_ids=places, position_embeddings=tuple(x[row, columns] for x in run.rotary))
-    of_all, of_few = inputs(some.columns), inputs(some.columns.gather(1, some.answers))
+    def places(columns): # positions, and rotations by base
+        turned = {b: tuple(x[row, columns] for x in both) for b, both in run.rotations.items()}
+        return run.packed.position_ids[row, columns], turned
+    (at, turned), (at_few, turned_few) = places(some.columns), places(some.columns.gather(1, some.answers))
     for l in range(layer + 1, a.n_layers):
         past, mask = PrefixCache(run.keys_values[l]), masks[a.window(l)]
-        all_inputs = dict(attention_mask=mask, **of_all)
-        if l < last: h = hidden_of(a.layers[l](h, past_key_values=past, use_cache=True, **all_inputs))
+        all_inputs = a.inputs(mask, at, turned[a.bases[l]], past)
+        if l < last: h = hidden_of(a.layers[l](h, **all_inputs))
         else:
-            few_inputs = dict(attention_mask=mask[row, 0, some.answers][:, None], **of_few)
+            few_inputs = a.inputs(mask[row, 0, some.answers][:, None], at_few, turned_few[a.bases[l]], past)
             h = _asked(a.layers[l], h, h[row, some.answers], past, all_inputs, few_inputs) # (pair, 2, d_model)
     return a.final_norm(h)
 

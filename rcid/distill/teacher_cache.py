@@ -21,7 +21,8 @@ from ..causal.engine import KeysReady, PrefixCache
 from ..causal.hooks import Site, capture, write
 from ..core.tensors import content_hash, load_tensors, save_tensors
 from ..data.pairs import ContrastiveDataset
-from ..models.adapters import KNOWN_LAYERS, get_adapter, hidden_of, model_device, weights_of
+from ..models.adapters import KNOWN_LAYERS, ModelAdapter, get_adapter, hidden_of, model_device, weights_of
+from ..models.families import Family
 from ..models.modes import evaluating
 
 # %% ../../nbs/05_distill/03_teacher_cache.ipynb #3c630d00
@@ -61,21 +62,19 @@ def final_at(model: nn.Module,
     "The trunk's output at a few columns of each row; gradients flow. Hooks of the last layer do not run."
     a, row = get_adapter(model), torch.arange(len(ids), device=ids.device)[:, None]
     *before, last = a.layers
-    h = a.embed(ids)                             # (row, seq, d_model)
-    masks, rotary = a.masks(mask, h, position_ids), a.rotary(h, position_ids)
-    whole = dict(position_ids=position_ids, position_embeddings=rotary)
-    for l, layer in enumerate(before): h = hidden_of(layer(h, attention_mask=masks[a.window(l)], **whole))
+    h = a.start(ids, position_ids)               # (row, seq, d_model)
+    masks, rotations = a.masks(mask, h, position_ids), a.rotations(h, position_ids)
+    for l, layer in enumerate(before):
+        h = hidden_of(layer(h, **a.inputs(masks[a.window(l)], position_ids, rotations[a.bases[l]])))
     # all columns give keys and values, few ask
-    mask, past = masks[a.window(a.n_layers - 1)], PrefixCache()
+    mask, rotation, past = masks[a.window(a.n_layers - 1)], rotations[a.bases[-1]], PrefixCache()
     past.stop = True
-    try: last.forward(h, attention_mask=mask, past_key_values=past, use_cache=True, **whole)
+    try: last.forward(h, **a.inputs(mask, position_ids, rotation, past))
     except KeysReady: past.stop = False
-    asked = dict(
-        attention_mask=mask[row, 0, columns][:, None], # (row, 1, few, seq)
-        position_ids=position_ids[row, columns],
-        position_embeddings=tuple(x.expand(len(ids), -1, -1)[row, columns] for x in rotary),
-    )
-    few = last.forward(h[row, columns], past_key_values=past, use_cache=True, **asked) # (row, few, d_model)
+    of_few = tuple(x.expand(len(ids), -1, -1)[row, columns] for x in rotation)
+    sees = mask[row, 0, columns][:, None]        # (row, 1, few, seq)
+    asked = a.inputs(sees, position_ids[row, columns], of_few, past)
+    few = last.forward(h[row, columns], **asked) # (row, few, d_model)
     return a.final_norm(hidden_of(few))
 
 # %% ../../nbs/05_distill/03_teacher_cache.ipynb #730f31d3
@@ -101,7 +100,7 @@ def hidden_signals(model: nn.Module, pairs: ContrastiveDataset, request: SignalR
     packed = pack_pairs(pairs) if request.corrupt else _clean_rows(pairs)
     answers = answer_columns(pairs, packed, request.corrupt)
     strange = set(getattr(model.config, "layer_types", None) or ()) - KNOWN_LAYERS
-    whole = request.everywhere or a.recomputes or a.n_layers - 1 in request.read_layers or bool(strange)
+    whole = request.everywhere or a.recomputes or a.n_layers - 1 in request.read_layers or bool(strange) or not a.known
     with capture(model, request.read_layers) as hidden:
         if not whole: final = final_at(model, packed.ids, packed.mask, packed.position_ids, answers)
         elif request.corrupt: final = a.trunk(packed.ids, packed.mask, packed.position_ids)
@@ -226,8 +225,11 @@ def code_hash(*made_by) -> str:
     code = b"".join(f.read_bytes() for f in files if f.exists())
     return hashlib.sha256(code + f"{torch.__version__} {version('transformers')}".encode()).hexdigest()
 
+_MODELS = (ModelAdapter, Family, hidden_of)
+
 # of what computes a hidden state
-def _code_hash() -> str: return code_hash(hidden_signals, first_difference, PrefixCache, capture, get_adapter)
+def _code_hash() -> str:
+    return code_hash(hidden_signals, first_difference, PrefixCache, capture, get_adapter, *_MODELS)
 
 def teacher_targets(
     teacher: nn.Module, pairs: ContrastiveDataset, request: SignalRequest,

@@ -23,7 +23,7 @@ def answer_logits(
     "float32 logits at the answer position."
     a, device = get_adapter(model), model_device(model)
     hidden = a.trunk(input_ids.to(device), attention_mask.to(device))
-    return a.lm_head(hidden[torch.arange(len(hidden), device=device), answer_pos.to(device)]).float()
+    return a.logits(hidden[torch.arange(len(hidden), device=device), answer_pos.to(device)]).float()
 
 # %% ../../nbs/07_eval/02_accuracy.ipynb #f6c0fedb
 def task_accuracy(

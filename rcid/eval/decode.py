@@ -54,7 +54,7 @@ def greedy_decode(
         new = []
         going = torch.ones_like(length, dtype=torch.bool)
         for step in range(max_new):
-            token = a.lm_head(hidden).argmax(-1)
+            token = a.logits(hidden).argmax(-1)
             going = going & ~torch.isin(token, ends)
             new.append(torch.where(going, token, -1))
             if step == max_new - 1 or not going.any(): break

@@ -60,7 +60,7 @@ def perplexity(
             hidden = torch.cat([h[first - s - 1:e - s - 1] for h, (_, s, first, e) in zip(hidden, group)])
             target = torch.cat([ids[first:e] for ids, _, first, e in group]).to(device)
             for h, t in zip(hidden.split(head_rows), target.split(head_rows)):
-                total += float(F.cross_entropy(a.lm_head(h).float(), t, reduction="sum"))
+                total += float(F.cross_entropy(a.logits(h).float(), t, reduction="sum"))
     if not math.isfinite(total):
         raise FloatingPointError("perplexity: the loss is NaN or infinite: the weights or the dtype are broken")
     return math.exp(min(total / sum(len(t) - 1 for t in texts), 700))       # exp(700) is as bad as a float can say

@@ -188,7 +188,7 @@ def run_layers(
     "The residual stream through some layers; gradients flow. Padding is on the right, where no token looks."
     a, t = get_adapter(model), torch.arange(h.shape[1], device=h.device)
     sees = (t <= t[:, None]).expand(len(h), 1, -1, -1)                     # (row, 1, query, key)
-    wide, rotary = a.masks(sees, h), a.rotary(h, t[None])
+    wide, rotations = a.masks(sees, h), a.rotations(h, t[None])
     if narrow:
         sees, row = sees.clone(), torch.arange(len(h), device=h.device)
         sees[row, 0, narrow.at] = False
@@ -196,7 +196,7 @@ def run_layers(
         close = a.masks(sees, h)
     for l in layers:
         mask = (close if narrow and l >= narrow.layer else wide)[a.window(l)]
-        h = hidden_of(a.layers[l](h, attention_mask=mask, position_ids=t[None], position_embeddings=rotary))
+        h = hidden_of(a.layers[l](h, **a.inputs(mask, t[None], rotations[a.bases[l]])))
     return h
 
 @dataclass(frozen=True)
@@ -223,14 +223,15 @@ class _Rerouted(PairObjective):
             if self.method.through is None or step >= self.c.steps // 2: return None
             role, layer = self.method.through
             return Narrow(layer, batch.answer_pos.repeat(runs), batch.key_positions[role].repeat(runs))
-        h = a.embed(torch.cat([batch.clean_ids, batch.corrupt_ids]))
+        ids = torch.cat([batch.clean_ids, batch.corrupt_ids])
+        h = a.start(ids, torch.arange(ids.shape[1], device=ids.device)[None])
         h = run_layers(self.student, h, range(after + 1), narrow(2))
         clean, corrupt = h.chunk(2)                                        # (pair, seq, d_model) each
         at = (row, batch.key_positions[carrier])
         into_clean, into_corrupt = clean.index_put(at, corrupt[at]), corrupt.index_put(at, clean[at])
         runs = torch.cat([clean, corrupt, into_clean, into_corrupt])       # (run * pair, seq, d_model)
         final = a.final_norm(run_layers(self.student, runs, range(after + 1, a.n_layers), narrow(4)))
-        logits = a.lm_head(final[torch.arange(len(runs), device=self.device), batch.answer_pos.repeat(4)])
+        logits = a.logits(final[torch.arange(len(runs), device=self.device), batch.answer_pos.repeat(4)])
         of_clean, of_corrupt = said.logits, said.logits_corrupt
         target = torch.cat([of_clean, of_corrupt, of_corrupt, of_clean])   # (run * pair, vocab)
         each = divergence(logits[..., :self.vocab], target, temperature=self.c.temperature).view(4, -1).mean(1)

@@ -168,12 +168,11 @@ def forward_kv(
         )
     finally:
         for h in hooks: h.remove()
-    heads = lambda t: t.reshape(*input_ids.shape, adapter.n_heads, adapter.head_dim).transpose(1, 2)
     cache = cache_of(
         model,
         getattr(out, "past_key_values", None),
         mask,
-        torch.stack([heads(caught[l]) for l in range(adapter.n_layers)], 1) if queries else None,
+        torch.stack([adapter.query_heads(l, caught[l]) for l in range(adapter.n_layers)], 1) if queries else None,
         pre_rope,
     )
     if check: check_finite(cache)
@@ -200,7 +199,8 @@ def cache_of(
                 f"the cache of layer {i} holds {l.keys.shape[2]} of {mask.shape[1]} tokens (sliding window?): use a"
                 " shorter text or switch the window off"
             )
-    keep, rope = mask.bool()[:, None, None, :, None], rope_of(model)
+    keep = mask.bool()[:, None, None, :, None]
+    rope = rope_of(model) if pre_rope or raw_queries is not None else None
     k, v = (torch.stack([getattr(l, part) for l in layers[:n]], 1) for part in ("keys", "values"))
     cache = KVCache(k, v, mask, pre_rope=False)
     if pre_rope: cache = cache.unrotated(rope)

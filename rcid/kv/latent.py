@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from ..data.reasoning import ReasoningDataset
 from ..models.adapters import get_adapter, in_memory, share_parts
+from ..models.families import Family
 
 # %% ../../nbs/06_kv/09_latent.ipynb #2d321ff4
 def with_latents(
@@ -103,6 +104,11 @@ class LatentModel(nn.Module):
                 f" {get_adapter(plain).vocab}"
             )
         parts = get_adapter(plain)
+        if not parts.known or parts.names != Family():
+            raise ValueError(
+                f"LatentModel: latent places need a model with LLaMA's names and norms, and this is {parts.family}: use"
+                " llama, mistral, qwen2, qwen3, smollm3 or granite"
+            )
         self.model, self.lm_head, self.plain = _Trunk(parts.body, latent_id, iterations), parts.lm_head, (plain,)
 
     def __getattr__(self, name):
@@ -118,4 +124,5 @@ class LatentModel(nn.Module):
     def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False):
         from transformers.modeling_outputs import CausalLMOutputWithPast
         out = self.model(input_ids, attention_mask, position_ids, past_key_values, use_cache)
-        return CausalLMOutputWithPast(logits=self.lm_head(out.last_hidden_state), past_key_values=out.past_key_values)
+        logits = get_adapter(self).logits(out.last_hidden_state)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=out.past_key_values)

@@ -136,7 +136,7 @@ class FusionObjective(Objective):
 
     def _cross_entropy(self, final: Tensor, thought: ReasoningDataset) -> Tensor:
         want = thought.at("answer")[:, 1:]
-        logits = get_adapter(self.student).lm_head(final[:, :-1][want]).float()
+        logits = get_adapter(self.student).logits(final[:, :-1][want]).float()
         return F.cross_entropy(logits, thought.input_ids[:, 1:][want])
 
     def _distance(self, own: Tensor, fused: Fused) -> Tensor:

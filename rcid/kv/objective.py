@@ -246,8 +246,8 @@ class KVObjective(Objective):
     def _kl(self, a, student: Float[Tensor, "batch answer d_model"], rows) -> Float[Tensor, ""]:
         teacher = self.targets["final"][rows][:, :student.shape[1]].to(self.device)
         real = (teacher != 0).any(-1)                                                             # (batch, answer)
-        with torch.no_grad(): want = get_adapter(self.teacher).lm_head(teacher[real])[..., :self.vocab]
-        said = a.lm_head(student[real])[..., :self.vocab]
+        with torch.no_grad(): want = get_adapter(self.teacher).logits(teacher[real])[..., :self.vocab]
+        said = a.logits(student[real])[..., :self.vocab]
         return divergence(said, want, temperature=self.c.temperature).mean()
 
     def _mapped(self, rows, state) -> Float[Tensor, "batch layer d_model"]: # CODI's targets in the student's space
@@ -262,7 +262,7 @@ class KVObjective(Objective):
     @staticmethod
     def _ce(a, final, data, at): # tokens where `at`, each from the place before it
         want = at[:, 1:]
-        return F.cross_entropy(a.lm_head(final[:, :-1][want]).float(), data.input_ids[:, 1:][want])
+        return F.cross_entropy(a.logits(final[:, :-1][want]).float(), data.input_ids[:, 1:][want])
 
     def terms(self, rows, step: int, state: KVState | None) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         "The loss on the teacher's words, the method's own, and what to log."

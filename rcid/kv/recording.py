@@ -107,7 +107,7 @@ def record_teacher(
     model, tokenizer = load_model({"path": teacher.folder}, dtype=computed, device=device)
     read = teacher.read(problems, model, tokenizer)
     data = _tokenized(teacher, read, problems, tokenizer)
-    head = get_adapter(model).lm_head
+    head = get_adapter(model).logits
     numbers = data.input_ids.gather(1, data.cue_pos[:, None] + 1).unique()   # the numbers that answer some problem
     parts, right = [], []
     for i in range(0, len(data), batch):
@@ -148,5 +148,7 @@ def load_recording(teacher: Teacher, path: str | Path, tokenizer) -> TeacherReco
         raise ValueError(
             f"teacher {teacher.name}: {path} was recorded through another tokenizer: pass that of the teacher's folder"
         )
-    rope = Rope(torch.tensor(note["rope"]["inv_freq"]), note["rope"]["scaling"])
+    said = note["rope"]
+    scaling = torch.tensor(said["scaling"]) if isinstance(said["scaling"], list) else said["scaling"]      # by layer
+    rope = Rope(torch.tensor(said["inv_freq"]), scaling, said.get("width"))
     return TeacherRecording(teacher, data, cache.to(torch.float32), torch.tensor(note["available"]), rope)

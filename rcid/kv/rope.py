@@ -34,12 +34,16 @@ def dynamic_ntk_base(
 # %% ../../nbs/06_kv/01_rope.ipynb #0fbf3a55
 @dataclass(frozen=True)
 class Rope:
-    "Frequencies and scaling of one rotary embedding."
-    inv_freq: Float[Tensor, "half"]
-    scaling: float = 1.0               # attention_scaling: 1, or yarn's factor
+    "Frequencies and scaling of one rotary embedding, or of each layer's."
+    inv_freq: Float[Tensor, "half"] | Float[Tensor, "layer half"]
+    scaling: float | Float[Tensor, "layer"] = 1.0                     # attention_scaling: 1, or yarn's factor
+    width: int | None = None           # dimensions of a head, where only its first ones are turned
 
     @property
-    def head_dim(self) -> int: return 2*len(self.inv_freq)
+    def turned(self) -> int: return 2*self.inv_freq.shape[-1]
+
+    @property
+    def head_dim(self) -> int: return self.width or self.turned
 
     @classmethod
     def of_base(cls, base: float, head_dim: int, scaling: float = 1.0) -> "Rope":
@@ -55,25 +59,43 @@ def _check_even(head_dim: int):
 
 def rope_of(model: nn.Module) -> Rope:
     "The rotation as the model applied it in its last forward pass."
-    adapter = get_adapter(model)
-    _check_even(adapter.head_dim)
-    return Rope(adapter.rotary.inv_freq.detach().clone().float(), float(adapter.rotary.attention_scaling))
+    a = get_adapter(model)
+    if not a.known: raise ValueError(f"rope_of: how {a.family!r} turns keys is not known: add it to FAMILIES")
+    _check_even(a.head_dim)
+    every = [a.frequencies(l) for l in range(a.n_layers)]
+    used = [f for f in every if f is not None]
+    half = len(used[0][0]) if used else a.head_dim//2
+    width = a.head_dim if 2*half < a.head_dim else None
+    if len(used) == len(every) and len(set(a.bases)) == 1:
+        return Rope(used[0][0].detach().clone().float(), used[0][1], width)
+    still = torch.zeros(half, device=a.embed.weight.device), 1.0           # a layer without RoPE turns nothing
+    every = [still if f is None else f for f in every]
+    inv_freq = torch.stack([f.detach().float() for f, _ in every])         # (layer, half)
+    return Rope(inv_freq, torch.tensor([s for _, s in every]), width)
 
 # %% ../../nbs/06_kv/01_rope.ipynb #ec3d7e40
 def rope_tables(
     rope: Rope,
     positions: Int[Tensor, "*batch seq"],
     dtype: torch.dtype = torch.float32      # what the model computes in: the tables are rounded to it
-) -> tuple[Float[Tensor, "*batch seq head_dim"], Float[Tensor, "*batch seq head_dim"]]:
-    "`(cos, sin)`, scaled, as the model has them; in float32 or finer."
-    angle = positions[..., None].float() * rope.inv_freq.to(positions.device)
+) -> tuple[Float[Tensor, "*batch seq turned"], Float[Tensor, "*batch seq turned"]]:
+    "`(cos, sin)`, scaled, as the model has them; in float32 or finer; by layer where layers differ."
+    inv_freq, scaling = rope.inv_freq.to(positions.device), rope.scaling
+    if inv_freq.ndim == 2:                                                 # by layer
+        if positions.ndim == 2: positions = positions[:, None, None]      # (batch, 1, 1, seq)
+        inv_freq = inv_freq[:, None, None]                                 # (layer, 1, 1, half)
+        scaling = scaling.to(positions.device).view(-1, 1, 1, 1)
+    angle = positions[..., None].float() * inv_freq
     angle = torch.cat((angle, angle), -1)
     wide = torch.promote_types(dtype, torch.float32)
-    return tuple((f(angle)*rope.scaling).to(dtype).to(wide) for f in (torch.cos, torch.sin))
+    return tuple((f(angle)*scaling).to(dtype).to(wide) for f in (torch.cos, torch.sin))
 
 def _rotate_half(x: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
     return torch.cat((-b, a), -1)
+
+def _joined(turned: Tensor, rest: Tensor) -> Tensor:
+    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
 def _prepare(k: Tensor, rope: Rope, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     _check_even(k.shape[-1])
@@ -88,6 +110,11 @@ def _prepare(k: Tensor, rope: Rope, positions: Tensor | None) -> tuple[Tensor, T
             f"positions have shape {tuple(positions.shape)}, keys {tuple(k.shape)}: give (batch, seq), or one position"
             " per key"
         )
+    if rope.inv_freq.ndim == 2 and (k.ndim != 5 or k.shape[1] != len(rope.inv_freq)):
+        raise ValueError(
+            f"keys of shape {tuple(k.shape)}, but this RoPE has {len(rope.inv_freq)} layers of its own: give (batch,"
+            " layer, head, seq, head_dim) of all of them"
+        )
     cos, sin = rope_tables(rope, positions.to(k.device), k.dtype)
     while cos.ndim < k.ndim: cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)     # the same for every layer and head
     return k.to(cos.dtype), cos, sin
@@ -99,7 +126,8 @@ def rotate_keys(
 ) -> Float[Tensor, "batch layer kv_head seq head_dim"]:
     "Turns keys by their positions, as the model does."
     x, cos, sin = _prepare(k, rope, positions)
-    return (x*cos + _rotate_half(x)*sin).to(k.dtype)
+    x, rest = x.split([rope.turned, rope.head_dim - rope.turned], -1)
+    return _joined(x*cos + _rotate_half(x)*sin, rest).to(k.dtype)
 
 def unrotate_keys(
     k: Float[Tensor, "batch layer kv_head seq head_dim"],
@@ -108,4 +136,5 @@ def unrotate_keys(
 ) -> Float[Tensor, "batch layer kv_head seq head_dim"]:
     "The inverse of `rotate_keys`."
     x, cos, sin = _prepare(k, rope, positions)
-    return ((x*cos - _rotate_half(x)*sin)/(cos*cos + sin*sin)).to(k.dtype)
+    x, rest = x.split([rope.turned, rope.head_dim - rope.turned], -1)
+    return _joined((x*cos - _rotate_half(x)*sin)/(cos*cos + sin*sin), rest).to(k.dtype)

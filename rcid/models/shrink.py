@@ -10,8 +10,9 @@ import copy
 from typing import Callable
 import torch
 from torch import nn
-from .adapters import LAYER_NAMES, get_adapter, weights_of
+from .adapters import get_adapter, weights_of
 from .cast import carry_rotary
+from .families import PER_LAYER
 
 # %% ../../nbs/01_models/03_shrink.ipynb #b2d489d5
 def even_layers(n_teacher: int, n_student: int) -> list[int]:
@@ -21,6 +22,20 @@ def even_layers(n_teacher: int, n_student: int) -> list[int]:
     return [round((i + 1) * n_teacher / n_student) - 1 for i in range(n_student)]
 
 # %% ../../nbs/01_models/03_shrink.ipynb #98a36e44
+def _config_of(model: nn.Module, layers: list[int]):
+    "The config of a model made of these layers."
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = len(layers)
+    for name in PER_LAYER:
+        if getattr(config, name, None): setattr(config, name, [getattr(config, name)[l] for l in layers])
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        raise ValueError("layers of this model divide by their number: they compute something else in another place")
+    every = getattr(config, "decoder_sparse_step", None)                   # of Qwen3-MoE: every how many layers
+    if every:
+        dense = [l in config.mlp_only_layers or (l + 1) % every != 0 for l in layers]
+        config.decoder_sparse_step, config.mlp_only_layers = 1, [i for i, l in enumerate(dense) if l]
+    return config
+
 def rebuilt(
     model: nn.Module,
     layers: list[int],       # the layer of `model` that each layer of the copy starts as; one may stand several times
@@ -28,24 +43,28 @@ def rebuilt(
 ) -> nn.Module:
     "A copy of `model` made of these of its layers, in eval mode and without its hooks; the original is untouched."
     a = get_adapter(model)
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers = len(layers)
-    if getattr(config, "layer_types", None): config.layer_types = [config.layer_types[l] for l in layers]
+    config = _config_of(model, layers)
     if untie: config.tie_word_embeddings = False
     with torch.device("meta"): new = type(model)(config)                   # without weights: they are the original's
+    of_layers = f"{a.names.body}.{a.names.layers}."                        # how the names of a layer's weights begin
     places = {}
     for place, layer in enumerate(layers): places.setdefault(str(layer), []).append(place)
+    def new_names(name):
+        if not name.startswith(of_layers): return [name]
+        number, _, rest = name.removeprefix(of_layers).partition(".")
+        return [f"{of_layers}{place}.{rest}" for place in places.get(number, [])]
     state = {}
     for name, value in weights_of(model):
-        if not name.startswith(LAYER_NAMES):
-            state[name] = value.clone()
-            continue
-        number, _, rest = name.removeprefix(LAYER_NAMES).partition(".")
-        for place in places.get(number, []): state[f"{LAYER_NAMES}{place}.{rest}"] = value.clone()
+        for new_name in new_names(name): state[new_name] = value.clone()
     if strange := sorted(set(state) ^ set(new.state_dict())):
         parts = ", ".join(strange[:3])
         raise ValueError(f"cannot copy this {a.family} model: {parts} not in a plain one: merge its adapters first")
     new.load_state_dict(state, assign=True)
+    for name, value in model.named_buffers():                              # what no state_dict has, as Gemma's scale
+        for new_name in new_names(name):
+            if new_name in state: continue
+            parent, _, leaf = new_name.rpartition(".")
+            new.get_submodule(parent).register_buffer(leaf, value.clone(), persistent=False)
     tied = a.lm_head.weight is a.embed.weight or (a.embed.weight.is_meta and config.tie_word_embeddings)
     if tied and not untie: get_adapter(new).lm_head.weight = get_adapter(new).embed.weight
     new.generation_config = copy.deepcopy(model.generation_config)
