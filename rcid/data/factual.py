@@ -222,7 +222,7 @@ def factual_rows(
     # any: of any length, each in one pair only; `subject` is the last token, and all of them are modified
     subject_tokens: int | str = 1,
     corruption: str = "subject",         # one of CORRUPTIONS; both have the same sentences in the same order
-    long_answers: bool = False,          # with any: answers of several tokens too, known by their first one
+    long_answers: bool = False,          # with any: answers of several tokens too, see `Row`
     beside=None,                         # with any: the tokenizer of a second model, which the pairs fit as well
 ) -> Iterator[Row]:
     "Subject swaps inside a relation; template id // 1000 is the number of the relation."

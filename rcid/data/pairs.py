@@ -9,6 +9,7 @@ __all__ = ['ContrastiveDataset', 'Row', 'prompt_ids', 'following', 'single_token
 # %% ../../nbs/02_data/00_pairs.ipynb #4d085de6
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
+from os.path import commonprefix
 from pathlib import Path
 from typing import Iterable, NamedTuple
 import torch
@@ -94,7 +95,7 @@ class Row(NamedTuple):
     rewords: bool = False             # words that are no role may differ as well, and `modified` says which roles may
     after: tuple[str, ...] = ()       # roles whose next token is a role too, `s1+1`
     long_words: bool = False          # a modified word may be of several tokens; its role stands at the last one
-    long_answers: bool = False        # an answer of several tokens is known by its first one
+    long_answers: bool = False        # answers of several tokens: what both begin with is said, the next token asked
 
 def prompt_ids(tokenizer, texts: list[str]) -> list[list[int]]:
     "Texts to be gone on with: tokens with what the tokenizer puts in front (BOS), without what it puts behind (EOS)."
@@ -132,19 +133,19 @@ def _positions(row: Row, spans: list[tuple[int, int]]) -> dict[str, int | None]:
     positions["end"] = len(spans) - 1
     return positions
 
-def _answers(tokenizer, row: Row) -> list[int] | str:
-    "The tokens that the two answers are known by; a reason, if they cannot be."
+def _answers(tokenizer, row: Row) -> tuple[list[int], int, int] | str:
+    "What both answers begin with, and the tokens that tell them apart; a reason, if there are none."
     answers = following(tokenizer, row.clean, [row.correct, row.wrong])
     if None in answers: return "an answer changes the tokens of its prompt"
     behind = following(tokenizer, row.corrupt, [row.correct, row.wrong])
+    n = 0
     if row.long_answers:
-        if [] in answers: return "an answer is empty"
-        answers, behind = ([ids and ids[:1] for ids in both] for both in (answers, behind))
-        if answers[0] == answers[1]: return "both answers begin with one token"
-    if any(len(ids) != 1 for ids in answers): return "answer is not one token"
-    if answers[0] == answers[1]: return "both answers are one token"
+        n = len(commonprefix(answers))
+        if n == min(map(len, answers)): return "one answer begins with the other"
+    elif any(len(ids) != 1 for ids in answers): return "answer is not one token"
+    elif answers[0] == answers[1]: return "both answers are one token"
     if behind != answers: return "an answer is another token behind the corrupt prompt"
-    return [ids[0] for ids in answers]
+    return answers[0][:n], answers[0][n], answers[1][n]
 
 def _differs_wrongly(row: Row, positions: dict[str, int], spans: list[tuple[int, int]], differ: list[int]) -> str:
     "A reason why the tokens that `differ` are not those that a row says; empty if they are."
@@ -162,14 +163,17 @@ def _encode(tokenizer, row: Row) -> dict | str:
     if not row.corrupt: return "the sentence has no such corruption"
     answers = _answers(tokenizer, row)
     if isinstance(answers, str): return answers
+    shared, correct, wrong = answers
     clean, corrupt = prompt_ids(tokenizer, [row.clean, row.corrupt])
     if len(clean) != len(corrupt): return "clean and corrupt have unequal length"
     spans = tokenizer(row.clean, return_offsets_mapping=True)["offset_mapping"][:len(clean)]
+    clean, corrupt = clean + shared, corrupt + shared
+    spans += [(len(row.clean), len(row.clean))] * len(shared)              # they cover no character of the prompt
     positions = _positions(row, spans)
     if None in positions.values(): return "a role has no token"
     differ = [i for i, (a, b) in enumerate(zip(clean, corrupt)) if a != b]
     if why := _differs_wrongly(row, positions, spans, differ): return why
-    return dict(clean=clean, corrupt=corrupt, correct=answers[0], wrong=answers[1], positions=positions)
+    return dict(clean=clean, corrupt=corrupt, correct=correct, wrong=wrong, positions=positions)
 
 # %% ../../nbs/02_data/00_pairs.ipynb #c70f0804
 def _encode_kinds(tokenizer, kinds: dict[str, Row]) -> dict[str, dict] | str:

@@ -55,9 +55,10 @@ def _usable(read: tuple[Reading | None, ...], long_answers: bool) -> bool:
     return all(r is not None and (long_answers or len(r.answer) == 1) for r in read)
 
 def _apart(a: tuple[Reading, ...], b: tuple[Reading, ...]) -> bool:
-    "Do two facts differ in every token of the subject, and in the first one of the answer, in every tokenizer?"
+    "Do two facts differ in every token of the subject, and does no answer begin with the other, in every tokenizer?"
     for x, y in zip(a, b):
-        if x.answer[0] == y.answer[0] or any(i == j for i, j in zip(x.subject, y.subject)): return False
+        n = min(len(x.answer), len(y.answer))
+        if x.answer[:n] == y.answer[:n] or any(i == j for i, j in zip(x.subject, y.subject)): return False
     return True
 
 def _partners(group: list[tuple[Reading, ...]]) -> list[tuple[int, int]]:
@@ -78,7 +79,7 @@ def disjoint_swaps(
     facts: Sequence[tuple[str, str]],        # (subject, answer) of one relation
     templates: Sequence[tuple[int, str]],    # (id, text); lengths are measured in the first one
     draw: random.Random,
-    long_answers: bool = False,              # answers of several tokens as well, known by their first one
+    long_answers: bool = False,              # answers of several tokens as well
 ) -> list[Swap]:
     "Swaps of equally many subject tokens, each subject in one of them; the templates take turns."
     if not facts or not templates: return []
