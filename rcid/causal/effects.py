@@ -151,6 +151,7 @@ def causal_effects(
     memory: int | None = None,  # bytes beside the model; None = 1 GiB on a CPU, a quarter of an accelerator's memory
     tokens: int | None = None,  # size of a block of patched rows; None = 512 on a CPU, 16384 on an accelerator
     skip_zero: bool = True,  # do not compute what is exactly zero (False: for benchmarks)
+    progress=None,  # called with (pairs done, pairs in all)
 ) -> Float[Tensor, "pair site"]:
     """Effect of every site on every pair by activation patching (Zhang & Nanda, arXiv 2309.16042), restarted at the
     site."""
@@ -164,11 +165,13 @@ def causal_effects(
             return naive_effects(model, pairs, sites, mode, batch_size)
         length, last = p.answer_pos.cpu() + 1, a.n_layers - 1
         fit, work = _shares(a, memory or _budget(p.clean_ids.device), int(length.max()), len(sites))
-        batch_size = min(batch_size or fit, fit)
+        batch_size, done = min(batch_size or fit, fit), 0
         effects = torch.zeros(len(p), len(sites), device=p.clean_ids.device)
         for rows in length.argsort(stable=True).split(batch_size):        # similar lengths together
             block = tokens or (512 if p.clean_ids.device.type == "cpu" else 16384)
             effects[rows] = _batch_effects(model, p[rows], mode, layer, position[rows], last, block, work, skip_zero)
+            done += len(rows)
+            if progress: progress(done, len(p))
     return effects
 
 
