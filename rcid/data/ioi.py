@@ -78,7 +78,7 @@ def ioi_rows(
     split_used, pools = "test" if variant == "ood_names" else split, None
     if name_tokens == "any":
         pools = names_as_long([t for t in (tokenizer, beside) if t is not None], split_used)
-        if not pools: raise ValueError(f"no three names of the {split} split are equally long in the tokenizer: IOI needs 3")
+        if not pools: raise ValueError(f"no three names of the {split} split are of equal length here: IOI needs 3")
     names = names_of(tokenizer, split_used) if pools is None else list(pools)
     if pools is None and len(names) < 4:
         raise ValueError(f"only {len(names)} single-token names in the {split} split of this tokenizer: IOI needs 4")

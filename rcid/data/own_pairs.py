@@ -33,8 +33,10 @@ def _fault(r) -> str:
     "What is wrong with a row as text; empty if nothing is."
     if not isinstance(r, dict): return "is no JSON object: write {\"clean\": ..., \"corrupt\": ..., ...}"
     for key in NEEDED:
-        if not isinstance(r.get(key), str) or not r[key].strip(): return f"has no text {key!r}: give {', '.join(NEEDED)}"
-    if unknown := sorted(set(r) - {*NEEDED, "roles", "group"}): return f"has a key {unknown[0]!r} that means nothing here"
+        if isinstance(r.get(key), str) and r[key].strip(): continue
+        return f"has no text {key!r}: give {', '.join(NEEDED)}"
+    unknown = sorted(set(r) - {*NEEDED, "roles", "group"})
+    if unknown: return f"has a key {unknown[0]!r} that means nothing here: take it out"
     if r["clean"] == r["corrupt"]: return "does not differ: clean and corrupt are the same prompt"
     if r["answer"] == r["wrong"]: return f"has one answer for both prompts ({r['answer']!r}): they must differ"
     for key in ("answer", "wrong"):
@@ -44,12 +46,12 @@ def _fault(r) -> str:
     for name, words in r.get("roles", {}).items():
         if name in RESERVED: return f"names a role {name!r}, which every row has: use another name"
         times = r["clean"].count(words) if isinstance(words, str) and words.strip() else 0
-        if times != 1: return f"says {words!r} for role {name!r}, which stands {times} times in clean: it must stand once"
+        if times != 1: return f"says {words!r} for role {name!r}, {times} times in clean: it must stand there once"
     return ""
 
 def _row(line: int, r: dict) -> OwnRow:
     start, end, says = _words_that_differ(r["clean"], r["corrupt"])
-    if end <= start: end = start + 1                       # a word was put in: the tokens cannot agree, which is said later
+    if end <= start: end = start + 1                       # a word was put in: the lengths differ, which is said later
     roles = {"changed": (start, end)}
     for name, words in r.get("roles", {}).items():
         at = r["clean"].index(words)
@@ -68,7 +70,8 @@ def read_own_rows(path: str | Path) -> list[OwnRow]:
     for n, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip(): continue
         try: r = json.loads(line)
-        except json.JSONDecodeError as e: raise ValueError(f"{path}, line {n} is no JSON ({e.msg}): correct it") from None
+        except json.JSONDecodeError as e:
+            raise ValueError(f"{path}, line {n} is no JSON ({e.msg}): correct it") from None
         if fault := _fault(r): raise ValueError(f"{path}, line {n} {fault}")
         rows.append(_row(n, r))
         first, new = rows[0].row, rows[-1].row
@@ -85,8 +88,8 @@ def own_pairs(
     path: str | Path,                    # of a JSON-lines file
     tokenizers: Sequence,                # of one model, or of two: a row is used if both can take it
     n: int | None = None,                # the first n rows that fit; None = all
-) -> tuple[list[ContrastiveDataset], list[str]]: # for each tokenizer the same rows; and what was left out, with its line
-    "Pairs out of a file of one's own."
+) -> tuple[list[ContrastiveDataset], list[str]]:
+    "Pairs out of a file of one's own: for each tokenizer the same rows; and what was left out, with its line."
     kept, said = [], []
     for own in read_own_rows(path):
         if n is not None and len(kept) == n: break

@@ -31,7 +31,7 @@ def _config(spec: str):
     "The config of a folder or hub id."
     from transformers import AutoConfig
     if is_folder(spec) and not (Path(spec).expanduser()/"config.json").exists():
-        raise FileNotFoundError(f"no model in {spec}: there is no config.json; give the folder of a checkpoint, or a hub id")
+        raise FileNotFoundError(f"no model in {spec} (no config.json): give the folder of a checkpoint, or a hub id")
     try: return AutoConfig.from_pretrained(Path(spec).expanduser() if is_folder(spec) else spec)
     except (OSError, ValueError) as e:
         raise ValueError(f"{spec} could not be read as a model: {str(e).splitlines()[0]}") from None
@@ -42,7 +42,8 @@ def _refusal(spec: str, config) -> str:
         return "is an encoder-decoder model: rcid follows the residual stream of decoder-only models (LLaMA, Qwen ...)"
     quantised = getattr(config, "quantization_config", None)
     if quantised:
-        how = quantised.get("quant_method", "") if isinstance(quantised, dict) else getattr(quantised, "quant_method", "")
+        said = quantised if isinstance(quantised, dict) else vars(quantised)
+        how = said.get("quant_method", "")
         return (f"is quantised ({how or 'unknown method'}): use the 16-bit checkpoint it was made from, or save it"
                 " dequantised; float32, bfloat16 and float16 safetensors work")
     if is_folder(spec) and not list(Path(spec).expanduser().glob("*.safetensors")):

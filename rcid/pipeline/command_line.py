@@ -29,9 +29,9 @@ a line of my.jsonl (roles and group are optional):
 def _add_options(parser: argparse.ArgumentParser):
     "What `compare` and `map` share."
     parser.add_argument("--task", default="ioi", choices=("ioi", "factual", "winogrande", "arithmetic"))
-    parser.add_argument("--facts", default="", choices=("lama", "counterfact", "lre"), help="public facts, of any length")
+    parser.add_argument("--facts", default="", choices=("lama", "counterfact", "lre"), help="public facts")
     parser.add_argument("--pairs", default="", metavar="FILE", help="pairs of your own, JSON lines, instead of a task")
-    parser.add_argument("--kinds", default="", help="kinds of change, with commas; the task's classic one when not given")
+    parser.add_argument("--kinds", default="", help="kinds of change, with commas (default: the task's classic one)")
     parser.add_argument("-n", type=int, default=256, help="pairs that are read (default 256)")
     parser.add_argument("--unfiltered", action="store_true", help="also pairs that the teacher gets wrong")
     parser.add_argument("--out", default="", metavar="FILE", help="the page; the numbers are beside it as JSON")

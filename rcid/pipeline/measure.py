@@ -20,7 +20,7 @@ from ..eval.compare import compare
 from ..eval.comparison import COMPETENT, ENOUGH_PAIRS
 from ..eval.filter import both_right
 from ..models.before_loading import check_memory, free_bytes, look_at, memory_needed
-from ..models.load import load_model
+from ..models.load import is_folder, load_model
 from ..report.page import comparison_page, examples_of, map_page
 
 # %% ../../nbs/09_pipeline/13_measure.ipynb #13d00005
@@ -47,10 +47,11 @@ def say(text: str): print(text, file=sys.stderr, flush=True)
 
 class Bar:
     "A line on a terminal that grows; elsewhere a line at the end of each sweep."
-    def __init__(self): self.begun, self.told = time.time(), False
+    def __init__(self): self.begun = time.time()
     def __call__(self, *args):
         *what, done, of = args
-        words = f"{', '.join(what):24}[{'#' * (24 * done // of):24}] {done}/{of} pairs, {time.time() - self.begun:.0f} s"
+        bar, seconds = "#" * (24 * done // of), time.time() - self.begun
+        words = f"{', '.join(what):20}[{bar:24}] {done}/{of} pairs, {seconds:.0f} s"
         if sys.stderr.isatty(): print("\r" + words, end="\n" if done == of else "", file=sys.stderr, flush=True)
         elif done == of: say(words)
 
@@ -101,11 +102,12 @@ def _right(q: Question, teacher, made: list[dict], n: int, said: list[str]) -> l
     first = next(iter(made[0].values()))
     right = both_right(teacher, first, q.batch)
     rows = right.nonzero()[:n, 0]
-    said.append(f"the teacher is right in both directions on {int(right.sum())} of {len(first)} pairs: only those are used")
+    of = f"{int(right.sum())} of {len(first)} pairs"
+    said.append(f"the teacher is right in both directions on {of}: only those are used")
     if len(rows) < FEWEST:
         raise ValueError(
-            f"{q.task}: the teacher is right in both directions on {len(rows)} of {len(first)} pairs, {FEWEST} are"
-            " needed: this task is not for this teacher (--unfiltered reads all pairs)"
+            f"{q.task}: the teacher is right in both directions on {of}, {FEWEST} are needed: this task is not for this"
+            " teacher (--unfiltered reads all pairs)"
         )
     return [{kind: p[rows] for kind, p in kinds.items()} for kinds in made]
 
@@ -146,10 +148,11 @@ def _about(q: Question, models: list[tuple], pairs: Pairs, seconds: float) -> li
     source = q.pairs or f"task {q.task}" + (f", facts of {q.facts}" if q.facts else "")
     first = next(iter(pairs.test[0].values()))
     sizes = ", ".join(f"{kind} {len(p)}" for kind, p in pairs.test[0].items())
-    dtype = next(models[0][0].parameters()).dtype
+    dtype = str(next(models[0][0].parameters()).dtype).removeprefix("torch.")
+    tokenizers = "one tokenizer" if len(pairs.test) == 1 else "two tokenizers"
     return [
-        f"{' and '.join(q.models)}; {source}; pairs read: {sizes}; seed {q.seed}; {str(dtype).removeprefix('torch.')}."
-        f" {len(pairs.test)} tokenizer{'s' * (len(pairs.test) > 1)}; roles {', '.join(first.roles)}; {seconds:.0f} seconds.",
+        f"{' and '.join(q.models)}; {source}; pairs read: {sizes}; roles {', '.join(first.roles)}; seed {q.seed};"
+        f" {dtype}; {tokenizers}; {seconds:.0f} seconds.",
         "Intervals are 95 %, bootstrap over names. Made by rcid; nothing on this page was fetched from a network.",
     ]
 
@@ -161,6 +164,10 @@ def _write(out: str, page: str, data: dict) -> Path:
     write_json(path.with_suffix(".json"), data)
     say(f"wrote {path} and {path.with_suffix('.json').name}")
     return path
+
+def _name(spec: str) -> str:
+    "A model's name: of a folder its last part."
+    return Path(spec).name if is_folder(spec) else spec
 
 def _curves(m) -> dict:
     return dict(kinds=m.kinds, roles=m.roles, F=m.fraction.tolist())      # (kind, layer, role)
@@ -176,10 +183,10 @@ def compare_models(q: Question) -> Path:
     c = compare(teacher, student, _both(pairs.test), train=_both(pairs.train), keep=q.keep, tokenizers=two,
                 batch_size=q.batch, seed=q.seed, progress=Bar())
     warnings, seconds = c.warnings + pairs.said, time.time() - begun
-    if len(c.teacher.kinds) == 1: warnings.append("one kind of change: a shortcut that reacts alike is not seen (--kinds)")
+    if len(c.teacher.kinds) == 1: warnings.append("one kind of change: a shortcut that reacts alike is not seen")
     examples = examples_of(next(iter(pairs.test[0].values())), tokenizer)
     small = _about(q, models, pairs, seconds)
-    page = comparison_page(c, f"{q.models[0]} and {q.models[1]}", examples, warnings, small)
+    page = comparison_page(c, " and ".join(map(_name, q.models)), examples, warnings, small)
     data = c.to_dict() | dict(models=q.models, about=small, warnings=warnings, seconds=seconds,
                               teacher=_curves(c.teacher), student=_curves(c.student))
     print(c)
@@ -195,11 +202,11 @@ def map_model(q: Question) -> Path:
     kinds = pairs.test[0]
     first, warnings = next(iter(kinds.values())), list(pairs.said)
     right = float(both_right(model, first, q.batch).double().mean())
-    if right < COMPETENT: warnings.append(f"right in both directions on {right:.0%} of the pairs: there is little to map")
+    if right < COMPETENT: warnings.append(f"right in both directions on {right:.0%} of the pairs: little to map")
     if len(first) < ENOUGH_PAIRS: warnings.append(f"{len(first)} pairs are few: {ENOUGH_PAIRS} or more are better")
     m = mediation(model, kinds, batch_size=q.batch, progress=Bar())
     small = _about(q, models, pairs, time.time() - begun)
     data = _curves(m) | dict(models=q.models, about=small, warnings=warnings, right_both=right, no_gap=m.no_gap(),
                              gaps={kind: m.gap_interval(kind) for kind in m.kinds})
-    page = map_page(m, f"Effect map of {q.models[0]}", examples_of(first, tokenizer), warnings, small)
+    page = map_page(m, f"Effect map of {_name(q.models[0])}", examples_of(first, tokenizer), warnings, small)
     return _write(q.out or "rcid-map.html", page, data)

@@ -40,15 +40,15 @@ def _warped(c: Comparison) -> Reading:
     if w.distance != w.distance or w.shift != w.shift: shift, says = "", "There is no order of events to compare."
     elif c.verdicts["distance"].outcome != DIFFERS:
         says = "The depths agree as they are, so stretching them has nothing to explain."
-    elif w.distance < fixed / 2: says = "Stretching the depth explains most of the difference: the same steps in other layers."
-    else: says = "Stretching the depth does not explain the difference: another order of events, or another way."
+    elif w.distance < fixed / 2: says = "Stretching the depth explains most of it: the same steps in other layers."
+    else: says = "Stretching the depth does not explain it: another order of events, or another way."
     return Reading("Route distance D, same order", spanned(w.distance, w.interval), shift, says)
 
 def _fingerprint(c: Comparison) -> Reading:
     f = c.fingerprint
     beside = f"reliability {f.reliability_teacher:.2f} and {f.reliability_student:.2f}"
     if f.similarity != f.similarity: beside, says = "", f"Not to be had: {f.reason}."
-    elif f.interval[0] > .8: says = "The same sites matter, each for the same kind of change."
+    elif f.interval[0] > .8: says = "Mostly the same sites matter, for each kind of change."
     elif f.interval[1] < .5: says = "Other sites matter in the student than in the teacher."
     else: says = "Partly the same sites matter, or these pairs cannot tell."
     return Reading("Fingerprint over sites", spanned(f.similarity, f.interval), beside, says)
@@ -57,11 +57,12 @@ def _pairwise(c: Comparison) -> Reading | None:
     p, n = c.pairwise, len(c.sites)
     if p is None: return None
     beside = f"{n - p.n_undefined} of {n} sites"
-    if p.r != p.r: return Reading("Partial r over pairs", "undefined", beside, "The sites hold nothing beside the answer.")
+    nothing = "The sites hold nothing beside the answer."
+    if p.r != p.r: return Reading("Partial r over pairs", "undefined", beside, nothing)
     beside += f", shuffled pairs {p.null['low']:.2f} to {p.null['high']:.2f}"
     if p.interval[0] > p.null["high"]:
         says = "Where the teacher leans on a site more than usual the student does too, beyond what the answers share."
-    else: says = "Beyond the answers, sentences that lean on a site in the teacher are no more likely to do so in the student."
+    else: says = "Beyond the answers, the two models do not lean on these sites in the same sentences."
     return Reading("Partial r over pairs", spanned(p.r, p.interval), beside, says)
 
 def _interchange(c: Comparison) -> Reading | None:
@@ -79,7 +80,7 @@ def _original(c: Comparison) -> Reading | None:
     if o is None: return None
     beside = f"behaviour's share of it {share:.2f}"
     if o.consistency != o.consistency: says = "The effects do not vary, so they cannot be correlated."
-    elif share > SATURATED: says = "At these sites the effect is the answer itself: this number is behaviour, not mechanism."
+    elif share > SATURATED: says = "At these sites the effect is the answer itself: it reads behaviour, not mechanism."
     else: says = "Effects at the strongest sites go together as far as this says; part of it is behaviour."
     return Reading("First definition, r", spanned(o.consistency, (o.low, o.high)), beside, says)
 
@@ -91,21 +92,27 @@ def readings_of(c: Comparison) -> list[Reading]:
 def behaviour_of(c: Comparison) -> list[Reading]:
     "What the two models answer."
     b, v = c.behaviour, c.verdicts["accuracy"]
-    same = {DIFFERS: "The answers differ in how often they are right.", EQUAL: "Both are right equally often, within the bound."}
+    same = {
+        DIFFERS: "The two differ in how often they are right.",
+        EQUAL: "Both are right equally often, within the bound.",
+    }
     says = same.get(v.outcome, f"Not resolved: only a difference of {v.smallest:.2g} or more would be seen.")
     rows = [Reading("Accuracy, teacher and student", f"{b.accuracy[0]:.2f} and {b.accuracy[1]:.2f}", str(v), says)]
     gaps = f"{b.gap[0]:.2f} and {b.gap[1]:.2f} logits"
     rows.append(Reading("Gap between clean and corrupt", gaps, f"r over pairs {b.gap_r:.2f}",
                         "How much the change moves the answer: without a gap there is no mechanism to read."))
     if b.kl == b.kl:
-        rows.append(Reading("KL at the answer", f"{b.kl:.3f} nats", "", "How far the student's next word is from the teacher's."))
+        far = "How far the student's next word is from the teacher's."
+        rows.append(Reading("KL at the answer", f"{b.kl:.3f} nats", "", far))
     return rows
 
 def summary_of(c: Comparison) -> str:
     "The comparison in one sentence."
     route = {DIFFERS: "takes another route", EQUAL: "takes the same route"}
     if c.route.distance != c.route.distance: mechanism = "shows no route that could be compared"
-    else: mechanism = route.get(c.verdicts["distance"].outcome, "takes a route that these pairs cannot tell from the teacher's")
+    else:
+        unclear = "takes a route that these pairs cannot tell from the teacher's"
+        mechanism = route.get(c.verdicts["distance"].outcome, unclear)
     right = {DIFFERS: "is right less often" if c.verdicts["accuracy"].difference > 0 else "is right more often",
              EQUAL: "is right as often"}
     answers = right.get(c.verdicts["accuracy"].outcome, "is about as often right, as far as can be seen")
