@@ -142,12 +142,13 @@ def _templates(r: Relation, number: int, variant: str) -> list[tuple[int, str]]:
 
 def _shapes(
     tokenizer, table: list[Relation], variant: str,
-    subject: str   # to measure with
+    subject: str,  # to measure with
+    everything: bool       # held-out relations as well
 ) -> dict[tuple[int, str], tuple[int, int]]: # (template id, text) -> (tokens before the subject, tokens in all)
     "How long each template of a variant is in this tokenizer, and where its subject stands."
     shapes = {}
     for k, r in enumerate(table):
-        if r.ood != (variant == "ood_relations"): continue
+        if not everything and r.ood != (variant == "ood_relations"): continue
         for id, text in _templates(r, k, variant):
             said, at = fill(text, X=subject)
             spans = tokenizer(said, return_offsets_mapping=True)["offset_mapping"]
@@ -251,7 +252,7 @@ def factual_rows(
     long = dict(long_words=of_any, long_answers=long_answers)
     other, draw = corruption == "relation", random.Random(f"factual-relation-{split}-{seed}-{variant}")
     if other: modified = ("relation", "end")
-    shapes = _shapes(tokenizer, table, variant, subjects[0]) if other and subjects else {}
+    shapes = _shapes(tokenizer, table, variant, subjects[0], split == "all") if other and subjects else {}
     empty = True
     for swap in _in_turn(streams):
         empty = False
