@@ -54,6 +54,13 @@ def test_a_comparison_is_one_page_and_its_numbers(folders, tmp_path, capsys):
     assert "route D, same place" in said.out and "GiB needed" in said.err and "64/64 pairs" in said.err
 
 
+def test_interchange_patches_the_first_pairs(folders, monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "PATCHED", 20)
+    assert ran("compare", folders["teacher"], folders["same"], "-n", 64, "--out", tmp_path/"few.html") == 0
+    data = read_json(tmp_path/"few.json")
+    assert data["interchange"]["n_pairs"] == 20 and data["behaviour"]["n_pairs"] == 64
+
+
 def test_the_same_route_is_called_so_and_runs_repeat(folders, tmp_path):
     for name in ("a", "b"):
         assert ran("compare", folders["teacher"], folders["same"], "-n", 64, "--out", tmp_path/f"{name}.html") == 0
@@ -74,8 +81,9 @@ def test_two_tokenizers(folders, tmp_path):
 
 def test_names_that_a_tokenizer_cuts_up(folders, tmp_path):
     assert ran("compare", folders["teacher"], folders["letters"], "-n", 16, "--out", tmp_path/"cut.html") == 0
-    text = (tmp_path/"cut.html").read_text()
-    assert "no gap" in text or "not read" in text                                      # the student is untrained
+    text, data = (tmp_path/"cut.html").read_text(), read_json(tmp_path/"cut.json")
+    assert data["behaviour"]["n_pairs"] == 16 and "names are of several tokens" in text
+    assert "no gap" in text                                                            # the student is untrained
 
 
 OWN = [

@@ -164,6 +164,7 @@ def compare(
     tokenizers: tuple | None = None, # (teacher's, student's), with two sets of pairs: interchange compares text
     validated: dict | None = None,   # reading -> did it pass the calibration on models like these?
     batch_size: int | None = None,   # pairs per forward
+    interchange_pairs: int | None = None,    # pairs that interchange patches at each site, the first ones; None = all
     n_boot: int = 1000,
     seed: int = 0,
     progress=None,                   # called with (teacher | student, kind, pairs done, pairs in all) in the sweeps
@@ -183,7 +184,8 @@ def compare(
     if chosen: pairwise = partial_consistency(*read, chosen, layers, n_boot=n_boot, seed=seed)
     if chosen and (tokenizers or not two):
         more = dict(tokenizers=tokenizers, batch_size=batch, n_boot=n_boot, seed=seed)
-        interchange = interchange_agreement(teacher, student, both, chosen, layers, **more)
+        some = tuple(p[:interchange_pairs] for p in both) if two else both[:interchange_pairs]
+        interchange = interchange_agreement(teacher, student, some, chosen, layers, **more)
     original, shares = _original(data, known, k, student_depth, n_boot, seed)
     said = about_models(known, read[0], missing) + data.said
     if first not in missing: said += about_sites(chosen, pairwise, interchange, shares)

@@ -32,7 +32,8 @@ def _config(spec: str):
     from transformers import AutoConfig
     if is_folder(spec) and not (Path(spec).expanduser()/"config.json").exists():
         raise FileNotFoundError(f"no model in {spec} (no config.json): give the folder of a checkpoint, or a hub id")
-    try: return AutoConfig.from_pretrained(Path(spec).expanduser() if is_folder(spec) else spec)
+    source = Path(spec).expanduser() if is_folder(spec) else spec
+    try: return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as e:
         raise ValueError(f"{spec} could not be read as a model: {str(e).splitlines()[0]}") from None
 
