@@ -209,6 +209,7 @@ def test_the_estimate_is_the_size_of_the_weights(folders):
         (("--keep", "0,x"), "--keep 0,x: give layers with commas"),
         (("--train", "none.jsonl"), "no file none.jsonl"),
         (("--dtype", "float12"), "unknown dtype 'float12'"),
+        (("--out", "tests"), "--out tests is a folder: name a file in it"),
     ],
 )
 def test_bad_options_are_one_line(folders, capsys, more, words):
@@ -224,6 +225,33 @@ def test_bad_pairs_are_named_with_their_line_before_a_model_is_loaded(folders, t
     assert "mine.jsonl, line 2 does not differ" in capsys.readouterr().err.strip().splitlines()[-1]
     assert ran("compare", folders["teacher"], folders["same"], "--train", written(tmp_path/"m.jsonl", OWN)) == 2
     assert "--train is a second file beside --pairs" in capsys.readouterr().err
+
+
+def test_facts_that_are_not_there_are_said_before_loading(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "load_model", lambda *a, **k: pytest.fail("a weight was read"))
+    lama = ("map", folders["teacher"], "--task", "factual", "--facts", "lama")
+    for where, words in ((str(tmp_path), "holds no dataset 'lama'"), (None, "needs RCID_DATA_DIR")):
+        if where: monkeypatch.setenv("RCID_DATA_DIR", where)
+        else: monkeypatch.delenv("RCID_DATA_DIR")
+        assert ran(*lama) == 2 and words in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_public_facts_of_any_length(knows_words, monkeypatch, tmp_path):
+    "A small table in the public layout, whose subjects the tokenizer cuts up."
+    relation = next(r for r in embedded("factual")["relations"] if r["name"] == "capital")
+    samples = [dict(subject=f"old {s}", object=o) for s, o in relation["facts"].items()]
+    table = dict(name="capital", prompt_templates=["The capital of {} is"], prompt_templates_zs=[], samples=samples)
+    (tmp_path/"lre_relations").mkdir()
+    (tmp_path/"lre_relations"/"toy.json").write_text(json.dumps(table))
+    monkeypatch.setenv("RCID_DATA_DIR", str(tmp_path))
+    facts = ("--task", "factual", "--facts", "lre", "--unfiltered", "-n", 8)
+    assert ran("map", knows_words, *facts, "--out", tmp_path/"m.html") == 2        # "old" stays: not all tokens change
+    for i, s in enumerate(samples): s["subject"] = s["subject"].replace("old", ["Paris", "Rome"][i % 2])
+    (tmp_path/"lre_relations"/"toy.json").write_text(json.dumps(table))
+    assert ran("map", knows_words, *facts, "--out", tmp_path/"m.html") == 0
+    text, data = (tmp_path/"m.html").read_text(), read_json(tmp_path/"m.json")
+    assert "facts of lre" in text and data["roles"] == ["subject", "relation", "end"]
+    assert re.search(r"The capital of (Paris|Rome) \w+ is", text)
 
 
 def test_models_without_a_common_sentence(folders, capsys):

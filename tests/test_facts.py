@@ -11,7 +11,8 @@ from rcid.data.pairs import Row, misfit
 from rcid.data.splits import PATIENCE
 from rcid.data.subjects import disjoint_swaps, readings
 from rcid.models import byte_tokenizer, train_tokenizer
-from test_tasks import needs_data, vocabulary  # a fixture and a mark
+from conftest import real
+from test_tasks import needs_data, real_tokenizer, vocabulary  # a mark, a function and a fixture
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,29 @@ def test_public_tables_give_thousands_of_pairs(vocabulary, dataset, least):
     used = p.entity_ids.flatten().tolist()
     assert len(p) == least and len(set(used)) == 2 * least and changed(p).sum(1).max() > 3
     assert p.is_modified["subject"] and (p.correct_token_id != p.wrong_token_id).all()
+
+
+@needs_data
+@pytest.mark.data
+def test_public_facts_of_two_real_vocabularies():
+    both = [real_tokenizer(real(name)) for name in ("qwen3", "llama3")]
+    options = dict(source="path", dataset="lre", subject_tokens="any", beside=both[1])
+    mine, theirs = load_for_all("factual", both, ["subject"], "all", 3000, **options)
+    p, q = mine["subject"], theirs["subject"]
+    assert len(p) >= 1000 and p.entity_ids.equal(q.entity_ids) and changed(p).sum(1).max() > 3
+    assert (q.clean_ids[:, 0] == both[1].bos_token_id).all()
+
+
+@pytest.mark.parametrize("task", ("ioi", "factual", "winogrande", "arithmetic"))
+def test_every_task_has_common_sentences_of_real_vocabularies(task):
+    both = [real_tokenizer(real(name)) for name in ("llama3", "qwen3")]
+    mine, theirs = load_for_all(task, both, n=50)
+    for kind, p in mine.items():
+        assert len(p) == len(theirs[kind]) == 50 and p.roles == theirs[kind].roles
+        for i in (0, 49):
+            said = [t.decode(k.clean_ids[i][k.attention_mask[i] == 1], skip_special_tokens=True)
+                    for t, k in zip(both, (p, theirs[kind]))]
+            assert said[0] == said[1]
 
 
 # words and answers of several tokens

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from ..causal.mediation import mediation
 from ..core.paths import atomic_file, write_json
+from ..data.factual import relations_of
 from ..data.ioi import names_of
 from ..data.own_pairs import own_pairs, read_own_rows
 from ..data.pairs import ContrastiveDataset
@@ -145,6 +146,8 @@ def _checked(q: Question):
     for file in filter(None, (q.pairs, q.train)): read_own_rows(file)
     if q.train and not q.pairs: raise ValueError("--train is a second file beside --pairs: give both, or neither")
     if q.facts and q.task != "factual": raise ValueError("--facts is for --task factual")
+    if q.facts: relations_of("path", q.facts)              # the table is there and whole
+    if q.out and Path(q.out).is_dir(): raise ValueError(f"--out {q.out} is a folder: name a file in it")
     known = corruptions(q.task)
     if unknown := [kind for kind in q.kinds if kind not in known]:
         raise ValueError(f"task {q.task!r} has no kind {unknown[0]!r}: there are {', '.join(known)}")
