@@ -210,6 +210,7 @@ def causal_effects(
     memory: int | None = None,  # bytes beside the model; None = 1 GiB on a CPU, a quarter of an accelerator's memory
     tokens: int | None = None,  # size of a block of patched rows; None = 512 on a CPU, 16384 on an accelerator
     skip_zero: bool = True,  # do not compute what is exactly zero (False: for benchmarks)
+    progress=None,  # called with (pairs done, pairs in all)
 ) -> Float[Tensor, "pair site"]:
     """Effect of every site on every pair by activation patching (Zhang & Nanda, arXiv 2309.16042), restarted at the
     site."""
@@ -227,12 +228,14 @@ def causal_effects(
         length, last = p.answer_pos.cpu() + 1, a.n_layers - 1
         memory, n_parts = memory or _budget(p.clean_ids.device), int((what > 0).sum())
         fit, work = _shares(a, memory, int(length.max()), len(sites), n_parts)
-        batch_size = min(batch_size or fit, fit)
+        batch_size, done = min(batch_size or fit, fit), 0
         effects = torch.zeros(len(p), len(sites), device=p.clean_ids.device)
         for rows in length.argsort(stable=True).split(batch_size):        # similar lengths together
             block = tokens or (512 if p.clean_ids.device.type == "cpu" else 16384)
             asked = _needed(p[rows], layer, position[rows], what, last, skip_zero)
             effects[rows] = _batch_effects(model, p[rows], mode, layer, position[rows], what, slots, asked, block, work)
+            done += len(rows)
+            if progress: progress(done, len(p))
     return effects
 
 

@@ -7,7 +7,7 @@ __all__ = ['INSIDE', 'LEAST_GAP', 'CONSTANT', 'ANSWER', 'Mediation', 'load_media
 
 # %% ../../nbs/03_causal/04_mediation.ipynb #847ed868
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 import numpy as np
 import torch
@@ -215,7 +215,8 @@ def mediation(
     model: nn.Module,
     pairs: ContrastiveDataset | dict[str, ContrastiveDataset],   # of one kind; or kinds by name, the classic first
     batch_size: int | None = None,
-    memory: int | None = None                    # both as in `causal_effects`
+    memory: int | None = None,                   # both as in `causal_effects`
+    progress=None                                # called with (kind, pairs done, pairs in all)
 ) -> Mediation:
     """Effects of all layers and roles under each kind of corruption, and the gaps to divide them by: one sweep a kind
     (Vig et al., arXiv 2004.12265, but by restarted interchange and as a ratio of means)."""
@@ -224,7 +225,8 @@ def mediation(
     for kind, some in kinds.items():
         marked = replace(some, key_positions={**some.key_positions, ANSWER: some.answer_pos})
         sites = [*all_sites(model, some), Site(layers - 1, ANSWER)]      # the last one's effect is the gap
-        found = causal_effects(model, marked, sites, batch_size=batch_size, memory=memory).float().cpu()
+        told = progress and partial(progress, kind)
+        found = causal_effects(model, marked, sites, batch_size=batch_size, memory=memory, progress=told).float().cpu()
         effects[kind] = found[:, :-1].reshape(len(some), layers, -1)     # (pair, layer, role)
         keeps = getattr(some, "keeps_answer", False)
         gaps[kind] = gaps[first][:len(some)].clone() if keeps else found[:, -1].clone()

@@ -14,8 +14,9 @@ from .samples import draw_documents, healing_text, saved_text, save_text
 from .factual import factual_rows, relations_of
 from .winogrande import winogrande_rows, real_twins
 from .arithmetic import arithmetic_rows
-from .splits import TASKS, corruptions, load_kinds, load_pairs, check_disjoint, variants_of
+from .splits import TASKS, corruptions, load_for_all, load_kinds, load_pairs, check_disjoint, variants_of
 from .kinds import stacked
+from .own_pairs import own_pairs
 from .world import task_sentences, world_sentences
 from .holdout import StyledProblem, check_parts, load_parts, save_parts, split_problems, styled_problems
 from .stories import Reader, story_pairs

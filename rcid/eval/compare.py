@@ -7,6 +7,7 @@ __all__ = ['LEAST', 'FEWEST', 'sites_by', 'layers_at', 'compare']
 
 # %% ../../nbs/07_eval/15_compare.ipynb #c1500003
 from dataclasses import dataclass
+from functools import partial
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -72,20 +73,23 @@ class _Data:
     chosen_on: ContrastiveDataset    # the teacher's pairs of `choose`, first kind
     said: list                       # what was done, in words
 
-def _sweeps(teacher, student, pairs, tokenizers, batch_size) -> tuple[Matched, tuple]:
+def _sweeps(teacher, student, pairs, tokenizers, batch_size, progress) -> tuple[Matched, tuple]:
     if isinstance(pairs, tuple): matched = matched_pairs(*pairs, tokenizers)
     else: matched = Matched(by_kind(pairs), by_kind(pairs), (0, 0))
-    both = zip((teacher, student), (matched.teacher, matched.student))
-    return matched, tuple(mediation(model, kinds, batch_size=batch_size) for model, kinds in both)
+    swept = []
+    for who, model, kinds in (("teacher", teacher, matched.teacher), ("student", student, matched.student)):
+        told = progress and partial(progress, who)
+        swept.append(mediation(model, kinds, batch_size=batch_size, progress=told))
+    return matched, tuple(swept)
 
-def _data(teacher, student, pairs, train, tokenizers, batch_size, seed) -> _Data:
-    matched, swept = _sweeps(teacher, student, pairs, tokenizers, batch_size)
+def _data(teacher, student, pairs, train, tokenizers, batch_size, seed, progress) -> _Data:
+    matched, swept = _sweeps(teacher, student, pairs, tokenizers, batch_size, progress)
     first, said = next(iter(matched.teacher)), []
     sides = matched.teacher[first], matched.student[first]
     if any(matched.dropped):
         said.append(f"{matched.dropped[0]} and {matched.dropped[1]} rows dropped that only one tokenizer has")
     if train is not None:
-        other, choose = _sweeps(teacher, student, train, tokenizers, batch_size)
+        other, choose = _sweeps(teacher, student, train, tokenizers, batch_size, progress)
         if choose[0].kinds != swept[0].kinds:
             raise ValueError(f"train pairs have kinds {choose[0].kinds}, the others {swept[0].kinds}: use the same")
         if choose[0].roles != swept[0].roles:
@@ -160,14 +164,16 @@ def compare(
     tokenizers: tuple | None = None, # (teacher's, student's), with two sets of pairs: interchange compares text
     validated: dict | None = None,   # reading -> did it pass the calibration on models like these?
     batch_size: int | None = None,   # pairs per forward
+    interchange_pairs: int | None = None,    # pairs that interchange patches at each site, the first ones; None = all
     n_boot: int = 1000,
     seed: int = 0,
+    progress=None,                   # called with (teacher | student, kind, pairs done, pairs in all) in the sweeps
 ) -> Comparison:
     "Does a student compute its answers as its teacher does? All readings, from one sweep per model and kind."
     if unknown := set(bounds or {}) - set(BOUNDS):
         raise ValueError(f"compare: no bounds for {sorted(unknown)}: there are {list(BOUNDS)}")
     if keep is not None: student_depth = depths(get_adapter(student).n_layers, keep, get_adapter(teacher).n_layers)
-    data = _data(teacher, student, pairs, train, tokenizers, batch_size, seed)
+    data = _data(teacher, student, pairs, train, tokenizers, batch_size, seed, progress)
     two, read, first = isinstance(pairs, tuple), data.read, data.read[0].kinds[0]
     both = data.pairs if two else data.pairs[0]
     batch, missing = batch_size or 32, without_gap(*read, read[0].kinds)
@@ -178,7 +184,8 @@ def compare(
     if chosen: pairwise = partial_consistency(*read, chosen, layers, n_boot=n_boot, seed=seed)
     if chosen and (tokenizers or not two):
         more = dict(tokenizers=tokenizers, batch_size=batch, n_boot=n_boot, seed=seed)
-        interchange = interchange_agreement(teacher, student, both, chosen, layers, **more)
+        some = tuple(p[:interchange_pairs] for p in both) if two else both[:interchange_pairs]
+        interchange = interchange_agreement(teacher, student, some, chosen, layers, **more)
     original, shares = _original(data, known, k, student_depth, n_boot, seed)
     said = about_models(known, read[0], missing) + data.said
     if first not in missing: said += about_sites(chosen, pairwise, interchange, shares)
