@@ -229,7 +229,7 @@ def main(argv: list[str]) -> int:
     try:
         if args.targets == ["status"]: print(*status(), sep="\n"); return 0
         if args.targets == ["check"]:
-            lines, good = check()
+            lines, good = check(slurm=args.executor == "slurm")
             print(*lines, sep="\n")
             return int(not good)
         return launch(
