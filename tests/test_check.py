@@ -1,4 +1,4 @@
-"""`python -m rcid.pipeline check` at the paper's scale: each thing that would stop a run is one line, before the run."""
+"""`python -m rcid.pipeline check` at the paper's scale: each thing that would stop a run is a line."""
 import shutil, sys, types
 from types import SimpleNamespace
 import httpx, huggingface_hub, pytest, torch
@@ -40,7 +40,7 @@ def bad(slurm: bool = False) -> list[str]:
 
 
 def test_what_is_ready_is_ready(ready):
-    assert bad() == [] and bad(slurm=True)[0].startswith("BAD  memory")       # 32 GB a stage are too few for a 7B teacher
+    assert bad() == [] and bad(slurm=True)[0].startswith("BAD  memory")       # 32 GB a stage are too few
     ready("launch.memory=64")
     assert bad(slurm=True) == []
 

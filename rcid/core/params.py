@@ -134,7 +134,7 @@ class Launch(Need):
 
 class Block(_Section):
     "A part of the matrix: every family x task x method, with all seeds."
-    families: list[str] = Field(min_length=1)
+    families: list[str]                          # of the extra matrix none, when its only one is left out
     tasks: list[str] = Field(min_length=1)
     methods: list[str] = Field(min_length=1)
 
@@ -193,6 +193,8 @@ class Params(_Section):
     extra_matrix: Block                          # what is run beside it: other tasks or families, fewer methods
     seeds: list[int] = Field(min_length=1)
     models: dict[str, Family]
+    # families that stopped at a gate, and which: the launcher writes it, for the paper
+    left_out: dict[str, Literal["models", "data", "pilot"]] = {}
     real_tokenizers: list[Literal["qwen3", "llama3"]] = [] # vocabularies that the pilot reports name pools for
     lm: Lm
     data: Data
@@ -237,6 +239,7 @@ def _disagreement(p: Params) -> str | None:
     for family in p.families:
         if family not in p.models:
             return f"families names {family!r}, which models does not describe (it has {sorted(p.models)})"
+    if not p.main_matrix.families: return "main_matrix.families is empty: name one or more"
     for name, block in (("main_matrix", p.main_matrix), ("extra_matrix", p.extra_matrix)):
         for key, used, known in (("families", block.families, p.families), ("tasks", block.tasks, p.tasks)):
             if lost := set(used) - set(known):

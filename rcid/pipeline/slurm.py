@@ -15,7 +15,11 @@ from .slurm_job import HandIn, launch_settings, sbatch_lines, time_limit
 
 # %% ../../nbs/09_pipeline/07_slurm.ipynb #2be98a60
 # what sbatch says of a job that no later try helps; everything else is tried again
-REFUSED = re.compile(r"invalid(?!.*(credential|protocol|message))|configuration is not available|can ?not be satisfied|not permitted|more processors requested", re.I)
+REFUSED = re.compile(
+    r"invalid(?!.*(credential|protocol|message))|configuration is not available|can ?not be satisfied|not permitted"
+    r"|more processors requested",
+    re.I,
+)
 # reasons for which a job waits for ever: what it asks for is more than it may have, or wrong
 NEVER = re.compile(
     r"Invalid(Account|QOS)|\w*NotAllowed|BadConstraints|Partition(Node|Time)Limit|PartitionConfig"
