@@ -110,7 +110,7 @@ def test_the_matrix_of_the_paper_without_llama(tmp_path):
 
 def test_a_gated_repository_names_its_page(monkeypatch):
     from transformers import AutoModelForCausalLM
-    said = "You are trying to access a gated repo.\nMake sure to have access to it at https://hub/our/model.\n401 Client"
+    said = "You are trying to access a gated repo.\nMake sure to have access to it at https://hub/our/model.\n401 No"
     def refuse(*args, **options): raise OSError(said)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
     with pytest.raises(RuntimeError) as e: load_model({"hub": "our/model"})
