@@ -2,7 +2,7 @@
 import shutil, sys, time
 from contextlib import ExitStack
 from pathlib import Path
-import pytest
+import pytest, toy
 from conftest import ROOT
 from rcid.core.commands import CommandFailed
 from rcid.pipeline.dvc import Job
@@ -31,10 +31,10 @@ def calls(cluster: Path, tool: str) -> int: return (cluster/"calls").read_text()
 
 
 def pool(folder: Path, launch: str = "{}", **more) -> Slurm:
-    "Jobs of a workspace; a command of SLURM hangs after two seconds."
+    "Jobs of a workspace; a command of SLURM hangs after ten seconds."
     folder.mkdir(exist_ok=True)
     (folder/"params.yaml").write_text(f"launch: {launch}\n")
-    return Slurm(**{**dict(folder=folder, poll=0.1, patience=0.5, answer=2.0), **more})
+    return Slurm(**{**dict(folder=folder, poll=0.1, patience=0.5, answer=10.0), **more})
 
 
 def job(folder: Path, name: str, command: str | None = None) -> Job:
@@ -42,7 +42,7 @@ def job(folder: Path, name: str, command: str | None = None) -> Job:
     return Job(name, command or f"sleep 0.3; echo {name} >> trail", str(folder), {}, [], ExitStack())
 
 
-def finished(slurm: Slurm, n: int, limit: float = 40.0) -> dict[str, int]:
+def finished(slurm: Slurm, n: int, limit: float = 120.0) -> dict[str, int]:
     "Exit statuses of `n` stages."
     slurm.flush()
     done, end = {}, time.monotonic() + limit
@@ -164,3 +164,15 @@ def test_what_a_killed_launcher_left_is_ended(cluster, tmp_path):
     pool(work).known.write_text('["rcid-1"]')
     faults(cluster, "squeue", "fail", "fail", "fail")
     with pytest.raises(CommandFailed, match="squeue does not answer"): pool(work)
+
+
+@pytest.mark.slow
+def test_a_pipeline_on_a_controller_that_often_fails(cluster, tmp_path):
+    folder = toy.make(tmp_path/"toy")
+    faults(cluster, "sbatch", "late", "fail", "ok", "late")
+    faults(cluster, "squeue", "ok", "fail", "fail", "ok", "fail")
+    code, said = toy.launch(folder, "--executor", "slurm", TOY_PACE="0")
+    assert code == 0 and "SLURM: sbatch does not answer" in said, said
+    assert sorted(t["stage"] for t in toy.trail(folder)) == sorted({t["stage"] for t in toy.trail(folder)}), "ran twice"
+    assert len(toy.results(folder)) == 19 and "up to date" in toy.dvc(folder, "repro")
+    assert not (folder/"logs"/"slurm"/"jobs.json").exists() and calls(cluster, "scancel") == 0
