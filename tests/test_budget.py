@@ -16,7 +16,10 @@ KNOWN = {
     "Qwen/Qwen3-0.6B": 596_049_920,
     "meta-llama/Llama-3.1-8B": 8_030_261_248,
     "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "Qwen/Qwen2-7B-Instruct": 7_615_616_512,
+    "Qwen/Qwen2-1.5B-Instruct": 1_543_714_304,
 }
+TIED = ("Qwen/Qwen3-0.6B", "meta-llama/Llama-3.2-1B", "Qwen/Qwen2-1.5B-Instruct")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def test_parameter_counts_are_the_published_ones(shapes, name):
     model = shapes[name]
     assert parameters(model) == KNOWN[name] and all(p.is_meta for p in model.parameters())
     a = get_adapter(model)
-    assert (a.lm_head.weight is a.embed.weight) == (name in ("Qwen/Qwen3-0.6B", "meta-llama/Llama-3.2-1B"))
+    assert (a.lm_head.weight is a.embed.weight) == (name in TIED)
 
 
 def test_unknown_shape():

@@ -415,6 +415,10 @@ def cases_of_paper():
     passed, failed = ({"gates": {"accuracy": dict(value=v, bound=.9)}} for v in (.95, .8))
     for pilots in ("p", "pp", "ppp", "pf", "ff"):
         say.pilot_sentence({f"family {i}": passed if kind == "p" else failed for i, kind in enumerate(pilots)})
+    assert say.left_out_sentence({}) == ""
+    gates = ("models", "data", "pilot")
+    told = [say.left_out_sentence({"llama": gate}) for gate in gates]
+    assert len(set(told)) == 3 and told[0].startswith("The LLaMA family is left out of this run: its weights")
     say.sites_sentence({"llama": dict(roles=["s2", "end"], score=[[3., 0.], [2., 0.], [0., 4.]])})
     right = {"test": {"teacher_right": dict(kept=96, dropped=32)}}
     for data in ({"llama": {"tasks": {"factual": right}}}, {}): say.filter_sentence(data)

@@ -100,6 +100,15 @@ def _source_of(spec: dict) -> tuple[Path | str, dict]:
         raise RuntimeError(f"could not load {source}: {what}: delete the folder and run `dvc repro`")
     return source, {}
 
+def _why_not(source: Path | str, e: Exception) -> str:
+    "The first line of what went wrong; of a repository that asks for a licence also the line that names its page."
+    first, *others = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
+    if isinstance(source, Path): return first
+    if "gated" in first.lower():
+        page = next((line for line in others if "://" in line), "")
+        return " ".join(filter(None, (first, page, "Then set HF_TOKEN to a token of yours.")))
+    return f"{first} (no folder here has this name, so it was taken for a hub id)"
+
 def load_model(
     spec: str | Path | dict, # hub id | path | {hub, revision} | {path} | {wheel, file, sha256} | {arch, ...}
     *, dtype=None,         # torch dtype or its name; float32 on a CPU, bfloat16 on an accelerator
@@ -120,8 +129,7 @@ def load_model(
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
     except (OSError, RuntimeError) as e:
-        hint = "" if isinstance(source, Path) else " (no folder here has this name, so it was taken for a hub id)"
-        raise RuntimeError(f"could not load {source}: {str(e).splitlines()[0]}{hint}") from None
+        raise RuntimeError(f"could not load {source}: {_why_not(source, e)}") from None
     except Exception as e:                                  # safetensors raises its own class for broken files
         what = f"the safetensors file is damaged ({e})"
         raise RuntimeError(f"could not load {source}: {what}; delete it and make it again") from None

@@ -64,9 +64,11 @@ class Stopped(KeyboardInterrupt):
 class Run:
     "One run of the stale stages of a pipeline on an executor."
     def __init__(self, pipeline: Pipeline, executor, report=None,
-        first: tuple[str, ...] = ()              # stages that go, with all that they need, before the others
+        first: tuple[str, ...] = (),             # stages that go, with all that they need, before the others
+        gate=None                                # of a stage that ended well: why what needs it shall not run, or ""
     ):
         self.pipeline, self.executor, self.report = pipeline, executor, report or (lambda run, event: None)
+        self.gate = gate or (lambda name: "")
         self.times = Times(pipeline.root/"logs"/"launch"/"times.json")
         self.state = dict.fromkeys(pipeline.stages, "waiting")
         self.why, self.since, self.begun = {}, {}, time.time()
@@ -98,6 +100,7 @@ class Run:
         return max([*path.values(), sum(todo.values()) / max(1, len(self.executor.slots)), 0.0])
 
     def _set(self, name: str, state: str, why: str = ""):
+        if state in DONE and (shut := self.gate(name)): state, why = "failed", shut
         self.state[name] = state
         if why: self.why[name] = why
         if state == "failed":

@@ -36,6 +36,8 @@ SHAPES = {
     "Qwen/Qwen3-0.6B": _shape("qwen3", 151936, 1024, 3072, 28, 16, 8, 128, True),
     "meta-llama/Llama-3.1-8B": _shape("llama", 128256, 4096, 14336, 32, 32, 8, 128, False),
     "meta-llama/Llama-3.2-1B": _shape("llama", 128256, 2048, 8192, 16, 32, 8, 64, True),
+    "Qwen/Qwen2-7B-Instruct": _shape("qwen2", 152064, 3584, 18944, 28, 28, 4, 128, False),
+    "Qwen/Qwen2-1.5B-Instruct": _shape("qwen2", 151936, 1536, 8960, 28, 12, 2, 128, True),
 }
 
 def shaped_model(name: str, device: str = "meta", dtype: torch.dtype = torch.bfloat16) -> nn.Module:

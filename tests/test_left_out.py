@@ -1,0 +1,123 @@
+"""A family that is not required and stops at a gate: the others run to the end, in one command."""
+import json, subprocess, sys
+from pathlib import Path
+import pytest, toy
+from conftest import output_of
+from rcid.core.params import load_params
+from rcid.models import load_model
+from rcid.pipeline.left_out import without
+from rcid.pipeline.workspace import compose_params
+
+STAGES = """
+stages:
+  models:
+    matrix: {family: "${families}"}
+    cmd: test ${item.family} != "${refused}" && echo ok > models-${item.family}.txt
+    params: [refused]
+    outs: ["models-${item.family}.txt"]
+  pilot:
+    matrix: {family: "${families}"}
+    cmd: python pilot.py ${item.family}
+    deps: [pilot.py, "models-${item.family}.txt"]
+    params: [weak]
+    metrics: [{"metrics/pilot/${item.family}.json": {cache: false}}]
+  distill:
+    matrix: {family: "${main_matrix.families}"}
+    cmd: echo ${item.family} >> trail; echo ok > student-${item.family}.txt
+    deps: ["metrics/pilot/${item.family}.json"]
+    outs: ["student-${item.family}.txt"]
+  distill_extra:
+    matrix: {family: "${extra_matrix.families}"}
+    cmd: echo ${item.family} >> trail; echo ok > student-${item.family}.txt
+    deps: ["metrics/pilot/${item.family}.json"]
+    outs: ["student-${item.family}.txt"]
+  paper:
+    cmd: cat params.yaml > paper.txt
+    deps: [metrics/pilot]
+    params: [families, left_out]
+    outs: [paper.txt]
+"""
+PILOT = """
+import json, sys, yaml
+family, p = sys.argv[1], yaml.safe_load(open("params.yaml"))
+failed = ["names are 3, bound 20"] if family == p["weak"] else []
+json.dump(dict(passed=not failed, failed=failed), open(f"metrics/pilot/{family}.json", "w"))
+"""
+
+
+def make(folder: Path, **params) -> Path:
+    "A pipeline of two families; llama stands in the extra matrix only, and is not required."
+    (folder/"metrics"/"pilot").mkdir(parents=True)
+    given = dict(
+        families=["qwen3", "llama"], refused="nobody", weak="nobody", left_out={},
+        main_matrix={"families": ["qwen3"]}, extra_matrix={"families": ["llama"]},
+        models={"qwen3": {"required": True}, "llama": {"required": False}},
+    )
+    (folder/"params.yaml").write_text(json.dumps({**given, **params}))
+    (folder/"dvc.yaml").write_text(STAGES)
+    (folder/"pilot.py").write_text(PILOT)
+    done = subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=folder, capture_output=True)
+    assert done.returncode == 0, output_of(done)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate, params", (("models", {"refused": "llama"}), ("pilot", {"weak": "llama"})))
+def test_the_others_run_to_the_end(tmp_path, gate, params):
+    folder = make(tmp_path/"work", **params)
+    code, said = toy.launch(folder, "--workers", "1", "--first", "pilot")
+    assert code == 0 and f"llama stopped at {gate}, is not required, and is left out" in said, said
+    assert (folder/"trail").read_text().split() == ["qwen3"]                  # each once, and llama's student never
+    assert f"llama: {gate}" in (folder/"paper.txt").read_text()
+    assert ("its gates: names are 3, bound 20" in said) == (gate == "pilot")
+    assert toy.launch(folder)[1].startswith("nothing to do")
+    make_anew = json.loads((make(tmp_path/"other", **params)/"params.yaml").read_text())
+    (folder/"params.yaml").write_text(json.dumps(make_anew))                  # as `make repro` does
+    code, said = toy.launch(folder, "--workers", "1")
+    assert code == 0 and "is left out" in said and (folder/"trail").read_text().split() == ["qwen3"], said
+    (folder/"params.yaml").write_text(json.dumps({**make_anew, "refused": "nobody", "weak": "nobody"}))
+    code, said = toy.launch(folder, "--workers", "1")                         # its licence came, its names are enough
+    assert code == 0 and "left out" not in said and "llama" in (folder/"trail").read_text(), said
+    assert "llama" not in (folder/"paper.txt").read_text().partition("left_out")[2].partition("main_matrix")[0]
+
+
+def test_a_required_family_still_stops_what_needs_it(tmp_path):
+    folder = make(tmp_path/"work", refused="qwen3")
+    code, said = toy.launch(folder, "--workers", "1")
+    assert code == 1 and "left out" not in said and "skipped paper" in said, said
+    assert json.loads((folder/"params.yaml").read_text())["families"] == ["qwen3", "llama"]
+
+
+def test_what_was_asked_for_by_name_is_not_left_out(tmp_path):
+    folder = make(tmp_path/"work", refused="llama")
+    code, said = toy.launch(folder, "models@llama", "--workers", "1")
+    assert code == 1 and "failed  models@llama" in said and "left out" not in said, said
+
+
+def test_the_matrix_of_the_paper_without_llama(tmp_path):
+    "The extra matrix has no family left, experiment 7 no teacher that needs the licence; the params are still valid."
+    compose_params(tmp_path/"all.yaml", "scale=a100")
+    before = load_params(tmp_path/"all.yaml").model_dump(mode="json")
+    (tmp_path/"params.yaml").write_text(json.dumps(without(before, {"llama": "models"})))
+    p = load_params(tmp_path/"params.yaml")
+    assert p.families == ["qwen3"] and p.extra_matrix.families == [] and p.left_out == {"llama": "models"}
+    assert {f for f, *_ in p.cells} == {"qwen3"} and len(p.cells) == 36
+    assert p.teachers.base_models == ["qwen3", "student"] and p.teachers.names == ["qwen3"]
+    assert p.teachers.run == ["none", "single_qwen3"]
+    assert without(before, {"llama": "pilot"})["teachers"] == before["teachers"]   # the model is there all the same
+    assert without(before, {"llama": "pilot", "qwen3": "pilot"}) is None
+
+
+def test_a_gated_repository_names_its_page(monkeypatch):
+    from transformers import AutoModelForCausalLM
+    said = "You are trying to access a gated repo.\nMake sure to have access to it at https://hub/our/model.\n401 No"
+    def refuse(*args, **options): raise OSError(said)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    with pytest.raises(RuntimeError) as e: load_model({"hub": "our/model"})
+    assert str(e.value) == (
+        "could not load our/model: You are trying to access a gated repo. Make sure to have access to it at"
+        " https://hub/our/model. Then set HF_TOKEN to a token of yours."
+    )
+    said = "our/model is not a valid identifier\nmore"
+    with pytest.raises(RuntimeError, match="identifier .no folder here has this name, so it was taken for a hub id.$"):
+        load_model({"hub": "our/model"})
