@@ -91,7 +91,7 @@ def apart(
     student: Mediation,                                      # of the same pairs
     roles: dict[str, list[str]],                             # of the kinds that are read, see `roles_to_judge`
     weights: Float[np.ndarray, "resample pair"] | None = None,   # None: the pairs as they are
-    keep: list[int] | None = None        # the teacher layers that the student was made of; None: layers of the same depth
+    keep: list[int] | None = None        # teacher layers that the student was made of; None: by depth
 ) -> Float[np.ndarray, "resample"]:
     "D at these roles under a map fixed in advance; NaN where one of the two lost its gap under one of the kinds."
     n = 1 if weights is None else len(weights)
