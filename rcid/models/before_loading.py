@@ -6,12 +6,14 @@
 __all__ = ['BESIDE', 'Checkpoint', 'look_at', 'free_bytes', 'memory_needed', 'check_memory']
 
 # %% ../../nbs/01_models/10_before_loading.ipynb #10be0002
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
 from ..core.hardware import free_memory, pick_device, pick_dtype
 from .adapters import get_adapter
 from .load import is_folder
+from .lora_folder import WEIGHTS, lora_base, lora_folder
 
 # %% ../../nbs/01_models/10_before_loading.ipynb #10be0004
 @dataclass(frozen=True)
@@ -51,12 +53,29 @@ def _refusal(spec: str, config) -> str:
         return "has no weights: there is no .safetensors file beside its config.json (pickled .bin files are not read)"
     return ""
 
+def _plus(spec: str, folder: Path, base: Checkpoint) -> Checkpoint:
+    "A base with the LoRA weights of a folder, which are float32 in memory."
+    from safetensors import safe_open
+    try:
+        with safe_open(folder/WEIGHTS, "pt") as f: n = sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
+    except Exception as e:                       # safetensors has an error of its own
+        raise ValueError(f"{folder/WEIGHTS} is damaged ({e}): save the adapters again") from None
+    more = dict(parameters=base.parameters + n, bytes=base.bytes + 4 * n)
+    return replace(base, spec=f"{spec} (LoRA on {base.spec})", **more)
+
 def look_at(
     spec: str,                   # folder or hub id
     dtype=None, device: str | None = None        # as in `load_model`
 ) -> Checkpoint:
     "Family and sizes of a checkpoint without its weights; ValueError in one line where it cannot be used."
     from transformers import AutoModelForCausalLM
+    folder = lora_folder(Path(spec).expanduser() if is_folder(spec) else spec)
+    if folder:
+        base = lora_base(folder)
+        try: seen = look_at(str(base), dtype, device)
+        except (FileNotFoundError, ValueError) as e:
+            raise ValueError(f"{spec} is LoRA on {base}, which cannot be used: {e}") from None
+        return _plus(spec, folder, seen)
     config = _config(spec)
     if why := _refusal(spec, config): raise ValueError(f"{spec} {why}")
     try:

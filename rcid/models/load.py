@@ -13,12 +13,14 @@ from torch import nn
 from ..core.hardware import pick_device, pick_dtype
 from ..core.paths import atomic_folder, broken_checksums, workspace_path, write_checksums
 from .cast import cast
+from .lora_folder import check_named, lora_base, lora_folder, put_on
 from .tokenizers import byte_tokenizer
 from .wheels import fetch_from_wheel
 
 # %% ../../nbs/01_models/02_load.ipynb #acc4733d
 def save_model(model: nn.Module, tokenizer, folder: str | Path) -> Path:
-    "Writes model and tokenizer to `folder` as safetensors, whole or not at all, with their hashes."
+    "Writes model (of one with LoRA only that) and tokenizer as safetensors, whole or not at all, with hashes."
+    check_named(model)
     with atomic_folder(folder) as new:
         model.save_pretrained(new, safe_serialization=True)
         if tokenizer is not None: tokenizer.save_pretrained(new)
@@ -86,6 +88,11 @@ def is_folder(spec: str | Path) -> bool:
     written_so = path.is_absolute() or text.startswith(("~", ".")) or text.count("/") > 1 or "\\" in text or " " in text
     return isinstance(spec, Path) or path.is_dir() or written_so
 
+def _check_whole(folder: Path):
+    if bad := broken_checksums(folder):
+        what = f"{', '.join(bad)} does not match its SHA-256"
+        raise RuntimeError(f"could not load {folder}: {what}: delete the folder and run `dvc repro`")
+
 def _source_of(spec: dict) -> tuple[Path | str, dict]:
     "The folder or hub id of a spec's weights, a folder looked through, and the options of `from_pretrained`."
     if "hub" in spec: return spec["hub"], {"revision": spec.get("revision")}
@@ -95,9 +102,7 @@ def _source_of(spec: dict) -> tuple[Path | str, dict]:
         advice = ("`make repro` (or `dvc repro models@llama`, `heal@llama` ...) makes the models of this project; "
                   "else give a folder that exists, or a hub id such as org/name")
         raise FileNotFoundError(f"no model in {source} ({missing}): {advice}")
-    if bad := broken_checksums(source):
-        what = f"{', '.join(bad)} does not match its SHA-256"
-        raise RuntimeError(f"could not load {source}: {what}: delete the folder and run `dvc repro`")
+    _check_whole(source)
     return source, {}
 
 def _why_not(source: Path | str, e: Exception) -> str:
@@ -109,13 +114,32 @@ def _why_not(source: Path | str, e: Exception) -> str:
         return " ".join(filter(None, (first, page, "Then set HF_TOKEN to a token of yours.")))
     return f"{first} (no folder here has this name, so it was taken for a hub id)"
 
+def _tokenizer(source: Path | str, options: dict):
+    from transformers import AutoTokenizer
+    try: return AutoTokenizer.from_pretrained(source, **options)
+    except Exception as e:
+        what = str(e).splitlines()[0]
+        raise RuntimeError(f"{source} has no usable tokenizer ({what}): save one beside the weights") from None
+
+def _with_lora(folder: Path, dtype, device) -> tuple[nn.Module, object]:
+    "The base that a folder of LoRA weights names, with them in it; their own tokenizer if there is one."
+    _check_whole(folder)
+    base = lora_base(folder)
+    try: model, tokenizer = load_model(base, dtype=dtype, device=device)
+    except (FileNotFoundError, RuntimeError) as e:
+        advice = "put it there, or name another as base_model_name_or_path in adapter_config.json"
+        raise type(e)(f"{folder} is LoRA on {base}, which is not at hand: {advice} ({e})") from None
+    model = put_on(model, folder)
+    own = (folder/"tokenizer_config.json").exists()
+    return model, _tokenizer(folder, dict(trust_remote_code=False)) if own else tokenizer
+
 def load_model(
     spec: str | Path | dict, # hub id | path | {hub, revision} | {path} | {wheel, file, sha256} | {arch, ...}
     *, dtype=None,         # torch dtype or its name; float32 on a CPU, bfloat16 on an accelerator
     device: str | None = None
 ) -> tuple[nn.Module, object]:
     "Loads `(model, tokenizer)`, model in eval mode; safetensors only, no remote code."
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     if isinstance(spec, (str, Path)): spec = {"path": spec} if is_folder(spec) else {"hub": spec}
@@ -124,6 +148,9 @@ def load_model(
     if "arch" in spec:
         model, tokenizer = from_arch(spec)
         return cast(model.to(device), dtype).eval(), tokenizer
+    where = Path(spec["path"]).expanduser() if "path" in spec else spec.get("hub")
+    folder = lora_folder(where, spec.get("revision")) if where else None
+    if folder: return _with_lora(folder, dtype, device)
     source, options = _source_of(spec)
     options["trust_remote_code"] = False
     try:
@@ -133,9 +160,4 @@ def load_model(
     except Exception as e:                                  # safetensors raises its own class for broken files
         what = f"the safetensors file is damaged ({e})"
         raise RuntimeError(f"could not load {source}: {what}; delete it and make it again") from None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except Exception as e:
-        what = str(e).splitlines()[0]
-        raise RuntimeError(f"{source} has no usable tokenizer ({what}): save one beside the weights") from None
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), _tokenizer(source, options)
