@@ -37,7 +37,7 @@ class HeadMap:
     def values(self) -> Float[np.ndarray, "layer head role corruption"]:
         "V of every head at every role, 0 where an identity decides it."
         m, layers = self.read, np.arange(self.n_layers)
-        v = values(m, m.kinds, layers, np.ones((1, len(m.entities))))[0]                    # (corruption, layer, column)
+        v = values(m, m.kinds, layers, np.ones((1, len(m.entities))))[0]  # (corruption, layer, column)
         v = np.where(np.stack([m.forced[kind].numpy() for kind in m.kinds]), 0, v)
         return np.moveaxis(v.reshape(len(v), len(layers), self.n_heads, len(self.roles)), 0, -1)
 
@@ -81,7 +81,7 @@ def _pairing(
     cost: Float[np.ndarray, "head_t head_s"], groups_t: int, groups_s: int
 ) -> list[tuple[int, int]]:
     "The cheapest pairing of heads that keeps groups together: inside of each two groups first, then of groups."
-    blocks = cost.reshape(groups_t, len(cost) // groups_t, groups_s, -1)                    # (group_t, head, group_s, head)
+    blocks = cost.reshape(groups_t, len(cost) // groups_t, groups_s, -1)  # (group_t, head, group_s, head)
     inside, total = {}, np.zeros((groups_t, groups_s))
     for t, s in np.ndindex(groups_t, groups_s):
         inside[t, s] = linear_sum_assignment(blocks[t, :, s])
@@ -124,7 +124,7 @@ def _laid_out(m: HeadMap, layers: Int[np.ndarray, "matched"], heads: list[list[i
     "The effects of these heads of each layer, side by side, as a mediation of as many layers."
     roles = np.arange(len(m.roles))
     columns = [[head * len(m.roles) + r for head in some for r in roles] for some in heads]
-    layer, column = torch.from_numpy(np.asarray(layers))[:, None], torch.tensor(columns)    # (matched, 1), (matched, column)
+    layer, column = torch.from_numpy(np.asarray(layers))[:, None], torch.tensor(columns)  # (matched, 1), (matched, column)
     effects = {kind: e[:, layer, column] for kind, e in m.read.effects.items()}
     forced = {kind: f[layer, column] for kind, f in m.read.forced.items()}
     names = [f"{i} {role}" for i in range(len(heads[0])) for role in m.roles]
