@@ -124,7 +124,7 @@ def _laid_out(m: HeadMap, layers: Int[np.ndarray, "matched"], heads: list[list[i
     "The effects of these heads of each layer, side by side, as a mediation of as many layers."
     roles = np.arange(len(m.roles))
     columns = [[head * len(m.roles) + r for head in some for r in roles] for some in heads]
-    layer, column = torch.from_numpy(np.asarray(layers))[:, None], torch.tensor(columns)  # (matched, 1), (matched, column)
+    layer, column = torch.as_tensor(np.asarray(layers))[:, None], torch.tensor(columns)   # (matched, 1), (matched, ...)
     effects = {kind: e[:, layer, column] for kind, e in m.read.effects.items()}
     forced = {kind: f[layer, column] for kind, f in m.read.forced.items()}
     names = [f"{i} {role}" for i in range(len(heads[0])) for role in m.roles]
