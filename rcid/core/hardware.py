@@ -11,9 +11,15 @@ from pathlib import Path
 
 # %% ../../nbs/00_core/02_hardware.ipynb #51272710
 def pick_device(device: str | None = None) -> str:
-    "`device` if given, else `cuda` where there is one, else `cpu`."
+    "`device` if given, else `cuda` where there is one, else `cpu`; ValueError for one that is not there."
     import torch
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not device: return "cuda" if torch.cuda.is_available() else "cpu"
+    try: asked = torch.device(device)
+    except RuntimeError: raise ValueError(f"unknown device {device!r}: use cpu, cuda or cuda:1") from None
+    there = torch.cuda.device_count() if asked.type == "cuda" else 1
+    if (asked.index or 0) >= there and asked.type == "cuda":
+        raise ValueError(f"no device {device} here: torch sees {there} CUDA devices; use another, or cpu")
+    return device
 
 def pick_dtype(dtype=None, device: str = "cpu"):
     "bfloat16 on an accelerator, float32 on a CPU, unless `dtype` (a torch dtype or its name) says otherwise."

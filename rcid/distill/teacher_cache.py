@@ -161,7 +161,7 @@ def model_hash(model: nn.Module) -> str:
     weights = [content_hash({name: value}) for name, value in weights_of(model)]
     return content_hash({}, model.config.to_json_string(use_diff=True), weights)
 
-LIBRARIES = ("accelerate", "transformers")   # their hooks move tensors and record outputs, and change none
+LIBRARIES = ("accelerate", "transformers", "peft")   # their hooks move and record tensors, and change none
 
 def changed_by_hand(model: nn.Module) -> bool:
     "Has this model hooks, parametrizations or forwards of its own that are not its libraries'?"
