@@ -109,6 +109,7 @@ def to_typst(text: str, folder: Path) -> str:
         "--metadata=reference-section-title=References",
     ]
     if styled.exists(): command += [f"--template={styled/'template.typ'}", f"--lua-filter={styled/'filter.lua'}"]
+    text = text.replace("\\appendix\n", "\\hypertarget{appendix}{}\n\n")      # pandoc drops it; the filter knows this one
     try: done = run_command(command, "pandoc could not read the paper", text=False, input=text.encode(), cwd=folder)
     except CommandFailed as e:
         raise PaperError([str(e)]) from None
