@@ -22,6 +22,7 @@ end
 
 -- Where the appendix begins (`\appendix`, as rcid.report.paper hands it on): letters instead of numbers, a new page.
 local appendix = [[#place.flush()
+#context [#metadata(here().page()) <body-ends>]
 #pagebreak(weak: true)
 #counter(heading).update(0)
 #set heading(numbering: "A.1")]]
@@ -43,7 +44,9 @@ function Pandoc(doc)
   local blocks = {}
   for i, block in ipairs(body) do
     if i == at then
+      blocks[#blocks + 1] = pandoc.RawBlock("typst", "#[#set text(size: 8.6pt)")
       for _, reference in ipairs(references) do blocks[#blocks + 1] = reference end
+      blocks[#blocks + 1] = pandoc.RawBlock("typst", "]")
       blocks[#blocks + 1] = pandoc.RawBlock("typst", appendix)
     else blocks[#blocks + 1] = block end
   end

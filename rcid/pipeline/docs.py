@@ -77,7 +77,7 @@ def signature(module: str, name: str, level: int) -> str:
     text = re.sub(r"\A\s*(---\s*)?(\[source\]\([^\n]*\n\s*)?#+ [^\n]*\n", "", text)
     # links of other projects' docstrings lead nowhere here
     text = re.sub(r"\[([^\]]*)\]\((?!https?:)[^)\s]*\)", r"\1", text)
-    return f"({module}.{name})=\n{'#' * level} {name}\n\n{text.strip()}"
+    return f"({module}.{name})=\n{'#' * level} `{name}`\n\n{text.strip()}"
 
 def public_names(code: str) -> list[str]:
     "Functions and classes that a cell defines, without the private ones."
@@ -137,6 +137,22 @@ div.cell details.admonition.hide > summary > p.admonition-title { background: tr
 div.cell details.admonition.hide > summary > p.admonition-title::before { display: none; }
 div.cell_output pre { font-size: var(--code-font-size); max-height: 30em; }
 article table { font-size: var(--font-size--small); }
+/* a line of 120 characters fits at 1300 pixels; where there is no room for it, it is broken and not cut off */
+body { --code-font-size: 78%; }
+.content { min-width: 0; }
+@media (min-width: 63.01em) { .sidebar-drawer { width: 15em; } .content { width: min(62em, calc(100vw - 22em)); } }
+@media (min-width: 82.01em) { .content { width: min(62em, calc(100vw - 37em)); } }
+@media (min-width: 100em) { .sidebar-drawer { width: calc(50% - 34em); } }
+@media (max-width: 63em) {
+  .content { box-sizing: border-box; width: 100%; padding: 0 1em; }
+  .highlight pre { white-space: pre-wrap; overflow-wrap: anywhere; } }
+/* an equation that does not fit is scrolled, alone */
+mjx-container[display="true"] { max-width: 100%; overflow-x: auto; overflow-y: hidden; padding: .1rem 0; }
+/* a function is less than the section that it stands in */
+article h2:has(> code:first-child), article h3:has(> code:first-child), article h4:has(> code:first-child) {
+  font-size: 1.05rem; margin-top: 1.4rem; }
+article h2 > code:first-child, article h3 > code:first-child, article h4 > code:first-child {
+  background: transparent; border: 0; padding: 0; font-size: 1.05rem; }
 '''
 
 def _title(nb: dict, fallback: str) -> str:
@@ -233,7 +249,7 @@ def build_docs(workers: int = 2) -> Path:
     for c in nb["cells"]: c["source"] = c["source"].replace("](../", "](")
     nb["cells"].append({"cell_type": "markdown", "id": "doc-toc", "metadata": {}, "source": "\n".join(trees)})
     _write(site/"index.ipynb", nb)
-    for name in ("paper/figures/routes.png", "paper/main.pdf"):               # what the guide shows and links
+    for name in ("paper/figures/same_answers.png", "paper/main.pdf"):               # what the guide shows and links
         if (root()/name).exists():
             (site/name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(root()/name, site/name)
