@@ -70,10 +70,16 @@ def execute(notebook: Path, cache: Path) -> dict:
     return nb
 
 # %% ../../nbs/09_pipeline/08_docs.ipynb #28bbcd8f
-def signature(module: str, name: str, level: int) -> str:
-    "Heading, signature, first line and argument table of one public name, from nbdev."
+def _described(obj) -> str:
+    "Signature, first line and argument table from nbdev; without a table where it cannot read an inherited `__init__`."
     from nbdev.showdoc import show_doc
-    text = show_doc(getattr(importlib.import_module(module), name))._repr_markdown_()
+    try: return show_doc(obj)._repr_markdown_()
+    except SyntaxError:                                                 # such as that of matplotlib's figures
+        return f"```python\nclass {obj.__name__}({obj.__base__.__name__})\n```\n\n{obj.__doc__ or ''}"
+
+def signature(module: str, name: str, level: int) -> str:
+    "Heading and description of one public name."
+    text = _described(getattr(importlib.import_module(module), name))
     text = re.sub(r"\A\s*(---\s*)?(\[source\]\([^\n]*\n\s*)?#+ [^\n]*\n", "", text)
     # links of other projects' docstrings lead nowhere here
     text = re.sub(r"\[([^\]]*)\]\((?!https?:)[^)\s]*\)", r"\1", text)
@@ -245,8 +251,8 @@ def build_docs(workers: int = 2) -> Path:
             "cells": [{"cell_type": "markdown", "id": "doc-guide", "metadata": {}, "source": "# rcid"}],
         }
     )
-    # on the site paper/ is beside the guide
-    for c in nb["cells"]: c["source"] = c["source"].replace("](../", "](")
+    # on the site paper/ is beside the guide, and the pages of a run are under experiments/
+    for c in nb["cells"]: c["source"] = c["source"].replace("](../runs/", "](experiments/").replace("](../", "](")
     nb["cells"].append({"cell_type": "markdown", "id": "doc-toc", "metadata": {}, "source": "\n".join(trees)})
     _write(site/"index.ipynb", nb)
     for name in ("paper/figures/same_answers.png", "paper/main.pdf"):               # what the guide shows and links

@@ -112,12 +112,13 @@ def to_typst(text: str, folder: Path) -> str:
         "--metadata=reference-section-title=References",
     ]
     if styled.exists(): command += [f"--template={styled/'template.typ'}", f"--lua-filter={styled/'filter.lua'}"]
-    text = text.replace("\\appendix\n", "\\hypertarget{appendix}{}\n\n")      # pandoc drops it; the filter knows this one
+    text = text.replace("\\appendix\n", "\\hypertarget{appendix}{}\n\n")        # which pandoc does not drop
     try: done = run_command(command, "pandoc could not read the paper", text=False, input=text.encode(), cwd=folder)
     except CommandFailed as e:
         raise PaperError([str(e)]) from None
+    text = re.sub(r"∥([^∥\n]*)∥", r"lr(∥\1∥)", done.stdout.decode())    # bars as high as what is between
     # Unnumbered: the list of references. Its heading is the one that pandoc adds.
-    return done.stdout.decode().replace("= References\n", "#heading(numbering: none)[References]\n", 1)
+    return text.replace("= References\n", "#heading(numbering: none)[References]\n", 1)
 
 def build_typst(text: str, folder: Path) -> bytes:
     "The PDF of the filled LaTeX by pandoc and Typst."
