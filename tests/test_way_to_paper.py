@@ -32,6 +32,8 @@ PAGE_OF = {    # file in paper/tables: the page that writes it, where that is no
     "real_tests": "exp2b",
     "kv_tests": "exp6",
     "exp7_tests": "exp7",
+    "fused": "exp7",
+    "fused_erring": "exp7",
 }
 
 

@@ -35,10 +35,10 @@ def check_competent(accuracy: dict[str, float], gate: float):
             )
 
 # %% ../../nbs/07_eval/21_shares.ipynb #63abf17f
-def answered(v: Verdict) -> str:
+def answered(outcome: str, difference: float) -> str:       # of a `Verdict`
     "`yes` where the difference is above 0, `no` where it is below 0 or too small to matter, else `unresolved`."
-    if v.outcome == DIFFERS: return "yes" if v.difference > 0 else "no"
-    return "no" if v.outcome == EQUAL else "unresolved"
+    if outcome == DIFFERS: return "yes" if difference > 0 else "no"
+    return "no" if outcome == EQUAL else "unresolved"
 
 def nearer(
     own: Float[np.ndarray, "run"], other: Float[np.ndarray, "run"],  # distances from whom it learned, and did not
