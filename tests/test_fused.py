@@ -61,7 +61,8 @@ def test_params_that_test_nothing_are_refused(change, words):
 # shares, worked by hand
 
 def test_shares_by_hand():
-    assert route_share(.1, .3) == pytest.approx(.75) and np.isnan(route_share(0, 0)) and np.isnan(route_share(np.nan, 1))
+    assert route_share(.1, .3) == pytest.approx(.75)
+    assert np.isnan(route_share(0, 0)) and np.isnan(route_share(np.nan, 1))
     # lost .2 and .8 in the first half, .5 and nothing in the second; below 0 counts as all, above 1 as nothing
     assert early_share([.8, .2, .5, 1.2]) == pytest.approx(1 / 1.5) and early_share([1, 1, -.4, 1]) == 0
     assert np.isnan(early_share([1, 1, 1, 1]))

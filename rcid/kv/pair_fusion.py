@@ -181,8 +181,8 @@ class PairFusionObjective(FusionObjective):
 
     def _fused_answers(self, logits: Tensor, gold: Tensor, rows: Tensor, weights: Tensor) -> Float[Tensor, ""]:
         "Cross-entropy to what the teachers say of the two answers."
-        said = torch.stack([p[rows] for p in self.fusion_targets.answers.values()]).to(logits.device)  # (teacher, pair, 2)
-        right = torch.einsum("pt,tps->ps", weights, said)                        # (pair, side)
+        said = torch.stack([p[rows] for p in self.fusion_targets.answers.values()])    # (teacher, pair, side)
+        right = torch.einsum("pt,tps->ps", weights, said.to(logits.device))      # (pair, side)
         log_q = logits.log_softmax(-1)
         first, second = (log_q.gather(2, gold[:, i, None, None].expand(-1, 2, 1))[..., 0] for i in (0, 1))
         return -(right * first + (1 - right) * second).mean()
