@@ -37,3 +37,10 @@ def test_bad_requests():
     with pytest.raises(ValueError, match="strategyqa is not embedded: source is 'path'"): load_reasoning("strategyqa")
     with pytest.raises(TypeError, match="belong to word_problems, not to math23k"):
         load_reasoning("math23k", source="path", largest=5)
+
+
+def test_rows_without_a_problem_that_needs_thinking_are_refused(monkeypatch):
+    row = {"question": "How many?", "answer": "#### 3"}                    # no reasoning
+    monkeypatch.setattr("rcid.data.problems.read_rows", lambda *where: [row, row])
+    with pytest.raises(ValueError, match="gsm8k: none of 2 rows of split 'test' is a problem that needs thinking"):
+        load_reasoning("gsm8k", source="path")

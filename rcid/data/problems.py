@@ -72,6 +72,11 @@ def load_reasoning(
     elif dataset == "svamp": found = [_svamp(row, style) for row in _svamp_rows(split, source)]
     else: found = public_problems(dataset, split, source)
     problems = [problem for problem in found if problem is not None]
+    if not problems:
+        raise ValueError(
+            f"{dataset}: none of {len(found)} rows of split {split!r} is a problem that needs thinking: each lacks"
+            " reasoning or an answer; take another split or dataset"
+        )
     random.Random(f"{dataset}-{split}-{seed}").shuffle(problems)
     if n is not None and len(problems) < n:
         raise ValueError(f"{dataset} has only {len(problems)} problems in split {split!r}, {n} asked for")
