@@ -4,7 +4,7 @@ sentence."""
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from conftest import ROOT, assert_shows, page
+from conftest import ROOT, assert_shows, needs_results_of, page
 from rcid.core import load_params, read_json, write_json
 from rcid.report import sentences
 from rcid.report import holm, outcome
@@ -28,6 +28,7 @@ def test_tables_of_experiment_6_are_its_metrics():
 
 
 def test_tables_of_experiment_7_are_its_metrics():
+    needs_results_of("exp7")
     record = metrics("exp7")
     names = load_params().teachers.names
     assert_shows(table("exp7"), lambda rows: EXP7.several_table(rows, names), record["rows"])

@@ -37,6 +37,8 @@ PAGE_OF = {    # file in paper/tables: the page that writes it, where that is no
     "exp3_tests": "exp3",
     "kv_tests": "exp6",
     "exp7_tests": "exp7",
+    "fused": "exp7",
+    "fused_erring": "exp7",
 }
 
 

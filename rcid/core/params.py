@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic.dataclasses import dataclass
 from .calibrate_params import Calibrate
 from .paths import read_yaml, root, workspace_path
+from .fused_params import Fused
 from .planted_params import Planted
 from .real_params import Real
 from .teacher_params import Bench, Teachers
@@ -207,6 +208,7 @@ class Params(_Section):
     planted: Planted
     real: Real
     teachers: Teachers
+    fused: Fused
     bench: Bench = Bench()
     launch: Launch = Launch()
 

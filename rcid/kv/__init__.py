@@ -27,3 +27,4 @@ from .fusion import fuse, Fused, Router, router_regulariser, routing_report, tea
 from .zspace import ZSpace, fit_zspace
 from .fusion_targets import FusionTargets, layer_cka_at_places, make_fusion_targets, own_kv
 from .multi_teacher import KVFusion, routing
+from .pair_fusion import PairFusion, PairTargets, make_pair_targets
