@@ -52,19 +52,26 @@ class _Trunk(nn.Module):
             raise ValueError(
                 f"row {int(at[:, 0].nonzero()[0])} begins with a latent place: a thought needs a token before it"
             )
-        embed_tokens = self.trunk[0].get_input_embeddings()
-        words = embed_tokens(input_ids)
-        with in_memory(embed_tokens) as embed:
-            size = torch.linalg.vector_norm(embed.weight.detach(), dtype=torch.float32) / embed.weight.numel()**.5
+        words, size = self.trunk[0].get_input_embeddings()(input_ids), self.size()
         x = words
         # whole rows, so that a hook finds its position in every pass
         for _ in range(self.iterations):
             h = self.trunk[0](
                 inputs_embeds=x, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
             ).last_hidden_state[:, :-1]
-            h = (size * nn.functional.rms_norm(h.float(), h.shape[-1:])).to(words.dtype)
+            h = self.thought(h, size).to(words.dtype)
             x = torch.where(at[..., None], nn.functional.pad(h, (0, 0, 1, 0)), words)
         return x
+
+    def size(self) -> Float[Tensor, ""]:
+        "Root mean square of the embeddings."
+        with in_memory(self.trunk[0].get_input_embeddings()) as embed:
+            return torch.linalg.vector_norm(embed.weight.detach(), dtype=torch.float32) / embed.weight.numel()**.5
+
+    @staticmethod
+    def thought(h: Float[Tensor, "batch seq d_model"], size: Float[Tensor, ""]) -> Float[Tensor, "batch seq d_model"]:
+        "What the next place reads of final hidden states."
+        return size * nn.functional.rms_norm(h.float(), h.shape[-1:])
 
     def forward(
         self,

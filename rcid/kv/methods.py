@@ -80,8 +80,12 @@ class KVMethod(Method):
     a_answer: float = 1.0          # cross-entropy on the answer after the places
     a_cot: float = 1.0             # cross-entropy on reasoning and answer in words
     a_kl: float = 0.0              # KL to the teacher (which read the reasoning) at the tokens of the answer
-    # CODI: residuals after each layer (the last one before the final norm) at the last token of the cue
-    a_codi: float = 0.0
+    a_codi: float = 0.0            # CODI: hidden states after each layer at the last token of the cue
+    # of the last layer: before the final norm (CODI's paper), or after it (its code)
+    codi_hidden: Literal["residual", "normed"] = "residual"
+    # a control: keys, values and hidden states of another problem, the same one at every step
+    shuffled: bool = False
+    iterations: int | None = Field(None, ge=0)         # Jacobi rounds of the student; None: as its owner made it
     kv: Warped | Kept | None = None                    # keys and values
     fit_steps: int = Field(40, ge=0)   # steps that fit the projector to the initial student; 0: as initialised
     fit_rows: int = Field(128, gt=0)   # on so many problems, as are CODI's maps
@@ -140,6 +144,11 @@ KV_METHODS = {
     "kava_crop": KVMethod(a_codi=10.0, kv=Kept("crop")),
     "kava_random": KVMethod(a_codi=10.0, kv=Kept("random")),
     "kava_uniform": KVMethod(a_codi=10.0, kv=Kept("uniform")),
+    "codi": KVMethod(a_codi=10.0),
+    "no_places": KVMethod(latents=0),                # the answer right after the question
+    "pause": KVMethod(iterations=0),                 # places that are words without meaning, not thoughts
+    "kava_shuffled": KVMethod(a_codi=10.0, kv=Kept("kava"), shuffled=True),
+    "kv_structured_shuffled": KVMethod(kv=Warped(), shuffled=True),
 }
 
 def kv_method(name: str, **changes) -> KVMethod:

@@ -30,6 +30,7 @@ from .losses import RegressionKVLoss, StructuralKVLoss, cka_loss, codi_deviation
 from .places import teacher_at_places
 from .project import HeadwiseMapProjector
 from .rope import rope_of
+from .think import Thoughts, Wish, one_run, thoughts
 from .warp import TimeWarper
 from ..models.adapters import common_vocab, get_adapter
 
@@ -63,6 +64,9 @@ class KVObjective(Objective):
         # per student layer a teacher layer
         self.layers = map_layers(get_adapter(student).n_layers, get_adapter(teacher).n_layers)
         self.targets = {}
+        # of each problem another one: a turn of all problems in random order, in which none meets itself
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(c.seed))
+        self.others = torch.empty_like(order).scatter_(0, order, order.roll(1))
 
     # what the models say
 
@@ -79,23 +83,17 @@ class KVObjective(Objective):
             at = torch.arange(len(data), device=self.device)
             # (row, layer, d_model)
             extra["hidden"] = torch.stack([hidden[l][at, data.cue_pos] for l in self.layers], 1)
+            if m.codi_hidden == "normed": extra["hidden"][:, -1] = final[at, data.cue_pos]
         if m.a_kl: extra["final"] = self._answer_rows(final, data)
         if not m.kv: return cache, extra
         if m.kv.warps: return cache.unrotated(rope_of(self.teacher)), extra
         return teacher_at_places(cache, self.teacher, data, thought, m.kv.rule, self.c.seed), extra
 
-    def of_student(self, thought: ReasoningDataset) -> tuple[Tensor, KVCache, Tensor | None]:
-        """Final hidden states, keys and values before RoPE, and residuals after each layer (before the final norm) at
-        the cue."""
-        m, n = self.method, get_adapter(self.student).n_layers
-        with capture(self.student, range(n) if m.a_codi else []) as hidden:
-            final, cache = forward_kv(
-                self.student, thought.input_ids, thought.attention_mask, queries=m.attends, pre_rope=True, check=False
-            )
-        if not m.a_codi: return final, cache, None
-        at = torch.arange(len(thought), device=self.device)
-        # (row, layer, d_model)
-        return final, cache, torch.stack([hidden[l][at, thought.cue_pos] for l in range(n)], 1)
+    def of_student(self, thought: ReasoningDataset, data: ReasoningDataset | None = None) -> Thoughts:
+        "What the student says after its places, and after words if `data` is given."
+        m = self.method
+        wish = Wish(bool(m.kv), m.attends, bool(m.a_codi), m.codi_hidden == "normed")
+        return thoughts(self.student, thought, data, wish)
 
     def align(self, aligner: MapProjectionAligner, cache: KVCache, rows) -> AlignedKV:
         "What `of_teacher` gave, in the student's shape."
@@ -132,12 +130,13 @@ class KVObjective(Objective):
             rows = some[i:i + 32]
             with torch.no_grad():
                 cache, extra = self.of_teacher(rows)
-                _, own, at_cue = self.of_student(self.thought[rows].to(self.device))
+                said = self.of_student(self.thought[rows].to(self.device))
+            own = said.cache
             if m.kv:
                 student = (own.k, own.v, own.q) if m.attends else (own.k, own.v)
                 examples.append((dict(self.inputs(cache, rows), seq=own.seq), student))
             if m.a_codi:
-                ours.append(at_cue)
+                ours.append(said.at_cue)
                 theirs.append(extra["hidden"])
         if m.kv and m.fit_steps: pretrain_aligner(aligner, examples, m.fit_steps)
         codi = self._codi_maps(torch.cat(ours), torch.cat(theirs)) if m.a_codi else {}
@@ -190,11 +189,30 @@ class KVObjective(Objective):
 
     def target(self, rows, seq: int) -> AlignedKV:
         "The cached targets of some problems, at the places that are compared."
-        k, v, mask = (self.targets[n][rows].to(self.device) for n in ("k", "v", "mask"))
-        mask = mask[:, :seq]
-        if self.method.kv.places == "latents": mask = mask & self.thought[rows].to(self.device).at("reasoning")[:, :seq]
-        q = self.targets["q"][rows].to(self.device)[..., :seq, :] if "q" in self.targets else None
-        return AlignedKV(k[..., :seq, :], v[..., :seq, :], mask, q)
+        rows = torch.as_tensor(rows)
+        thought = self.thought[rows].to(self.device)
+        whose, column = self._whose(rows), None
+        if self.method.shuffled: column = self._columns_of_others(rows, seq)                      # (batch, seq)
+        def told(name, tokens): # dimension `tokens` is that of the tokens
+            x = self.targets[name][whose].to(self.device)
+            if column is None: return x.narrow(tokens, 0, seq)
+            shape = [len(x)] + [1] * (x.ndim - 1)
+            shape[tokens] = seq
+            return x.gather(tokens, column.to(x.device).view(shape).expand(*x.shape[:tokens], seq, *x.shape[tokens + 1:]))
+        mask = told("mask", 1) & thought.attention_mask[:, :seq].bool()
+        if self.method.kv.places == "latents": mask = mask & thought.at("reasoning")[:, :seq]
+        return AlignedKV(told("k", 3), told("v", 3), mask, told("q", 3) if "q" in self.targets else None)
+
+    def _whose(self, rows: Int[Tensor, "batch"]) -> Int[Tensor, "batch"]:
+        "The problems whose targets these problems get: their own, or (`shuffled`) each that of another one."
+        return self.others[rows] if self.method.shuffled else rows
+
+    def _columns_of_others(self, rows: Int[Tensor, "batch"], seq: int) -> Int[Tensor, "batch seq"]:
+        "The tokens of the other problem: of its question, of its places, of its answer."
+        t, ours, theirs = torch.arange(seq), self.thought.segments[rows], self.thought.segments[self._whose(rows)]
+        asks, asked = ours[:, 1:2], theirs[:, 1:2]
+        behind = (t - asks + asked).minimum(theirs[:, 3:] - 1)
+        return torch.where(t < asks, t.minimum(asked - 1), behind)
 
     def parts(
         self, rows: Int[Tensor, "batch"] | list[int], step: int, state: KVState | None, whole: list[int] | None = None
@@ -207,15 +225,19 @@ class KVObjective(Objective):
         data, thought = self.data[rows].to(self.device), self.thought[rows].to(self.device)
         parts = {}
         if m.thinks:
-            final, own, at_cue = self.of_student(thought)
-            parts["answer"] = self._ce(a, final, thought, thought.at("answer")) * self._share(rows, whole, 2, 3)
+            said = self.of_student(thought, data if m.a_cot else None)
+            in_words, own = said.words, said.cache
+            parts["answer"] = self._ce(a, said.final, thought, thought.at("answer")) * self._share(rows, whole, 2, 3)
+        else: in_words = a.trunk(data.input_ids, data.attention_mask)
         if m.a_cot:
-            said = a.trunk(data.input_ids, data.attention_mask)
             words = data.at("reasoning") | data.at("answer")
-            parts["cot"] = self._ce(a, said, data, words) * self._share(rows, whole, 1, 3)
-        if m.a_kl: parts["kl"] = self._kl(a, self._answer_rows(final, thought), rows) * self._share(rows, whole, 2, 3)
+            parts["cot"] = self._ce(a, in_words, data, words) * self._share(rows, whole, 1, 3)
+        if m.a_kl:
+            answers = self._answer_rows(said.final, thought)
+            parts["kl"] = self._kl(a, answers, rows) * self._share(rows, whole, 2, 3)
         if m.a_codi:
-            parts["codi"] = codi_loss(at_cue, self._mapped(rows, state), codi_deviation(self._mapped(whole, state)))
+            deviation = codi_deviation(self._mapped(whole, state))
+            parts["codi"] = codi_loss(said.at_cue, self._mapped(rows, state), deviation)
         if m.kv:
             target = self.target(rows, thought.input_ids.shape[1])
             if m.kv.loss is not None:
@@ -251,7 +273,7 @@ class KVObjective(Objective):
         return divergence(said, want, temperature=self.c.temperature).mean()
 
     def _mapped(self, rows, state) -> Float[Tensor, "batch layer d_model"]: # CODI's targets in the student's space
-        centred = self.targets["hidden"][rows].to(self.device).float() - state.codi_mean_t
+        centred = self.targets["hidden"][self._whose(torch.as_tensor(rows))].to(self.device).float() - state.codi_mean_t
         return torch.einsum("blt,lts->bls", centred, state.codi_w) + state.codi_mean_s
 
     def _share(self, rows, whole, first: int, last: int) -> float:
@@ -279,15 +301,18 @@ class KVObjective(Objective):
         """Tokens that the student sees (a token once a pass), and FLOPs of both models; the teacher speaks once on
         every problem."""
         m, c, bounds = self.method, self.c, self.data.segments.float()
-        thought = cot = answer = words = 0
+        fast = one_run(self.student)                     # then a question is read once
+        question, told, answer = (float((bounds[:, i + 1] - bounds[:, i]).mean()) for i in range(3))
+        thought = cot = head_answer = words = 0
         if m.thinks:
             rounds = self.student.model.iterations if m.latents else 0
-            thought = (1 + rounds) * float(self.thought.attention_mask.sum(1).float().mean())
-            answer = float((bounds[:, 3] - bounds[:, 2]).mean())
+            behind = m.latents + answer
+            thought = question + rounds * m.latents + behind if fast else (1 + rounds) * (question + behind)
+            head_answer = answer
         if m.a_cot:
-            cot = float(self.lengths.float().mean())
-            words = float((bounds[:, 3] - bounds[:, 1]).mean())
-        seen, head = (thought + cot) * c.batch, (answer + words) * c.batch
+            words = told + answer
+            cot = words if fast and m.thinks else question + words
+        seen, head = (thought + cot) * c.batch, (head_answer + words) * c.batch
         flops = c.steps * step_flops(self.student, seen, head, True, trains_head=c.train_embeddings)
         if m.asks: flops += step_flops(self.teacher, float(self.lengths.float().mean()) * len(self.data), 0, False)
         return round(seen * c.steps), flops
