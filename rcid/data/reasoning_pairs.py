@@ -10,7 +10,7 @@ import random, re
 from typing import Iterator, Sequence
 from ..core.paths import embedded
 from .pairs import Row, single_token
-from .reasoning import word_problems
+from .reasoning import SHORT, outcome_of, word_problems
 
 # %% ../../nbs/02_data/13_reasoning_pairs.ipynb #66287449
 def reasoning_rows(
@@ -19,7 +19,10 @@ def reasoning_rows(
     seed: int = 0,
     steps: Sequence[int] = (2,),      # operations of a problem
     operations: str = "+-",
-    largest: int = 10                 # no number above it
+    largest: int = 10,                # no number above it
+    # what follows the question: the equations up to an operator (the next token is the number), or the results up to
+    # that step (`results`: the next token is what the step makes of the number)
+    style: str = "equation"
 ) -> Iterator[Row]:
     """An endless stream of word problems with the number of one step changed, every step in turn; `entities` is the
     person."""
@@ -35,14 +38,24 @@ def reasoning_rows(
         if len(numbers) != len(equations) + 1: continue
         step = k % len(equations)
         equation, place = equations[step], numbers[step + 1]
-        other = str(rng.choice([n for n in range(1, largest + 1) if str(n) != place[0]]))
-        given = "\n" + problem.reasoning[:equation.start(3)].removesuffix(lead)
+        others = [n for n in range(1, largest + 1) if str(n) != place[0]]
+        if style == SHORT:
+            a, op, b = int(equation[1]), equation[2], int(equation[3])
+            right = outcome_of(a, op, b, largest)
+            others = [n for n in others if outcome_of(a, op, n, largest) not in (None, right)]
+            if not others: continue
+            said = [e[1] for e in equations[:step + 1]]
+            given = ("\n" + " ".join(said) + " ").removesuffix(lead)
+        else: given = "\n" + problem.reasoning[:equation.start(3)].removesuffix(lead)
+        other = str(rng.choice(others))
+        correct, wrong = place[0], other
+        if style == SHORT: correct, wrong = str(right), str(outcome_of(a, op, int(other), largest))
         after = re.compile(r"\w+").search(problem.prompt, place.end()).span()
         yield Row(
             problem.prompt + given,
             problem.prompt[: place.start()] + other + problem.prompt[place.end() :] + given,
-            lead + place[0],
-            lead + other,
+            lead + correct,
+            lead + wrong,
             {"start": numbers[0].span(), "number": place.span(), "after": after},
             ("number",),
             4 * step + "+-*/".index(equation[2]),

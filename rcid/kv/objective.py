@@ -30,6 +30,7 @@ from .losses import RegressionKVLoss, StructuralKVLoss, cka_loss, codi_deviation
 from .places import teacher_at_places
 from .project import HeadwiseMapProjector
 from .rope import rope_of
+from .shuffled import of_others
 from .think import Thoughts, Wish, one_run, thoughts
 from .warp import TimeWarper
 from ..models.adapters import common_vocab, get_adapter
@@ -64,9 +65,6 @@ class KVObjective(Objective):
         # per student layer a teacher layer
         self.layers = map_layers(get_adapter(student).n_layers, get_adapter(teacher).n_layers)
         self.targets = {}
-        # of each problem another one: a turn of all problems in random order, in which none meets itself
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(c.seed))
-        self.others = torch.empty_like(order).scatter_(0, order, order.roll(1))
 
     # what the models say
 
@@ -142,6 +140,7 @@ class KVObjective(Objective):
         codi = self._codi_maps(torch.cat(ours), torch.cat(theirs)) if m.a_codi else {}
         state = KVState(aligner, codi).to(self.device)
         self.targets = self._speak(state)
+        if m.shuffled: self.targets = of_others(self.targets, self.thought.segments, self.c.seed)
         return state
 
     @staticmethod
@@ -189,30 +188,11 @@ class KVObjective(Objective):
 
     def target(self, rows, seq: int) -> AlignedKV:
         "The cached targets of some problems, at the places that are compared."
-        rows = torch.as_tensor(rows)
-        thought = self.thought[rows].to(self.device)
-        whose, column = self._whose(rows), None
-        if self.method.shuffled: column = self._columns_of_others(rows, seq)                      # (batch, seq)
-        def told(name, tokens): # dimension `tokens` is that of the tokens
-            x = self.targets[name][whose].to(self.device)
-            if column is None: return x.narrow(tokens, 0, seq)
-            shape = [len(x)] + [1] * (x.ndim - 1)
-            shape[tokens] = seq
-            return x.gather(tokens, column.to(x.device).view(shape).expand(*x.shape[:tokens], seq, *x.shape[tokens + 1:]))
-        mask = told("mask", 1) & thought.attention_mask[:, :seq].bool()
-        if self.method.kv.places == "latents": mask = mask & thought.at("reasoning")[:, :seq]
-        return AlignedKV(told("k", 3), told("v", 3), mask, told("q", 3) if "q" in self.targets else None)
-
-    def _whose(self, rows: Int[Tensor, "batch"]) -> Int[Tensor, "batch"]:
-        "The problems whose targets these problems get: their own, or (`shuffled`) each that of another one."
-        return self.others[rows] if self.method.shuffled else rows
-
-    def _columns_of_others(self, rows: Int[Tensor, "batch"], seq: int) -> Int[Tensor, "batch seq"]:
-        "The tokens of the other problem: of its question, of its places, of its answer."
-        t, ours, theirs = torch.arange(seq), self.thought.segments[rows], self.thought.segments[self._whose(rows)]
-        asks, asked = ours[:, 1:2], theirs[:, 1:2]
-        behind = (t - asks + asked).minimum(theirs[:, 3:] - 1)
-        return torch.where(t < asks, t.minimum(asked - 1), behind)
+        k, v, mask = (self.targets[n][rows].to(self.device) for n in ("k", "v", "mask"))
+        mask = mask[:, :seq]
+        if self.method.kv.places == "latents": mask = mask & self.thought[rows].to(self.device).at("reasoning")[:, :seq]
+        q = self.targets["q"][rows].to(self.device)[..., :seq, :] if "q" in self.targets else None
+        return AlignedKV(k[..., :seq, :], v[..., :seq, :], mask, q)
 
     def parts(
         self, rows: Int[Tensor, "batch"] | list[int], step: int, state: KVState | None, whole: list[int] | None = None
@@ -273,7 +253,7 @@ class KVObjective(Objective):
         return divergence(said, want, temperature=self.c.temperature).mean()
 
     def _mapped(self, rows, state) -> Float[Tensor, "batch layer d_model"]: # CODI's targets in the student's space
-        centred = self.targets["hidden"][self._whose(torch.as_tensor(rows))].to(self.device).float() - state.codi_mean_t
+        centred = self.targets["hidden"][rows].to(self.device).float() - state.codi_mean_t
         return torch.einsum("blt,lts->bls", centred, state.codi_w) + state.codi_mean_s
 
     def _share(self, rows, whole, first: int, last: int) -> float:
