@@ -15,6 +15,7 @@ from rcid.distill import DistillConfig, distill, model_hash
 from rcid.eval import causal_consistency, task_accuracy
 from rcid.eval.decode import greedy_decode, solve
 from rcid.kv import KV_METHODS, Kept, KVObjective, KVMethod, LatentModel, MercatorKVLoss, RegressionKVLoss
+from rcid.kv import ABLATIONS, ablate_places, answer_texts, answered, think
 from rcid.kv import StructuralKVLoss, AttentionWeighting, Warped, forward_kv, kv_method, with_latents
 from rcid.models import load_model, train_tokenizer
 
@@ -192,6 +193,70 @@ def test_padded_batch_gives_the_loss_of_its_rows(world):
         for part in ("kv_k", "kv_v"): assert abs(together[part] - sum(a[part] for a in alone) / 3) < 1e-4
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", ("latent_sft", "no_places", "pause", "kv_structured", "kava"))
+def test_a_question_read_once_gives_the_losses_of_the_plain_form(world, arch, name, monkeypatch):
+    _, data, teacher, student = world
+    method = replace(KV_METHODS[name], fit_steps=4, latents=min(KV_METHODS[name].latents, 4))
+    s, losses, gradients = student(0 if name == "pause" else 2, arch), [], []
+    objective = KVObjective(method, s, teacher, data, CONFIG)
+    state = objective.start()
+    for fast in (True, False):
+        if not fast: monkeypatch.setattr(think, "one_run", lambda student: False)
+        s.zero_grad()
+        parts = objective.parts([3, 1, 4, 5, 9], 0, state)
+        sum(parts.values()).backward()
+        losses.append({part: float(x) for part, x in parts.items()})
+        gradients.append(torch.cat([p.grad.flatten() for p in s.parameters() if p.grad is not None]))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[1].norm()
+
+
+def test_answers_after_own_places_are_those_of_decoding(world):
+    tokenizer, data, teacher, student = world
+    model = student()
+    distill(model, teacher, data, SMALL["latent_sft"], replace(CONFIG, steps=40))
+    short = with_latents(data, 4, tokenizer.bos_token_id)
+    _, right = solve(model, short, tokenizer, "cue", 6)
+    found = ablate_places(model, short, tokenizer, 6)
+    assert found["none"]["right"] == right and list(found) == list(ABLATIONS)
+    exact = answered(model, short)
+    assert all(r for r, e in zip(right, exact) if e), "what is said exactly is right"
+    ids, mask = short.input_ids, torch.arange(short.input_ids.shape[1]) <= short.cue_pos[:, None]
+    new = greedy_decode(model, torch.where(mask, ids, 0), mask.long(), 6, tokenizer.eos_token_id)
+    said = [tokenizer.decode(n, skip_special_tokens=True, clean_up_tokenization_spaces=False) for n in new]
+    assert answer_texts(model, short, tokenizer, "none", 6) == said
+
+
+def test_places_that_are_ablated_say_something_else(world):
+    """Hidden places change what is said; zeroed ones differ from hidden ones, since the softmax sees them; the mean over
+    one problem is its own."""
+    tokenizer, data, _, student = world
+    model, short = student(), with_latents(data[:6], 4, tokenizer.bos_token_id)
+    from rcid.kv.ablation import ablated, run_places
+    run = run_places(model, short)
+    own, zeroed = (ablated(model, run, how, []) for how in ("none", "zeroed"))
+    n = run.question.ids.shape[1]
+    for (k, v), (k0, v0) in zip(own, zeroed):
+        assert torch.equal(k[:, :, :n], k0[:, :, :n]) and not k0[:, :, n:].any() and not v0[:, :, n:].any()
+    swapped = ablated(model, run, "other", [1, 0, 2, 3, 4, 5])
+    for (k, v), (k1, v1) in zip(own, swapped):
+        assert torch.equal(v1[0, :, n:], v[1, :, n:]) and torch.allclose(k1[2], k[2], atol=1e-5)
+        same_place = run.places.at[0, 0] == run.places.at[1, 0]
+        assert same_place == torch.allclose(k1[0, :, n:], k[1, :, n:], atol=1e-5), "keys are turned to where they stand"
+
+
+def test_another_problems_teacher_is_never_the_own_one(world):
+    _, data, teacher, student = world
+    own, other = (KVObjective(replace(SMALL["kava"], shuffled=x), student(), teacher, data, CONFIG) for x in (False, True))
+    states = own.start(), other.start()
+    for a, b in zip(*(s.state_dict().values() for s in states)): assert torch.equal(a, b), "fitted to the right ones"
+    assert not (own.targets["hidden"] == other.targets["hidden"]).flatten(1).all(1).any()
+    rows = list(range(8))
+    ours, theirs = own.target(rows, 40), other.target(rows, 40)
+    assert torch.equal(ours.mask, theirs.mask) and not torch.equal(ours.k, theirs.k)
+
+
 def test_there_is_one_loop(root):
     tree = ast.parse((root/"rcid"/"kv"/"objective.py").read_text(encoding="utf-8"))
     assert not [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in ("backward", "zero_grad")]
@@ -251,6 +316,8 @@ def test_several_passes_take_the_slow_path(world):
     (lambda: KVMethod(a_answer=0, a_cot=0), "nothing to learn"),
     (lambda: KVMethod(a_codl=1.0), "Unexpected keyword argument"),
     (lambda: KVMethod(kv=StructuralKVLoss()), "kv"),
+    (lambda: KVMethod(iterations=-1), "greater than or equal to 0"),
+    (lambda: KVMethod(codi_hidden="embedding"), "'residual' or 'normed'"),
     (lambda: kv_method("kv"), "unknown KV method 'kv'")])
 def test_what_cannot_be_written(wrong, message):
     with pytest.raises(ValueError, match=message): wrong()
@@ -286,6 +353,16 @@ def test_bad_input(world):
     other = load_model(dict(arch="llama", vocab=len(tokenizer) + 1031), dtype="float32", device="cpu")[0]
     with pytest.raises(ValueError, match="vocabulary mismatch"):
         KVObjective(SMALL["kava"], student(), other, data, CONFIG)
+
+
+def test_what_cannot_be_ablated(world):
+    tokenizer, data, _, student = world
+    with pytest.raises(ValueError, match="no places: nothing can be ablated"):
+        answer_texts(student(), with_latents(data[:2], 0, tokenizer.bos_token_id), tokenizer)
+    short = with_latents(data[:2], 3, tokenizer.bos_token_id)
+    with pytest.raises(ValueError, match="unknown ablation 'noise'"): answer_texts(student(), short, tokenizer, "noise")
+    from rcid.kv.ablation import others_of
+    with pytest.raises(ValueError, match="all 3 problems have the answer 4"): others_of(["4"] * 3)
 
 
 def test_solve_counts_right_numbers(world):

@@ -147,7 +147,7 @@ class KvData(_Section):
     operations: str = "+-"
     largest: int = Field(10, ge=3)               # no number above it
     vocab: int = Field(900, ge=300)              # tokens of the tokenizer trained here
-    style: Literal["words", "equation", "calculator", "results"] = "equation" # of the teacher's reasoning
+    style: Literal["words", "equation", "calculator", "tape"] = "equation" # of the teacher's reasoning
     max_new: int = Field(40, gt=0)               # tokens of an answer in words, at most
     n_pretrain: int = Field(gt=0)                # problems that make teacher and initial student competent
     n_train: int = Field(gt=0)                   # problems of distillation
@@ -169,6 +169,7 @@ class KvTrain(_Section):
     lr: float = Field(gt=0)
     latents: int = Field(6, ge=1)                # places
     iterations: int = Field(2, ge=0)             # Jacobi iterations
+    thought: Literal["hidden", "soft"] = "hidden" # what a place reads of the one before it: see `LatentModel`
     fit_steps: int = Field(40, ge=0)             # of the projector, before it is frozen
     buckets: int = Field(8, ge=1)                # batches that are sorted by length together
     drop_last: bool = False                      # the teacher's text without its last step of reasoning

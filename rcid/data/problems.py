@@ -8,7 +8,7 @@ __all__ = ['load_reasoning']
 # %% ../../nbs/02_data/15_problems.ipynb #d5e5d5e5
 import random, re
 from .names import SPLITS, split_of
-from .reasoning import SHORT, STYLES, Problem, number, word_problems
+from .reasoning import TAPE, STYLES, Problem, number, word_problems
 from .sources import hub_rows, read_rows
 
 # %% ../../nbs/02_data/15_problems.ipynb #f229766a
@@ -49,13 +49,13 @@ def load_reasoning(
     n: int | None = None,             # how many; None: all (100 of our own)
     seed: int = 0,
     source: str = "embedded",         # embedded (our own) | path (RCID_DATA_DIR) | hub
-    style: str | None = None,         # of the reasoning: words | equation | calculator | results
+    style: str | None = None,         # of the reasoning: words | equation | calculator | tape
     **opts                            # of word_problems
 ) -> list[Problem]:
     "Problems of one split; rows without reasoning or a number are left out."
     if split not in SPLITS: raise ValueError(f"unknown split {split!r}: there are {list(SPLITS)}")
-    if style is not None and style not in (*STYLES, SHORT):
-        raise ValueError(f"unknown style of reasoning {style!r}: there are {(*STYLES, SHORT)}")
+    if style is not None and style not in (*STYLES, TAPE):
+        raise ValueError(f"unknown style of reasoning {style!r}: there are {(*STYLES, TAPE)}")
     if dataset == "word_problems":
         if source != "embedded":
             raise ValueError(f"word_problems are generated here: source must be 'embedded', not {source!r}")

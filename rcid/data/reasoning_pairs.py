@@ -10,7 +10,7 @@ import random, re
 from typing import Iterator, Sequence
 from ..core.paths import embedded
 from .pairs import Row, single_token
-from .reasoning import SHORT, outcome_of, word_problems
+from .reasoning import TAPE, word_problems
 
 # %% ../../nbs/02_data/13_reasoning_pairs.ipynb #66287449
 def reasoning_rows(
@@ -20,42 +20,34 @@ def reasoning_rows(
     steps: Sequence[int] = (2,),      # operations of a problem
     operations: str = "+-",
     largest: int = 10,                # no number above it
-    # what follows the question: the equations up to an operator (the next token is the number), or the results up to
-    # that step (`results`: the next token is what the step makes of the number)
-    style: str = "equation"
+    style: str = "equation"           # of the reasoning that is given: equation | tape
 ) -> Iterator[Row]:
     """An endless stream of word problems with the number of one step changed, every step in turn; `entities` is the
     person."""
+    if style not in ("equation", TAPE): raise ValueError(f"reasoning_rows: style {style!r}: use equation or {TAPE}")
     people, rng = {n: i for i, n in enumerate(embedded("names")["first_names"])}, random.Random(
         f"reasoning-pairs-{split}-{seed}"
     )
     lead = " " if single_token(tokenizer, " 7", "=") is not None else ""        # a space of its own goes to the prompt
     for k, problem in enumerate(word_problems(split, seed, "equation", steps, operations, largest)):
-        equations, numbers = list(re.finditer(r"(\d+) (\S) (\d+) = \d+\.", problem.reasoning)), list(
+        equations, numbers = list(re.finditer(r"(\d+) (\S) (\d+) = (\d+)\.", problem.reasoning)), list(
             re.finditer(r"\d+", problem.prompt)
         )
         # the question names a number that no step uses
         if len(numbers) != len(equations) + 1: continue
         step = k % len(equations)
         equation, place = equations[step], numbers[step + 1]
-        others = [n for n in range(1, largest + 1) if str(n) != place[0]]
-        if style == SHORT:
-            a, op, b = int(equation[1]), equation[2], int(equation[3])
-            right = outcome_of(a, op, b, largest)
-            others = [n for n in others if outcome_of(a, op, n, largest) not in (None, right)]
-            if not others: continue
-            said = [e[1] for e in equations[:step + 1]]
-            given = ("\n" + " ".join(said) + " ").removesuffix(lead)
-        else: given = "\n" + problem.reasoning[:equation.start(3)].removesuffix(lead)
-        other = str(rng.choice(others))
-        correct, wrong = place[0], other
-        if style == SHORT: correct, wrong = str(right), str(outcome_of(a, op, int(other), largest))
+        other = str(rng.choice([n for n in range(1, largest + 1) if str(n) != place[0]]))
+        given = "\n" + problem.reasoning[:equation.start(3)].removesuffix(lead)
+        if style == TAPE:
+            before = [f"{e[2]} {e[3]} {e[4]} " for e in equations[:step]]
+            given = f"\n{equations[0][1]} {''.join(before)}{equation[2]} ".removesuffix(lead)
         after = re.compile(r"\w+").search(problem.prompt, place.end()).span()
         yield Row(
             problem.prompt + given,
             problem.prompt[: place.start()] + other + problem.prompt[place.end() :] + given,
-            lead + correct,
-            lead + wrong,
+            lead + place[0],
+            lead + other,
             {"start": numbers[0].span(), "number": place.span(), "after": after},
             ("number",),
             4 * step + "+-*/".index(equation[2]),
