@@ -85,6 +85,20 @@ def test_without_places_it_is_the_plain_model(world):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+def test_soft_thoughts_of_a_certain_model_are_its_words(world, arch):
+    "With all of the probability on one word and as many rounds as places, the places read what decoding says."
+    tokenizer, data, _, student = world
+    plain = student(0, arch).plain[0]
+    with torch.no_grad(): plain.model.norm.weight.mul_(1e4)
+    soft, short = LatentModel(plain, tokenizer.bos_token_id, 3, "soft"), with_latents(data[:3], 3, tokenizer.bos_token_id)
+    for i, (_, asks, answers, _) in enumerate(short.segments.tolist()):
+        ids = short.input_ids[i:i + 1, :answers]
+        said = greedy_decode(plain, ids[:, :asks], torch.ones(1, asks), 3)[0]
+        with torch.no_grad(): x = soft.model.thoughts(ids == tokenizer.bos_token_id, ids, None, None)
+        assert torch.allclose(x[0, asks:], plain.model.embed_tokens(torch.tensor(said)), atol=1e-4)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 def test_greedy_decoding_is_argmax_step_by_step(world, arch):
     tokenizer, data, _, student = world
     model, short = student(2, arch), with_latents(data[:5], 4, tokenizer.bos_token_id)
@@ -194,11 +208,13 @@ def test_padded_batch_gives_the_loss_of_its_rows(world):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("name", ("latent_sft", "no_places", "pause", "kv_structured", "kava"))
+@pytest.mark.parametrize("name", ("latent_sft", "soft", "no_places", "pause", "kv_structured", "kava"))
 def test_a_question_read_once_gives_the_losses_of_the_plain_form(world, arch, name, monkeypatch):
     _, data, teacher, student = world
-    method = replace(KV_METHODS[name], fit_steps=4, latents=min(KV_METHODS[name].latents, 4))
+    method = KV_METHODS["latent_sft" if name == "soft" else name]
+    method = replace(method, fit_steps=4, latents=min(method.latents, 4))
     s, losses, gradients = student(0 if name == "pause" else 2, arch), [], []
+    if name == "soft": s = LatentModel(s.plain[0], s.model.latent_id, 2, "soft")
     objective = KVObjective(method, s, teacher, data, CONFIG)
     state = objective.start()
     for fast in (True, False):
@@ -340,6 +356,8 @@ def test_bad_input(world):
     with pytest.raises(ValueError, match="occurs in a problem"): with_latents(data, 2, int(data.input_ids[0, 3]))
     with pytest.raises(ValueError, match="must not be negative"): with_latents(data, -1, tokenizer.bos_token_id)
     with pytest.raises(ValueError, match="a token below"): LatentModel(student().plain[0], 10_000, 1)
+    with pytest.raises(ValueError, match="unknown thought 'words': use hidden or soft"):
+        LatentModel(student().plain[0], tokenizer.bos_token_id, 1, "words")
     with pytest.raises(ValueError, match="begins with a latent place"):
         student()(torch.full((1, 3), tokenizer.bos_token_id))
     with pytest.raises(ValueError, match="at least 1"): greedy_decode(teacher, data.input_ids, data.attention_mask, 0)
