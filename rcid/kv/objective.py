@@ -31,7 +31,7 @@ from .places import teacher_at_places
 from .project import HeadwiseMapProjector
 from .rope import rope_of
 from .shuffled import of_others
-from .think import Thoughts, Wish, one_run, thoughts
+from .think import Thoughts, Wish, thoughts, tokens_read
 from .warp import TimeWarper
 from ..models.adapters import common_vocab, get_adapter
 
@@ -280,19 +280,9 @@ class KVObjective(Objective):
     def budget(self) -> tuple[int, float]:
         """Tokens that the student sees (a token once a pass), and FLOPs of both models; the teacher speaks once on
         every problem."""
-        m, c, bounds = self.method, self.c, self.data.segments.float()
-        fast = one_run(self.student)                     # then a question is read once
-        question, told, answer = (float((bounds[:, i + 1] - bounds[:, i]).mean()) for i in range(3))
-        thought = cot = head_answer = words = 0
-        if m.thinks:
-            rounds = self.student.model.iterations if m.latents else 0
-            behind = m.latents + answer
-            thought = question + rounds * m.latents + behind if fast else (1 + rounds) * (question + behind)
-            head_answer = answer
-        if m.a_cot:
-            words = told + answer
-            cot = words if fast and m.thinks else question + words
-        seen, head = (thought + cot) * c.batch, (head_answer + words) * c.batch
+        m, c = self.method, self.c
+        seen, head = tokens_read(self.student, self.data, m.latents, m.thinks, bool(m.a_cot))
+        seen, head = seen * c.batch, head * c.batch
         flops = c.steps * step_flops(self.student, seen, head, True, trains_head=c.train_embeddings)
         if m.asks: flops += step_flops(self.teacher, float(self.lengths.float().mean()) * len(self.data), 0, False)
         return round(seen * c.steps), flops
