@@ -90,7 +90,8 @@ def test_soft_thoughts_of_a_certain_model_are_its_words(world, arch):
     tokenizer, data, _, student = world
     plain = student(0, arch).plain[0]
     with torch.no_grad(): plain.model.norm.weight.mul_(1e4)
-    soft, short = LatentModel(plain, tokenizer.bos_token_id, 3, "soft"), with_latents(data[:3], 3, tokenizer.bos_token_id)
+    soft = LatentModel(plain, tokenizer.bos_token_id, 3, "soft")
+    short = with_latents(data[:3], 3, tokenizer.bos_token_id)
     for i, (_, asks, answers, _) in enumerate(short.segments.tolist()):
         ids = short.input_ids[i:i + 1, :answers]
         said = greedy_decode(plain, ids[:, :asks], torch.ones(1, asks), 3)[0]
@@ -245,8 +246,7 @@ def test_answers_after_own_places_are_those_of_decoding(world):
 
 
 def test_places_that_are_ablated_say_something_else(world):
-    """Hidden places change what is said; zeroed ones differ from hidden ones, since the softmax sees them; the mean over
-    one problem is its own."""
+    "Only the places change, and keys are turned to where they then stand."
     tokenizer, data, _, student = world
     model, short = student(), with_latents(data[:6], 4, tokenizer.bos_token_id)
     from rcid.kv.ablation import ablated, run_places
@@ -264,7 +264,8 @@ def test_places_that_are_ablated_say_something_else(world):
 
 def test_another_problems_teacher_is_never_the_own_one(world):
     _, data, teacher, student = world
-    own, other = (KVObjective(replace(SMALL["kava"], shuffled=x), student(), teacher, data, CONFIG) for x in (False, True))
+    methods = SMALL["kava"], replace(SMALL["kava"], shuffled=True)
+    own, other = (KVObjective(method, student(), teacher, data, CONFIG) for method in methods)
     states = own.start(), other.start()
     for a, b in zip(*(s.state_dict().values() for s in states)): assert torch.equal(a, b), "fitted to the right ones"
     assert not (own.targets["hidden"] == other.targets["hidden"]).flatten(1).all(1).any()

@@ -108,11 +108,13 @@ def test_the_method_is_chosen_on_validation_problems():
 def test_curves_and_ablations_are_means_over_seeds():
     curves = [[dict(step=s, accuracy=a) for s, a in zip((0, 50, 100), some)] for some in ((0., .2, .4), (.2, .4, .8))]
     row, = EXP6.kv_rows([
-        kv_student("kava", i, "10", curve=curve, ablations=dict(none=dict(right=hits)), accuracy_val=.5, places=6)
+        kv_student("kava", i, "10", curve=curve, ablations=dict(none=dict(right=hits)), accuracy_val=.5, places=6,
+                   rounds={"0": .1, "10": i / 2})
         for i, (curve, hits) in enumerate(zip(curves, ("1100", "1111")))
     ])
     assert row["curve"] == [[0, .1], [50, pytest.approx(.3)], [100, pytest.approx(.6)]]
     assert row["ablations"] == {"none": {"right": .75}} and row["places"] == 6
+    assert row["rounds"] == [[0, .1], [10, .25]]
     assert EXP6.last_quarter(row) == pytest.approx(.15)
 
 
@@ -368,8 +370,9 @@ def needed(*results: tuple[str, float]) -> str:
 
 def cases_of_places() -> list[tuple]:
     "What the places buy, whether training levelled off, whether the answer needs them."
-    def solved(places): return (f"Without places the students solve 25.4\\% of the test problems, with places {places}\\%"
-        " (KaVa, chosen on validation problems), in words 96.0\\%:")
+    def solved(places):
+        return (f"Without places the students solve 25.4\\% of the test problems, with places {places}\\% (KaVa, chosen on"
+            " validation problems), in words 96.0\\%:")
     left = "30.0\\% (hidden), 30.0\\% (zeroed), 30.0\\% (their mean) and 30.0\\% (another problem's)"
     equal, lower, higher = ("equal within the bound", 0.), ("differs", -.1), ("differs", .1)
     flat = [dict(method="latent_sft", curve=[[0, .1], [75, .5], [100, last]]) for last in (.504, .55)]
@@ -383,8 +386,8 @@ def cases_of_places() -> list[tuple]:
          " (0.01 [$-0.09$, 0.11])."),
         (worth("not resolved", .01), f"{solved('26.4')} whether the places buy anything is not resolved (0.01 [$-0.09$,"
          " 0.11]; a difference of 0.14 would have been seen)."),
-        (worth("not resolved", .01, detectable=None), f"{solved('26.4')} whether the places buy anything is not resolved"
-         " (0.01 [$-0.09$, 0.11]; which difference would have been seen is unknown)."),
+        (worth("not resolved", .01, detectable=None), f"{solved('26.4')} whether the places buy anything is not"
+         " resolved (0.01 [$-0.09$, 0.11]; which difference would have been seen is unknown)."),
         (EXP6.worth_sentence(None, [], .9), "This run does not say what the places buy."),
         (EXP6.levelled_sentence(flat[:1]), "Cross-entropy with places has levelled off (it gains 0.4 points in the last"
          " quarter of training)."),
@@ -394,13 +397,20 @@ def cases_of_places() -> list[tuple]:
         (needed(equal, lower, lower, equal), "The answer needs its places: with those of KaVa ablated at test time,"
          f" exact match falls from 60.0\\% to {left}, not above students that never had places; given another problem's"
          " places, the student gives that problem's answer in 50.0\\% of the cases."),
-        (needed(*[higher] * 4), "The places are in part decoration: with those of KaVa ablated at test time, exact match"
-         f" goes from 60.0\\% to {left}, in every case above students that never had places; given another problem's"
+        (needed(*[higher] * 4), "The places are in part decoration: with those of KaVa ablated at test time, exact"
+         f" match goes from 60.0\\% to {left}, in every case above students that never had places; given another problem's"
          " places, the student gives that problem's answer in 50.0\\% of the cases."),
         (needed(equal, higher, ("not resolved", 0.), lower), "With the places of KaVa ablated at test time, exact match"
          f" goes from 60.0\\% to {left}; in two of four ablations that is equal to, or below, students that never had"
          " places. Given another problem's places, the student gives that problem's answer in 50.0\\% of the cases."),
         (EXP6.ablation_sentence([], []), "Whether the answer needs its places was not measured."),
+        (EXP6.rounds_sentence(row6(rounds=[[0, .1], [2, .5]])), "By the number of Jacobi rounds at test time, KaVa solves"
+         " 10.0\\% with 0 and 50.0\\% with 2 of the test problems."),
+        (EXP6.rounds_sentence(None), "What more rounds would buy was not measured."),
+        (EXP6.sentence("exp6", "exp6.thought", "hidden"), "A place's input is the final hidden state of the place before"
+         " it (after the final norm)"),
+        (EXP6.sentence("exp6", "exp6.thought", "soft"), "A place's input is the mean of all words' embeddings, weighted by"
+         " how likely the place before it finds each word"),
         (EXP6.difference_phrase(planted("accuracy", *RESULTS["same"], verdict="equal within the bound", bound=.05)),
          "exact match after latent places is equal within 0.05 (difference 0.01 [$-0.09$, 0.11])"),
     ]

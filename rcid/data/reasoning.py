@@ -110,15 +110,19 @@ def _reason(steps: list[Step], style: str, name: str, thing: str) -> str:
 def without_last_step(problem: Problem) -> Problem:
     """The same problem, the last step of its reasoning left out: what stands there is the answer (KaVa and PCCoT train
     so). Reasoning of one step stays as it is."""
-    lines = problem.reasoning.split("\n")
-    parts, between = (lines, "\n") if len(lines) > 1 else (re.split(r"(?<=\.) ", problem.reasoning), " ")
-    if len(parts) == 1: parts = re.split(r" (?=[-+*/] )", problem.reasoning)       # a tape
-    return problem if len(parts) == 1 else problem._replace(reasoning=between.join(parts[:-1]))
+    said = problem.reasoning
+    if re.fullmatch(r"[-+*/\d ]+", said):                          # a tape: a step has three words
+        words = said.split(" ")
+        return problem._replace(reasoning=" ".join(words[:-3])) if len(words) > 4 else problem
+    between = "\n" if "\n" in said else " "
+    steps = said.split("\n") if "\n" in said else re.split(r"(?<=\.) ", said)
+    return problem._replace(reasoning=between.join(steps[:-1])) if len(steps) > 1 else problem
 
 def word_problems(
     split: str = "test",            # train | val | test: whose names and numbers
     seed: int = 0,
-    style: str | None = None,       # words | equation | calculator (as GSM8K writes) | tape; None: the first three in turn
+    # words | equation | calculator (as GSM8K writes) | tape; None: the first three in turn
+    style: str | None = None,
     steps: Sequence[int] = (2, 3),  # how many operations
     operations: str = "+-*/",       # which
     largest: int = 50,              # no number above it

@@ -111,8 +111,8 @@ class LatentModel(nn.Module):
         plain: nn.Module,      # of any family that has an adapter; not modified
         latent_id: int,        # the token that marks a place
         iterations: int,       # T >= 0; 0: a place is the embedding of its token (a pause token)
-        # what a place reads of the one before it: its final hidden state, or (`soft`) the mean of all words' embeddings,
-        # each weighed by how likely the model finds it as the next word
+        # what a place reads of the one before it: its final hidden state, or (`soft`) the mean of all words'
+        # embeddings, each weighed by how likely the model finds it as the next word
         thought: str = "hidden"
     ):
         super().__init__()

@@ -38,7 +38,7 @@ def of_others(targets: dict[str, Tensor], segments: Int[Tensor, "problem 4"], se
     column = columns_of_others(segments, segments[others], seq)                    # (problem, seq)
     for name in ("k", "v", "q"):
         if name not in targets: continue
-        x = targets[name][others]                                                  # (problem, layer, head, seq, head_dim)
+        x = targets[name][others]                          # (problem, layer, head, seq, head_dim)
         found[name] = x.gather(3, column[:, None, None, :, None].expand_as(x))
     found["mask"] = targets["mask"][others].gather(1, column) & (torch.arange(seq) < segments[:, 3:])
     return found

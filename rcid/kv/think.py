@@ -200,7 +200,9 @@ def _cache(student, thought: ReasoningDataset, question: Ran, behind: Ran, wish:
     cache = KVCache(k, v, mask)
     return KVCache(unrotate_keys(k, rope_of(student), cache.positions), v, mask, q, pre_rope=True)
 
-def _at_cue(a: ModelAdapter, behind: Ran, thought: ReasoningDataset, wish: Wish) -> Float[Tensor, "batch layer d_model"]:
+def _at_cue(
+    a: ModelAdapter, behind: Ran, thought: ReasoningDataset, wish: Wish
+) -> Float[Tensor, "batch layer d_model"]:
     row, column = torch.arange(len(thought), device=behind.final.device), thought.cue_pos - thought.segments[:, 1]
     at_cue = torch.stack([h[row, column] for h in behind.residuals], 1)
     return _normed(a, at_cue) if wish.normed else at_cue
