@@ -8,7 +8,7 @@ __all__ = ['ABLATIONS', 'PlacesRun', 'run_places', 'others_of', 'ablated', 'answ
 # %% ../../nbs/06_kv/09c_ablation.ipynb #10252cac
 from typing import NamedTuple
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from ..data.reasoning import ReasoningDataset, extract_number, number
 from .latent import LatentModel
