@@ -7,6 +7,7 @@ import pytest, torch
 from conftest import ARCHS
 from rcid.align import map_layers
 from rcid.causal import Site, causal_effects, naive_effects
+from rcid.core import load_params
 from rcid.data import build_pairs
 from rcid.data.pairs import pad_mask
 from rcid.data.reasoning import encode_problems, word_problems
@@ -15,7 +16,7 @@ from rcid.distill import DistillConfig, distill, model_hash
 from rcid.eval import causal_consistency, task_accuracy
 from rcid.eval.decode import greedy_decode, solve
 from rcid.kv import KV_METHODS, Kept, KVObjective, KVMethod, LatentModel, MercatorKVLoss, RegressionKVLoss
-from rcid.kv import ABLATIONS, ablate_places, answer_texts, answered, think
+from rcid.kv import ABLATIONS, ablate_places, answer_texts, answered, method_of, think
 from rcid.kv import StructuralKVLoss, AttentionWeighting, Warped, forward_kv, kv_method, with_latents
 from rcid.models import load_model, train_tokenizer
 
@@ -272,6 +273,15 @@ def test_another_problems_teacher_is_never_the_own_one(world):
     rows = list(range(8))
     ours, theirs = own.target(rows, 40), other.target(rows, 40)
     assert torch.equal(ours.mask, theirs.mask) and not torch.equal(ours.k, theirs.k)
+
+
+def test_variants_are_methods_with_fields_changed():
+    kv = load_params().kv
+    kv = kv.model_copy(update=dict(variants={"few": dict(method="kava", latents=2), "lost": dict(method="kavaa")}))
+    assert method_of("few", kv) == replace(KV_METHODS["kava"], latents=2, fit_steps=kv.train.fit_steps)
+    assert method_of("no_places", kv).latents == 0 and method_of("kava", kv).latents == kv.train.latents
+    for name, unknown in (("many", "many"), ("lost", "kavaa")):
+        with pytest.raises(ValueError, match=f"unknown KV method '{unknown}'"): method_of(name, kv)
 
 
 def test_there_is_one_loop(root):
