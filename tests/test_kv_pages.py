@@ -398,8 +398,8 @@ def cases_of_places() -> list[tuple]:
          f" exact match falls from 60.0\\% to {left}, not above students that never had places; given another problem's"
          " places, the student gives that problem's answer in 50.0\\% of the cases."),
         (needed(*[equal] * 4, drop="not resolved"), "The places are decoration as far as can be seen: with those of"
-         f" KaVa ablated at test time, exact match goes from 60.0\\% to {left}, which is no detectable drop; given another"
-         " problem's places, the student gives that problem's answer in 50.0\\% of the cases."),
+         f" KaVa ablated at test time, exact match goes from 60.0\\% to {left}, which is no detectable drop; given"
+         " another problem's places, the student gives that problem's answer in 50.0\\% of the cases."),
         (needed(equal, higher, ("not resolved", 0.), lower), "With the places of KaVa ablated at test time, exact match"
          f" goes from 60.0\\% to {left}; in two of four ablations it drops to that of students that never had places,"
          " or below. Given another problem's places, the student gives that problem's answer in 50.0\\% of the cases."),
