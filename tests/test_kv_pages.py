@@ -350,11 +350,20 @@ UNDEFINED = row6(consistency=None)
 STUDENT = dict(accuracy=.96)
 
 
+BEFORE = "Before distillation the same student solves 85.0\\% of them after the same places"
+
+
 def worth(verdict: str, diff: float = .31, **more) -> str:
     "The first line of the section for a test with this verdict."
     rows = [row6("no_places", accuracy=.254), row6("kava", accuracy=.254 + diff)]
     test = planted("accuracy", diff, .001, b="no_places", bound=.05, verdict=verdict, **more)
     return EXP6.worth_sentence(test, rows, .96)
+
+
+def added(verdict: str, diff: float = .1) -> str:
+    "What training adds, for a test with this verdict."
+    test = planted("accuracy", diff, .001, b="undistilled", bound=.05, verdict=verdict)
+    return EXP6.added_sentence(test, [row6("undistilled", accuracy=.85), row6("kava")])
 
 
 def needed(*results: tuple[str, float], drop: str = "differs") -> str:
@@ -388,6 +397,13 @@ def cases_of_places() -> list[tuple]:
          " 0.11]; a difference of 0.14 would have been seen)."),
         (worth("not resolved", .01, detectable=None), f"{solved('26.4')} whether the places buy anything is not"
          " resolved (0.01 [$-0.09$, 0.11]; which difference would have been seen is unknown)."),
+        (added("differs"), f"{BEFORE}; training adds 0.10 [0.00, 0.20] ($p = 0.001$)."),
+        (added("differs", -.1), f"{BEFORE}; training takes away ($-0.10$ [$-0.20$, 0.00], $p = 0.001$)."),
+        (added("equal within the bound", 0.), f"{BEFORE}: what the places buy comes from reasoning in words, and"
+         " training adds nothing beyond 0.05 (0.00 [$-0.10$, 0.10])."),
+        (added("not resolved", 0.), f"{BEFORE}; whether training adds to that is not resolved (0.00 [$-0.10$, 0.10]; a"
+         " difference of 0.14 would have been seen)."),
+        (EXP6.added_sentence(None, []), "What training adds to the places was not measured."),
         (EXP6.worth_sentence(None, [], .9), "This run does not say what the places buy."),
         (EXP6.levelled_sentence(flat[:1]), "Cross-entropy with places has levelled off (it gains 0.4 points in the last"
          " quarter of training)."),
