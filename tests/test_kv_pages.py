@@ -420,8 +420,8 @@ def cases_of_places() -> list[tuple]:
          " another problem's places, the student gives that problem's answer in 50.0\\% of the cases."),
         (needed(equal, higher, ("not resolved", .03), lower), "With the places of KaVa ablated at test time, exact"
          f" match goes from 60.0\\% to {left}; in two of four ablations it drops to that of students that never had"
-         " places, or below (above by less than 0.05, one-sided). Given another problem's places, the student gives that"
-         " problem's answer in 50.0\\% of the cases."),
+         " places, or below (above by less than 0.05, one-sided). Given another problem's places, the student gives"
+         " that problem's answer in 50.0\\% of the cases."),
         (EXP6.ablation_sentence([], []), "Whether the answer needs its places was not measured."),
         (EXP6.rounds_sentence(row6(rounds=[[0, .1], [2, .5]])), "By the number of Jacobi rounds at test time, KaVa"
          " solves 10.0\\% with 0 and 50.0\\% with 2 of the test problems."),
