@@ -9,7 +9,7 @@ __all__ = ['load_reasoning']
 import random, re
 from .names import SPLITS, split_of
 from .public_problems import PUBLIC, public_problems
-from .reasoning import STYLES, Problem, number, word_problems
+from .reasoning import TAPE, STYLES, Problem, number, word_problems
 from .sources import hub_rows, read_rows
 
 # %% ../../nbs/02_data/15_problems.ipynb #f229766a
@@ -50,13 +50,13 @@ def load_reasoning(
     n: int | None = None,             # how many; None: all (100 of our own)
     seed: int = 0,
     source: str = "embedded",         # embedded (our own) | path (RCID_DATA_DIR) | hub
-    style: str | None = None,         # of the reasoning: words | equation | calculator
+    style: str | None = None,         # of the reasoning: words | equation | calculator | tape
     **opts                            # of word_problems
 ) -> list[Problem]:
     "Problems of one split; rows without reasoning or an answer are left out."
     if split not in SPLITS: raise ValueError(f"unknown split {split!r}: there are {list(SPLITS)}")
-    if style is not None and style not in STYLES:
-        raise ValueError(f"unknown style of reasoning {style!r}: there are {STYLES}")
+    if style is not None and style not in (*STYLES, TAPE):
+        raise ValueError(f"unknown style of reasoning {style!r}: there are {(*STYLES, TAPE)}")
     if dataset == "word_problems":
         if source != "embedded":
             raise ValueError(f"word_problems are generated here: source must be 'embedded', not {source!r}")
