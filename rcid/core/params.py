@@ -88,7 +88,7 @@ class Distill:
     temperature: float = Field(1.0, gt=0)
     kl_at: Literal["answer", "all"] = "answer"
     train_embeddings: bool = False               # embeddings and head are frozen unless true
-    bf16: bool | None = None                     # autocast; null = on an accelerator only
+    bf16: bool | None = None                     # autocast; null = on a CUDA device only
     # share of the steps without the method's own term, for w = procrustes_after_warmup
     w_warmup: float = Field(0.5, ge=0, lt=1)
     refit_every: int = Field(0, ge=0)            # steps between new fits of W (an ablation); 0 = W stays as fitted

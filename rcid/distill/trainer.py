@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from ..align.procrustes import map_angle
+from ..core.hardware import in_bf16
 from ..data.pairs import ContrastiveDataset
 from .checkpoint import load_checkpoint, restore, save_checkpoint
 from .config import DistillConfig, plan_signals
@@ -126,7 +127,7 @@ def _fingerprint(student, teacher, pairs, method, c, trained) -> str:
 
 def _backward(objective, rows, whole, step, state, c, device, own_term: bool) -> dict[str, Tensor]:
     "The gradients of this process's rows, in micro-batches; returns its share of the parts of the loss."
-    bf16 = device.type != "cpu" if c.bf16 is None else c.bf16
+    bf16 = in_bf16(device) if c.bf16 is None else c.bf16
     parts = {}
     for some in rows.split(c.micro_batch or len(rows)):
         # over all parts in all processes they sum to 1

@@ -87,7 +87,7 @@ class KVObjective(Objective):
     def of_student(self, thought: ReasoningDataset) -> tuple[Tensor, KVCache, Tensor | None]:
         """Final hidden states, keys and values before RoPE, and residuals after each layer (before the final norm) at
         the cue."""
-        m, n = self.method, get_adapter(self.student).n_layers
+        m, n, thought = self.method, get_adapter(self.student).n_layers, thought.to(self.device)
         with capture(self.student, range(n) if m.a_codi else []) as hidden:
             final, cache = forward_kv(
                 self.student, thought.input_ids, thought.attention_mask, queries=m.attends, pre_rope=True, check=False
