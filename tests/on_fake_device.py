@@ -14,6 +14,7 @@ os.environ.pop("RCID_ROOT", None)
 os.environ.pop("RCID_DEVICE", None)
 import fakegpu
 from conftest import TINY, environment
+from rcid.core.paths import checkout_tables
 from rcid.pipeline.dvc import LOCK_HEAD, lock_blocks
 from rcid.pipeline.workspace import make_workspace
 
@@ -123,6 +124,8 @@ assert str(next(teacher.parameters()).device) == "fakegpu:0" and 0 <= result.rou
 
 def main():
     began, done = time.time(), 0
+    os.chdir(ROOT)
+    checkout_tables()
     os.environ["RCID_FAKEGPU"] = str(WORKSPACES/"fakegpu")
     import torch
     fakegpu.library(torch)
