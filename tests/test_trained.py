@@ -3,6 +3,7 @@ read in sixteen bits learn in float32."""
 
 import json
 from dataclasses import replace
+from itertools import islice
 import pytest, torch
 from safetensors.torch import load_file
 from conftest import ROOT
@@ -12,7 +13,7 @@ from rcid.distill import DistillConfig, distill
 from rcid.kv import KV_METHODS, LatentModel
 from rcid.models import load_model, save_model, save_trained, train_tokenizer
 
-PROBLEMS = [p for p, _ in zip(word_problems("train", style="equation", steps=(2,), operations="+-", largest=9), range(36))]
+PROBLEMS = list(islice(word_problems("train", style="equation", steps=(2,), operations="+-", largest=9), 36))
 
 
 @pytest.fixture(scope="module")

@@ -150,7 +150,7 @@ class KvData(_Section):
     max_new: int = Field(40, gt=0)               # tokens of an answer in words, at most
     n_pretrain: int = Field(gt=0)                # problems that make teacher and initial student competent
     n_train: int = Field(gt=0)                   # problems of distillation
-    n_test: int = Field(gt=3)
+    n_test: int | None = Field(gt=3)             # null: all of a public set that have a reasoning in this style
     n_pairs: int = Field(gt=3)                   # test pairs of causal consistency
 
 class KvModel(_Section):
