@@ -1,15 +1,17 @@
 """What the paper's own models ask: a head with more padding rows than the other's, more directions than the problems
 of a fit, a public set of which some problems have no equation."""
 
-import warnings
+import json, warnings
 from dataclasses import replace
 from itertools import islice
 from types import SimpleNamespace
 import pytest, torch
+from conftest import ROOT
 from rcid.core import load_params
 from rcid.data.problems import load_reasoning
 from rcid.data.reasoning import encode_problems, word_problems
 from rcid.distill import DistillConfig, distill
+from rcid.eval import perplexity
 from rcid.kv import KV_METHODS, KVObjective, LatentModel
 from rcid.models import common_vocab, load_model, train_tokenizer
 
@@ -123,3 +125,23 @@ def test_the_papers_scale_asks_for_all_of_them(tmp_path):
     compose_params(tmp_path/"params.yaml", "scale=a100")
     data = load_params(tmp_path/"params.yaml").kv.data
     assert data.dataset == "gsm8k" and data.n_test is None
+
+
+# records
+
+@pytest.mark.parametrize("page", ("models", "heal", "kv_models", "kv_base"))
+def test_every_page_that_fetches_a_model_says_where_it_is_from(page):
+    cells = json.loads((ROOT/"nbs"/"experiments"/f"{page}.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    assert "origin_of(" in code and "origin=origin" in code.partition("write_json(")[2]
+
+
+def test_windows_begin_as_the_tokenizer_begins_a_text(tokenizers, make_model):
+    "With a BOS every window has one; where a tokenizer puts none, its ids are read as they are."
+    for arch in ("llama", "qwen3"):
+        tokenizer, model = tokenizers[arch], make_model(arch, layers=1)
+        ids = torch.tensor(tokenizer("Mary and John went to the store. " * 8, add_special_tokens=False)["input_ids"])
+        plain, begun = (perplexity(model, ids, t, window=16, stride=8) for t in (None, tokenizer))
+        assert (plain == begun) == (arch == "qwen3")
+        already = torch.cat([torch.tensor([tokenizer.bos_token_id]), ids[:15]])
+        if arch == "llama": assert perplexity(model, already, tokenizer) == perplexity(model, already)   # never twice
