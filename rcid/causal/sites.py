@@ -146,7 +146,7 @@ def score_sites(model: nn.Module, pairs: ContrastiveDataset,
     per_pair: bool = False,                      # True: (pair, layer, role), before the mean
     effects: Float[Tensor, "pair layer role"] | None = None    # for 'effect', where a sweep has measured them already
 ) -> Float[Tensor, "layer role"]:
-    "Score of each layer and role (order of `pairs.key_positions`), mean over pairs, on the CPU; excluded sites are NaN."
+    "Score of each layer and role (order of `pairs.key_positions`), mean over pairs, on the CPU; NaN where excluded."
     if score in SHARES:
         if per_pair: raise ValueError(f"score {score!r} is a ratio of means over pairs: it has no value for one pair")
         return _share_score(model, pairs, score, batch_size)

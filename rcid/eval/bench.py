@@ -163,7 +163,7 @@ def run_bench(
     limit: int | dict[str, int] | None = None,   # questions a task (of a subject), or that by benchmark; None: all
     batch_size: int = 8,
     max_length: int = 1024,        # tokens, above the 256 that may be generated; longer prompts lose their beginning
-    kept: str | Path | None = None # a folder where each benchmark is written when it is done: a killed run goes on there
+    kept: str | Path | None = None # a folder: a benchmark is written there when it is done, a killed run goes on behind
 ) -> dict[str, dict]:              # benchmark -> {n, metric: value}
     "Scores of a model by lm-evaluation-harness."
     if source not in ("path", "hub"): raise ValueError(f"unknown bench.source {source!r}: use path or hub")

@@ -37,14 +37,15 @@ def beginning(tokenizer) -> int | None:
 @torch.no_grad()
 def perplexity(
     model: nn.Module,
-    # token ids (without `tokenizer` no BOS is put before them), or text with `tokenizer`; a list of either: texts of their own, each read from its start
+    # token ids (without `tokenizer` read as they are), or text with `tokenizer`; a list of either: texts of their own,
+    # each read from its start
     text: Int[Tensor, "n"] | str | list,
     tokenizer=None,
     window: int = 256, stride: int = 128,    # tokens
     batch_size: int = 8,                     # windows per forward
     head_rows: int = 256                     # positions per LM-head call: bounds the memory for logits
 ) -> float:
-    "Token-weighted perplexity of a text under a sliding window, behind the tokenizer's beginning of text if it has one."
+    "Token-weighted perplexity of a text under a sliding window, behind the tokenizer's BOS if it has one."
     a, device = get_adapter(model), model_device(model)
     texts = text if isinstance(text, list) else [text]
     if tokenizer is None and any(isinstance(t, str) for t in texts):

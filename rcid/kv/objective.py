@@ -6,13 +6,11 @@
 __all__ = ['KVState', 'KVObjective']
 
 # %% ../../nbs/06_kv/11_objective.ipynb #07c2cce8
-import warnings
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from ..align.layers import map_layers
-from ..align.procrustes import procrustes
 from ..causal.hooks import capture
 from ..core.tensors import content_hash, layout
 from ..data.reasoning import ReasoningDataset
@@ -25,6 +23,7 @@ from ..distill.schedule import whole_batch
 from .aligner import AlignedKV, MapProjectionAligner, pretrain_aligner
 from .attention import kv_attention
 from .cache import KVCache, forward_kv
+from .codi import codi_maps, codi_rows
 from .compress import compress_kv
 from .latent import LatentModel, with_latents
 from .losses import RegressionKVLoss, StructuralKVLoss, cka_loss, codi_deviation, codi_loss, layer_deviation
@@ -141,34 +140,10 @@ class KVObjective(Objective):
                 ours.append(at_cue)
                 theirs.append(extra["hidden"])
         if m.kv and m.fit_steps: pretrain_aligner(aligner, examples, m.fit_steps)
-        codi = self._codi_maps(*self._codi_rows(ours, theirs)) if m.a_codi else {}
+        codi = codi_maps(*codi_rows(self, ours, theirs)) if m.a_codi else {}
         state = KVState(aligner, codi).to(self.device)
         self.targets = self._speak(state)
         return state
-
-    @torch.no_grad()
-    def _codi_rows(self, ours: list[Tensor], theirs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        "What both say at the cue, on a quarter more problems than a map has directions, where there are so many."
-        wanted = min(len(self.data), get_adapter(self.student).d_model * 5 // 4)
-        for i in range(sum(len(x) for x in ours), wanted, 32):
-            rows = list(range(i, min(i + 32, wanted)))
-            theirs.append(self.of_teacher(rows)[1]["hidden"])
-            ours.append(self.of_student(self.thought[rows].to(self.device))[2])
-        return torch.cat(ours), torch.cat(theirs)                                                 # (row, layer, d) each
-
-    @staticmethod
-    def _codi_maps(student: Float[Tensor, "row layer d_s"], teacher: Float[Tensor, "row layer d_t"]) -> dict:
-        s, t = student.float(), teacher.float()
-        mean_s, mean_t = s.mean(0), t.mean(0)                                                     # (layer, d)
-        turns, rank, (known, width) = [], None, (len(s) - 1, s.shape[2])   # centred rows lie in one direction fewer
-        if known < width:
-            rank = min(known, width, t.shape[2])
-            warnings.warn(f"CODI: {len(s)} problems determine {rank} of {width} directions: the student is compared in"
-                f" these alone; train on more than {width} problems for all of them")
-        for l in range(s.shape[1]):
-            centred = s[:, l] - mean_s[l], t[:, l] - mean_t[l]
-            turns.append(procrustes(*centred, center=False, normalize=False, rank=rank))
-        return dict(w=torch.stack(turns), mean_s=mean_s, mean_t=mean_t)
 
     @torch.no_grad()
     def _speak(self, state: KVState) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Every method of both trainers for two steps on the CPU and on the fake device: the same curves. And one in bfloat16."""
+"""Every method of both trainers for two steps on the CPU and on the fake device: the same curves; one in bfloat16."""
 from dataclasses import replace
 from itertools import islice
 import torch
@@ -54,7 +54,8 @@ def check(name: str, make, *world):
     for cpu, fake in zip(*curves, strict=True):
         for key, value in cpu.items():
             if not abs(value - fake[key]) <= NEAR * max(1, abs(value)):
-                raise SystemExit(f"{name}: {key} at step {cpu['step']} is {value} on the CPU, {fake[key]} on the device")
+                where = f"{name}: {key} at step {cpu['step']}"
+                raise SystemExit(f"{where} is {value} on the CPU, {fake[key]} on the device")
 
 
 def main():

@@ -1,6 +1,6 @@
 """Builds and loads the fake device: after `install()` the device 'fakegpu' exists in this process.
 
-It computes on the CPU and refuses what CUDA refuses: `.numpy()` of its tensors, tensors of two devices in one operation.
+It computes on the CPU and refuses what CUDA refuses: `.numpy()` of its tensors, tensors of two devices in an operation.
 torch calls `install` by itself in every process that finds `fakegpu.dist-info` (`announce`) on its path."""
 import hashlib, os, tempfile, types
 from pathlib import Path
@@ -53,7 +53,8 @@ def copies(torch, plain):
         if self.device.type != "fakegpu": return plain(self, memo)
         if id(self) not in memo:
             new = self.detach().clone()
-            memo[id(self)] = torch.nn.Parameter(new, self.requires_grad) if isinstance(self, torch.nn.Parameter) else new
+            if isinstance(self, torch.nn.Parameter): new = torch.nn.Parameter(new, self.requires_grad)
+            memo[id(self)] = new
         return memo[id(self)]
     return deepcopy
 
