@@ -208,8 +208,8 @@ def causal_effects(
     mode: str = "noising",  # noising: corrupt value into the clean run | denoising: the reverse
     batch_size: int | None = None,  # most pairs whose runs are kept at once; None = as many as `memory` holds
     *,
-    memory: int | None = None,  # bytes beside the model; None = 1 GiB on a CPU, a quarter of an accelerator's memory
-    tokens: int | None = None,  # size of a block of patched rows; None = 512 on a CPU, 16384 on an accelerator
+    memory: int | None = None,  # bytes beside the model; None = a quarter of a CUDA device's memory, else 1 GiB
+    tokens: int | None = None,  # size of a block of patched rows; None = 16384 on a CUDA device, else 512
     skip_zero: bool = True,  # do not compute what is exactly zero (False: for benchmarks)
     progress=None,  # called with (pairs done, pairs in all)
 ) -> Float[Tensor, "pair site"]:
@@ -232,7 +232,7 @@ def causal_effects(
         batch_size, done = min(batch_size or fit, fit), 0
         effects = torch.zeros(len(p), len(sites), device=p.clean_ids.device)
         for rows in length.argsort(stable=True).split(batch_size):        # similar lengths together
-            block = tokens or (512 if p.clean_ids.device.type == "cpu" else 16384)
+            block = tokens or (16384 if p.clean_ids.device.type == "cuda" else 512)
             asked = _needed(p[rows], layer, position[rows], what, last, skip_zero)
             effects[rows] = _batch_effects(model, p[rows], mode, layer, position[rows], what, slots, asked, block, work)
             done += len(rows)
