@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest, torch
 from conftest import ROOT
 from rcid.core.hardware import in_bf16, pick_device, pick_dtype
-from on_fake_device import FEW, FOLDERS, GUIDES, TAKEN, compared, differences
+from on_fake_device import FEW, FOLDERS, GUIDE, TAKEN, compared, differences
 
 
 def test_the_variable_names_the_device_and_an_argument_wins(monkeypatch):
@@ -64,4 +64,4 @@ def test_ci_runs_the_script_and_what_it_leaves_out_is_run_for_a_few_steps():
     assert "tests/on_fake_device.py" in (ROOT/".ci"/"run").read_text(encoding="utf-8").splitlines()[-1]
     assert TAKEN == ("models@", "kv_base@") and all(f"{key}=3" in FEW for key in (
         "models.llama.pretrain_steps", "models.qwen3.pretrain_steps", "teachers.models.student.steps"))
-    assert all((ROOT/"nbs"/"guides"/f"{name}.ipynb").exists() for name in GUIDES) and Path(FOLDERS[0]).name == "data"
+    assert (ROOT/"nbs"/"guides"/f"{GUIDE}.ipynb").exists() and Path(FOLDERS[0]).name == "data"
