@@ -3,7 +3,7 @@
     python tests/on_fake_device.py            after `make test`, whose workspace holds the CPU's numbers
 
 The teachers that take minutes to train (`models`, `kv_base`) are those of the CPU; they are trained for a few steps on
-both devices in a second, small run. Then the ten lines of the README, the guide that measures models, and every method."""
+both devices in a second, small run. Then the ten lines of the README, the guide that measures models, every method."""
 import json, math, os, shutil, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
