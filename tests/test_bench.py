@@ -2,7 +2,10 @@
 import json, os
 from pathlib import Path
 import pytest
-from rcid.eval.bench import COPIES, harness_folder, local_tasks, run_bench
+from ruamel.yaml import YAML
+from conftest import ROOT
+from rcid.core import write_json
+from rcid.eval.bench import COPIES, harness_folder, local_tasks, read_scores, run_bench
 
 needs_data = pytest.mark.skipif(
     not os.environ.get("RCID_DATA_DIR"), reason=f"{len(COPIES)} benchmarks not run: RCID_DATA_DIR is not set"
@@ -33,6 +36,56 @@ def test_arc_and_gsm8k_on_a_random_model(make_model, tokenizers):
     assert scores["gsm8k"]["n"] == 2 and scores["gsm8k"]["exact_match (strict-match)"] == 0
     arc = run_bench(model, tokenizers["llama"], ["arc_challenge"], limit=8, max_length=512)["arc_challenge"]
     assert arc["n"] == 8 and 0 <= arc["acc"] <= 1 and round(arc["acc"] * 8) == arc["acc"] * 8
+
+
+def asked(monkeypatch, fails_at: str = "") -> list:
+    "What the harness is asked from now on, (benchmark, limit); it answers by rote, and is killed at one benchmark."
+    seen = []
+    def scores_of(model, tokenizer, name, source, limit, **_):
+        if name == fails_at: raise KeyboardInterrupt
+        seen.append((name, limit))
+        return dict(n=limit or 100, acc=.5)
+    monkeypatch.setattr("rcid.eval.bench._scores_of", scores_of)
+    return seen
+
+
+THREE = ["arc_challenge", "gsm8k", "bbh"]
+
+
+def test_a_killed_run_goes_on_behind_what_is_done(make_model, tokenizers, tmp_path, monkeypatch):
+    model, how = make_model("llama", layers=1), dict(tasks=THREE, limit={"gsm8k": 7}, kept=tmp_path)
+    seen = asked(monkeypatch, fails_at="bbh")
+    with pytest.raises(KeyboardInterrupt): run_bench(model, tokenizers["llama"], **how)
+    assert seen == [("arc_challenge", None), ("gsm8k", 7)]
+    again = asked(monkeypatch)
+    scores = run_bench(model, tokenizers["llama"], **how)
+    assert again == [("bbh", None)] and scores["gsm8k"] == dict(n=7, acc=.5) and list(scores) == THREE
+    assert run_bench(model, tokenizers["llama"], **how) == scores and len(again) == 1
+
+
+def test_what_another_model_or_limit_left_is_not_taken(make_model, tokenizers, tmp_path, monkeypatch):
+    seen, how = asked(monkeypatch), dict(tasks=["gsm8k"], kept=tmp_path)
+    first = make_model("llama", layers=1)
+    run_bench(first, tokenizers["llama"], limit=3, **how)
+    run_bench(first, tokenizers["llama"], limit=4, **how)
+    run_bench(make_model("llama", layers=1, seed=5), tokenizers["llama"], limit=4, **how)
+    assert seen == [("gsm8k", 3), ("gsm8k", 4), ("gsm8k", 4)]
+    (tmp_path/"gsm8k.json").write_text("{")                                       # the disk was full
+    run_bench(first, tokenizers["llama"], limit=4, **how)
+    assert len(seen) == 4
+
+
+def test_every_student_is_a_stage_and_its_record_is_read(tmp_path):
+    stages = YAML(typ="safe").load((ROOT/"dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    assert stages["bench"]["matrix"] == stages["kv_fuse"]["matrix"] and "metrics/bench" in stages["exp7"]["deps"]
+    for name in ("fixed-42", "none-42"): write_json(tmp_path/f"{name}.json", dict(tasks=[], scores={"gsm8k": {"n": 1}}))
+    assert read_scores(tmp_path) == {name: {"gsm8k": {"n": 1}} for name in ("fixed-42", "none-42")}
+    assert read_scores(tmp_path/"absent") == {}
+
+
+def test_a_limit_for_a_benchmark_that_is_not_run_is_refused():
+    with pytest.raises(ValueError, match="bench.limit names bbh, which bench.tasks does not: add it there"):
+        run_bench(None, None, ["gsm8k"], limit={"bbh": 3, "gsm8k": 2})
 
 
 def test_bad_input(tmp_path, monkeypatch):

@@ -43,7 +43,8 @@ def checked(model: nn.Module, pairs: ContrastiveDataset) -> ContrastiveDataset:
 def answer_logit_diff(model: nn.Module, pairs: ContrastiveDataset,
     batch_size: int = 64                         # pairs per forward
 ) -> tuple[Float[Tensor, "pair"], Float[Tensor, "pair"]]:
-    "`(LD of the clean run, LD of the corrupt run)` in float32; both are the clean answer minus the wrong one."
+    """`(LD of the clean run, LD of the corrupt run)` in float32, on the CPU wherever the model is; both are the clean
+    answer minus the wrong one."""
     p = checked(model, pairs)
     clean, corrupt = [], []
     with evaluating(model):
@@ -51,7 +52,7 @@ def answer_logit_diff(model: nn.Module, pairs: ContrastiveDataset,
             b = p[i : i + batch_size]
             clean.append(run_logit_diff(model, b.clean_ids, b))
             corrupt.append(run_logit_diff(model, b.corrupt_ids, b))
-    return torch.cat(clean), torch.cat(corrupt)
+    return torch.cat(clean).cpu(), torch.cat(corrupt).cpu()
 
 # %% ../../nbs/03_causal/01_effects.ipynb #79d88f48
 def all_sites(model: nn.Module, pairs: ContrastiveDataset) -> list[Site]:
@@ -112,7 +113,7 @@ def naive_effects(model: nn.Module, pairs: ContrastiveDataset,
                 with write(model, value, b.key_positions): after = run_logit_diff(model, base, b)
                 columns.append(sign*(before - after))
             effects.append(torch.stack(columns, 1))
-    return torch.cat(effects)
+    return torch.cat(effects).cpu()
 
 # %% ../../nbs/03_causal/01_effects.ipynb #a0f10081
 @torch.no_grad()
@@ -135,7 +136,7 @@ def hooked_effects(model: nn.Module, pairs: ContrastiveDataset,
                 with write(model, here, b.key_positions): after = run_logit_diff(model, base, b)
                 columns.append(sign*(before - after))
             effects.append(torch.stack(columns, 1))
-    return torch.cat(effects)
+    return torch.cat(effects).cpu()
 
 # %% ../../nbs/03_causal/01_effects.ipynb #d87292c1
 _restartable = WeakKeyDictionary()               # model -> {(attention, dtype, device): reason or None}
@@ -182,7 +183,7 @@ def why_not_restarted(
     return seen[kind]
 
 def _budget(device) -> int:
-    return 2**30 if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory//4
+    return torch.cuda.get_device_properties(device).total_memory//4 if device.type == "cuda" else 2**30
 
 def _shares(a, memory, seq, n_sites, n_parts): # (pairs whose runs fit, bytes for a block at work)
     size = a.model.dtype.itemsize
@@ -207,13 +208,13 @@ def causal_effects(
     mode: str = "noising",  # noising: corrupt value into the clean run | denoising: the reverse
     batch_size: int | None = None,  # most pairs whose runs are kept at once; None = as many as `memory` holds
     *,
-    memory: int | None = None,  # bytes beside the model; None = 1 GiB on a CPU, a quarter of an accelerator's memory
-    tokens: int | None = None,  # size of a block of patched rows; None = 512 on a CPU, 16384 on an accelerator
+    memory: int | None = None,  # bytes beside the model; None = a quarter of a CUDA device's memory, else 1 GiB
+    tokens: int | None = None,  # size of a block of patched rows; None = 16384 on a CUDA device, else 512
     skip_zero: bool = True,  # do not compute what is exactly zero (False: for benchmarks)
     progress=None,  # called with (pairs done, pairs in all)
 ) -> Float[Tensor, "pair site"]:
     """Effect of every site on every pair by activation patching (Zhang & Nanda, arXiv 2309.16042), restarted at the
-    site."""
+    site; on the CPU wherever the model is."""
     sites, p, a = list(all_sites(model, pairs) if sites is None else sites), checked(model, pairs), get_adapter(model)
     position, layer = site_positions(model, p, sites).cpu(), torch.tensor([s[0] for s in sites])
     kinds = list(dict.fromkeys([(), *(tuple(s[2:]) for s in sites)]))      # the residual stream comes first
@@ -231,12 +232,12 @@ def causal_effects(
         batch_size, done = min(batch_size or fit, fit), 0
         effects = torch.zeros(len(p), len(sites), device=p.clean_ids.device)
         for rows in length.argsort(stable=True).split(batch_size):        # similar lengths together
-            block = tokens or (512 if p.clean_ids.device.type == "cpu" else 16384)
+            block = tokens or (16384 if p.clean_ids.device.type == "cuda" else 512)
             asked = _needed(p[rows], layer, position[rows], what, last, skip_zero)
             effects[rows] = _batch_effects(model, p[rows], mode, layer, position[rows], what, slots, asked, block, work)
             done += len(rows)
             if progress: progress(done, len(p))
-    return effects
+    return effects.cpu()
 
 
 def _needed(pairs, layer, position, what, last, skip_zero):

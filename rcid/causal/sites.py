@@ -17,7 +17,7 @@ from .effects import run_logit_diff, site_positions
 from .hooks import Site, capture, read
 from .mediation import forced_cells, mediation
 from ..data.pairs import ContrastiveDataset
-from ..models.adapters import get_adapter, hidden_of, model_device, with_hidden
+from ..models.adapters import get_adapter, hidden_of, with_hidden
 from ..models.modes import evaluating
 
 # %% ../../nbs/03_causal/02_sites.ipynb #3362e41a
@@ -30,8 +30,8 @@ def attribution_effects(model: nn.Module, pairs: ContrastiveDataset,
     sites: list[Site] | None = None,             # None = all layers x roles
     batch_size: int = 16                         # pairs per backward
 ) -> Float[Tensor, "pair site"]:
-    """First-order estimate of the noising effect: attribution patching, without the repairs of AtP* (Kramar et al.,
-    2403.00745)."""
+    """First-order estimate of the noising effect, on the CPU: attribution patching, without the repairs of AtP* (Kramar
+    et al., 2403.00745)."""
     sites, p, a = list(all_sites(model, pairs) if sites is None else sites), checked(model, pairs), get_adapter(model)
     position, layers, estimates = site_positions(model, p, sites), sorted({s[0] for s in sites}), []
     # frozen weights give no graph: let it begin at the embedding
@@ -51,7 +51,7 @@ def attribution_effects(model: nn.Module, pairs: ContrastiveDataset,
                 estimates.append(_at_sites(every, sites, position[i : i + batch_size]))
     finally:
         handle.remove()
-    return torch.cat(estimates)
+    return torch.cat(estimates).cpu()
 
 # %% ../../nbs/03_causal/02_sites.ipynb #5c11a002
 def _gradients_on_the_way(model, pairs, clean, corrupt, share: float) -> dict[int, Float[Tensor, "pair seq d_model"]]:
@@ -99,7 +99,7 @@ def integrated_effects(model: nn.Module, pairs: ContrastiveDataset,
     sites, p = list(all_sites(model, pairs) if sites is None else sites), checked(model, pairs)
     position = site_positions(model, p, sites)
     batches = _integrated(model, p, steps, batch_size)
-    return torch.cat([_at_sites(every, sites, position[rows]) for rows, every in batches])
+    return torch.cat([_at_sites(every, sites, position[rows]) for rows, every in batches]).cpu()
 
 def integrated_fraction(model: nn.Module, pairs: ContrastiveDataset,
     steps: int = 4, batch_size: int = 16         # as in `integrated_effects`
@@ -132,13 +132,13 @@ def _share_score(model, pairs, score: str, batch_size: int | None) -> Float[Tens
     if score == "mediation":
         found = mediation(model, pairs, batch_size)
         for why in found.no_gap().values(): raise ValueError(f"score 'mediation': {why}: F is undefined")
-        return found.mediating()[0].to(model_device(model))
+        return found.mediating()[0]
     clean, corrupt = answer_logit_diff(model, pairs)
     gap = float((clean - corrupt).double().sum())
     if not gap > 0: raise ValueError(f"score 'integrated': no gap: {gap / len(pairs):.2f} logits on average")
     share = integrated_fraction(model, pairs, batch_size=batch_size or 16)
     m = torch.minimum(share, 1 - share).clamp(min=0)
-    return m.masked_fill(forced_cells(pairs, len(m)), torch.nan).to(model_device(model))
+    return m.masked_fill(forced_cells(pairs, len(m)), torch.nan)
 
 def score_sites(model: nn.Module, pairs: ContrastiveDataset,
     score: str = "effect",                       # effect | mediation | integrated | atp | norm | rel_norm
@@ -146,7 +146,7 @@ def score_sites(model: nn.Module, pairs: ContrastiveDataset,
     per_pair: bool = False,                      # True: (pair, layer, role), before the mean
     effects: Float[Tensor, "pair layer role"] | None = None    # for 'effect', where a sweep has measured them already
 ) -> Float[Tensor, "layer role"]:
-    "Score of every layer and role (order of `pairs.key_positions`), mean over pairs; excluded sites are NaN."
+    "Score of each layer and role (order of `pairs.key_positions`), mean over pairs, on the CPU; NaN where excluded."
     if score in SHARES:
         if per_pair: raise ValueError(f"score {score!r} is a ratio of means over pairs: it has no value for one pair")
         return _share_score(model, pairs, score, batch_size)
@@ -163,11 +163,11 @@ def score_sites(model: nn.Module, pairs: ContrastiveDataset,
                     return torch.stack(list(at_sites.values()), 1).float()
                 clean, corrupt = residuals(b.clean_ids), residuals(b.corrupt_ids)
                 values.append((clean - corrupt).norm(dim=-1)/(clean.norm(dim=-1) if score == "rel_norm" else 1))
-        values = torch.cat(values)
+        values = torch.cat(values).cpu()
     else:
         raise ValueError(f"unknown score {score!r}: use effect, mediation, integrated, atp, norm or rel_norm")
     values = values.view(len(pairs), -1, len(pairs.key_positions)) # (pair, layer, role)
-    values = values.masked_fill(excluded_sites(model, pairs).to(values.device), torch.nan)
+    values = values.cpu().masked_fill(excluded_sites(model, pairs).cpu(), torch.nan)
     return values if per_pair else values.nanmean(0)
 
 # %% ../../nbs/03_causal/02_sites.ipynb #fdcf8608

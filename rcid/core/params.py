@@ -89,7 +89,7 @@ class Distill:
     temperature: float = Field(1.0, gt=0)
     kl_at: Literal["answer", "all"] = "answer"
     train_embeddings: bool = False               # embeddings and head are frozen unless true
-    bf16: bool | None = None                     # autocast; null = on an accelerator only
+    bf16: bool | None = None                     # autocast; null = on a CUDA device only
     # share of the steps without the method's own term, for w = procrustes_after_warmup
     w_warmup: float = Field(0.5, ge=0, lt=1)
     refit_every: int = Field(0, ge=0)            # steps between new fits of W (an ablation); 0 = W stays as fitted
@@ -153,7 +153,7 @@ class KvData(_Section):
     n_pretrain: int = Field(gt=0)                # problems that make teacher and initial student competent
     n_train: int = Field(gt=0)                   # problems of distillation
     n_val: int = Field(gt=3)                     # problems by which a method is chosen, and of the learning curves
-    n_test: int = Field(gt=3)
+    n_test: int | None = Field(gt=3)             # null: all of a public set that have a reasoning in this style
     n_pairs: int = Field(gt=3)                   # test pairs of causal consistency
 
 class KvModel(_Section):

@@ -6,7 +6,7 @@
 __all__ = ['BaseModelConfig', 'TeacherVariant', 'FusionConfig', 'Teachers', 'Bench']
 
 # %% ../../nbs/00_core/08_teacher_params.ipynb #de32ef94
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
@@ -100,4 +100,5 @@ class Bench(_Strict):
     "Benchmarks through lm-evaluation-harness, on the students of experiment 7."
     tasks: list[Literal["arc_challenge", "gsm8k", "math500", "truthfulqa", "bbh", "cmmlu", "ceval", "gpqa"]] = []
     source: Literal["path", "hub"] = "path"      # path: local copies below RCID_DATA_DIR
-    limit: int | None = Field(None, gt=0)        # questions a task
+    # questions a task; {gsm8k: 200}: of that benchmark, and of the others all
+    limit: Annotated[int, Field(gt=0)] | dict[str, Annotated[int, Field(gt=0)]] | None = None

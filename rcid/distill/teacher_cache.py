@@ -4,10 +4,13 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'Packed', 'pack_pairs', 'final_at', 'SignalRequest', 'hidden_signals', 'answer_columns', 'told',
-           'model_hash', 'changed_by_hand', 'computes_hash', 'kept_tensors', 'code_hash', 'teacher_targets']
+           'unchanged', 'model_hash', 'changed_by_hand', 'computes_hash', 'kept_tensors', 'code_hash',
+           'teacher_targets']
 
 # %% ../../nbs/05_distill/03_teacher_cache.ipynb #f9eedb54
 import hashlib, inspect, secrets
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 from importlib.metadata import version
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,11 +158,25 @@ def _swapped(model, pairs, site, h, packed, span): # h: (pair, both, d_model)
     return final[torch.arange(len(pairs), device=final.device), pairs.answer_pos]
 
 # %% ../../nbs/05_distill/03_teacher_cache.ipynb #925f73d6
+_unchanged = WeakKeyDictionary()             # model -> its hash, once it was asked for
+
+@contextmanager
+def unchanged(model: nn.Module):
+    "Promises that nothing changes the weights of this model in the block: they are hashed once at most."
+    outer = model in _unchanged
+    _unchanged.setdefault(model, None)
+    try: yield
+    finally:
+        if not outer: del _unchanged[model]
+
 def model_hash(model: nn.Module) -> str:
     "SHA-256 of a model's config and weights."
+    if _unchanged.get(model): return _unchanged[model]
     # one weight at a time: those of an offloaded model are not all in memory at once
     weights = [content_hash({name: value}) for name, value in weights_of(model)]
-    return content_hash({}, model.config.to_json_string(use_diff=True), weights)
+    found = content_hash({}, model.config.to_json_string(use_diff=True), weights)
+    if model in _unchanged: _unchanged[model] = found
+    return found
 
 LIBRARIES = ("accelerate", "transformers", "peft")   # their hooks move and record tensors, and change none
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from ..align.procrustes import map_angle
+from ..core.hardware import in_bf16
 from ..data.pairs import ContrastiveDataset
 from .checkpoint import load_checkpoint, restore, save_checkpoint
 from .config import DistillConfig, plan_signals
@@ -23,7 +24,7 @@ from .method import Method, Objective, Signals
 from .methods import get_method
 from .objective import PairObjective, all_ids
 from .schedule import batch_rows, lr_at
-from .teacher_cache import computes_hash, hidden_signals, model_hash
+from .teacher_cache import computes_hash, hidden_signals, model_hash, unchanged
 from .training import training
 from ..models.adapters import common_vocab, model_device
 from ..models.lora import check_apart
@@ -55,7 +56,13 @@ def distill(
     with ExitStack() as guards:          # whatever ends the run, both models are their owner's again
         if teacher is not student: guards.enter_context(evaluating(teacher))
         trained = guards.enter_context(training(student, config.train_embeddings, config.checkpoint_gradients))
+        if not _shared(teacher, trained): guards.enter_context(unchanged(teacher))
         return _train(student, teacher, pairs, get_method(method), config, probe, trained)
+
+def _shared(teacher: nn.Module, trained: dict[str, nn.Parameter]) -> bool:
+    "Whether training moves a weight of the teacher."
+    moved = {p.untyped_storage().data_ptr() for p in trained.values()}
+    return any(p.untyped_storage().data_ptr() in moved for p in teacher.parameters())
 
 def _train(student, teacher, pairs, method, c, probe, trained: dict[str, nn.Parameter]) -> DistillResult:
     began, device = time.time(), model_device(student)
@@ -128,7 +135,7 @@ def _fingerprint(student, teacher, pairs, method, c, trained) -> str:
 
 def _backward(objective, rows, whole, step, state, c, device, own_term: bool) -> dict[str, Tensor]:
     "The gradients of this process's rows, in micro-batches; returns its share of the parts of the loss."
-    bf16 = device.type != "cpu" if c.bf16 is None else c.bf16
+    bf16 = in_bf16(device) if c.bf16 is None else c.bf16
     parts = {}
     for some in rows.split(c.micro_batch or len(rows)):
         # over all parts in all processes they sum to 1

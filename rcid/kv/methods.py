@@ -116,7 +116,7 @@ class KVMethod(Method):
         return KVObjective(self, student, teacher, data, c)
 
     def aligner(self, teacher: nn.Module, student: nn.Module, seed: int) -> MapProjectionAligner:
-        "The projector of this variant, before it is fitted."
+        "The projector of this variant, before it is fitted, on the student's device."
         projector = self.kv.projector
         structured = isinstance(projector, Structured)
         return MapProjectionAligner(
@@ -128,7 +128,7 @@ class KVMethod(Method):
             share_dim_proj=projector.share_dims if structured else True,
             init_uniform=projector.init_uniform if structured else True,
             seed=seed,
-        )
+        ).to(next(student.parameters()).device)
 
 # %% ../../nbs/06_kv/12_methods.ipynb #5f0fdaca
 KV_METHODS = {

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from ..align.layers import map_layers
-from ..align.procrustes import procrustes
 from ..causal.hooks import capture
 from ..core.tensors import content_hash, layout
 from ..data.reasoning import ReasoningDataset
@@ -24,6 +23,7 @@ from ..distill.schedule import whole_batch
 from .aligner import AlignedKV, MapProjectionAligner, pretrain_aligner
 from .attention import kv_attention
 from .cache import KVCache, forward_kv
+from .codi import codi_maps, codi_rows
 from .compress import compress_kv
 from .latent import LatentModel, with_latents
 from .losses import RegressionKVLoss, StructuralKVLoss, cka_loss, codi_deviation, codi_loss, layer_deviation
@@ -91,7 +91,7 @@ class KVObjective(Objective):
         "What the student says after its places, and after words if `data` is given."
         m = self.method
         wish = Wish(bool(m.kv), m.attends, bool(m.a_codi), m.codi_hidden == "normed")
-        return thoughts(self.student, thought, data, wish)
+        return thoughts(self.student, thought.to(self.device), data, wish)
 
     def align(self, aligner: MapProjectionAligner, cache: KVCache, rows) -> AlignedKV:
         "What `of_teacher` gave, in the student's shape."
@@ -137,20 +137,11 @@ class KVObjective(Objective):
                 ours.append(said.at_cue)
                 theirs.append(extra["hidden"])
         if m.kv and m.fit_steps: pretrain_aligner(aligner, examples, m.fit_steps)
-        codi = self._codi_maps(torch.cat(ours), torch.cat(theirs)) if m.a_codi else {}
+        codi = codi_maps(*codi_rows(self, ours, theirs)) if m.a_codi else {}
         state = KVState(aligner, codi).to(self.device)
         self.targets = self._speak(state)
         if m.shuffled: self.targets = of_others(self.targets, self.thought.segments, self.c.seed)
         return state
-
-    @staticmethod
-    def _codi_maps(student: Float[Tensor, "row layer d_s"], teacher: Float[Tensor, "row layer d_t"]) -> dict:
-        s, t = student.float(), teacher.float()
-        mean_s, mean_t = s.mean(0), t.mean(0)                                                     # (layer, d)
-        turns = []
-        for l in range(s.shape[1]):
-            turns.append(procrustes(s[:, l] - mean_s[l], t[:, l] - mean_t[l], center=False, normalize=False))
-        return dict(w=torch.stack(turns), mean_s=mean_s, mean_t=mean_t)
 
     @torch.no_grad()
     def _speak(self, state: KVState) -> dict[str, Tensor]:

@@ -8,7 +8,8 @@ __all__ = []
 # %% ../../nbs/01_models/index.ipynb #98b39c8a
 from .adapters import ModelAdapter, get_adapter, common_vocab, model_device
 from .cast import cast
-from .load import load_model, save_model
+from .load import load_model, save_model, save_trained, write_trained
+from .origin import origin_of
 from .convert import head_scales, to_qwen3
 from .generation import end_tokens, plain_generation
 from .shrink import shrink, even_layers, choose_layers

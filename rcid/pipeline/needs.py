@@ -127,13 +127,17 @@ def needs_of(p: Params, gpu: bool, workers: int = 1) -> Needs:
     six, seven = size("experiment 6 student"), size("experiment 7 student") if "experiment 7 student" in sizes else none
     runs6, runs7 = len(p.kv.methods) * len(p.kv.seeds), len(p.teachers.run) * len(p.seeds)
     largest = max([*students.values(), six, seven], key=lambda s: s.trained)
+    def wide(model): # bytes of a weight that training changed, on disk: as in the checkpoint that the student began as
+        return 2 if model and gpu and not model.steps and "arch" not in model.spec else 4
     lessons = sum(size(f"experiment 7 {p.teachers.variants[n].model}").kv for n in p.teachers.names)
     disk = {
         "the hub's cache": 2 * sum(s.weights for s in hub.values()),
         "teachers": sum((2 if gpu else 4) * size(f"{f} teacher").weights for f in p.families),
         "students": 4 * sum(students[f].weights for f, *_ in p.cells) + 4 * sum(s.weights for s in students.values()),
-        "experiment 6": 4 * six.weights * (runs6 + 1) + 2 * size("experiment 6 teacher").weights,
-        "experiment 7": 4 * seven.trained * runs7 + 2 * lessons * TOKENS["story"] * p.teachers.n_train,
+        "experiment 6": wide(p.kv.student) * (six.trained * runs6 + six.weights)
+        + 2 * size("experiment 6 teacher").weights,
+        "experiment 7": wide(p.teachers.models.get("student")) * seven.trained * runs7
+        + 2 * lessons * TOKENS["story"] * p.teachers.n_train,
         "checkpoints": 12 * largest.trained * workers,
     }
     pairs = [(size(f"{f} teacher"), students[f]) for f in p.families] + [(size("experiment 6 teacher"), six)]
