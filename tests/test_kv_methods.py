@@ -1,8 +1,9 @@
 """Latent places, KV methods in the one trainer, greedy decoding: identities, resume, gradients, causal evaluation,
 bad input."""
 
-import ast, itertools
+import ast, itertools, json
 from dataclasses import replace
+from types import SimpleNamespace
 import pytest, torch
 from conftest import ARCHS
 from rcid.align import map_layers
@@ -15,6 +16,7 @@ from rcid.data.reasoning_pairs import reasoning_rows
 from rcid.distill import DistillConfig, distill, model_hash
 from rcid.eval import causal_consistency, task_accuracy
 from rcid.eval.decode import greedy_decode, solve
+from rcid.eval.shares import check_competent
 from rcid.kv import KV_METHODS, Kept, KVObjective, KVMethod, LatentModel, MercatorKVLoss, RegressionKVLoss
 from rcid.kv import ABLATIONS, ablate_places, answer_texts, answered, method_of, think
 from rcid.kv import StructuralKVLoss, AttentionWeighting, Warped, forward_kv, kv_method, with_latents
@@ -282,6 +284,22 @@ def test_variants_are_methods_with_fields_changed():
     assert method_of("no_places", kv).latents == 0 and method_of("kava", kv).latents == kv.train.latents
     for name, unknown in (("many", "many"), ("lost", "kavaa")):
         with pytest.raises(ValueError, match=f"unknown KV method '{unknown}'"): method_of(name, kv)
+
+
+def test_a_teacher_below_the_gate_stops_its_stage(root, monkeypatch):
+    "Before it is saved, with its accuracy on validation problems; a student may be as bad as it is."
+    nb = json.loads((root/"nbs"/"experiments"/"kv_models.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"]
+    trains = next(source for source in cells if "check_competent({" in source)
+    saves = next(i for i, source in enumerate(cells) if source.startswith("save_model("))
+    assert cells.index(trains) < saves
+    made, kv = SimpleNamespace(steps=0), load_params().kv
+    given = dict(made=made, kv=kv, model=None, tokenizer=None, val="val", test="test", check_competent=check_competent)
+    given["solve"] = lambda model, problems, *_, **__: ({"val": kv.gate - .01, "test": .9}[problems], [])
+    with pytest.raises(ValueError, match=r"teacher of experiment 6 is right on 0\.49 of the prompts, below the gate"):
+        exec(trains, given | dict(role="teacher"))
+    exec(trains, student := given | dict(role="student"))
+    assert student["accuracy"] == .9
 
 
 def test_there_is_one_loop(root):
