@@ -1,9 +1,11 @@
 """`rcid compare`, `rcid map`, `rcid where`, `rcid launch`: pages that need nothing else, and one line for bad input."""
 
-import configparser, json, re, shutil
+import configparser, json, re, shutil, signal, subprocess, sys
 from pathlib import Path
 import pytest
+from conftest import ROOT, environment
 from rcid.core import embedded, read_json
+from rcid.core.paths import CHECKSUMS
 from rcid.eval.handmade import counting_model
 from rcid.models import byte_tokenizer, load_model, save_model, train_tokenizer
 from rcid.models.before_loading import BESIDE, Checkpoint, check_memory, look_at
@@ -166,6 +168,57 @@ def test_a_family_that_is_not_known_is_refused_before_loading(tmp_path, capsys):
     assert ran("map", folder) == 2 and "unknown model family 'xlnet'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("how", ("missing", "shard", "shapes", "a file", "tokenizer"))
+def test_a_checkpoint_that_is_not_whole_is_one_line(how, folders, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+    folder = tmp_path/"model"
+    shutil.copytree(folders["untrained"], folder)
+    (folder/CHECKSUMS).unlink()
+    file, spec = folder/"model.safetensors", folder
+    if how == "missing":
+        whole = load_file(file)
+        save_file({k: v for k, v in whole.items() if "layers.3.mlp" not in k}, file, metadata={"format": "pt"})
+    elif how == "shard":
+        file.rename(folder/"model-00001-of-00002.safetensors")
+        shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+        index = dict(metadata={}, weight_map=dict(zip(("lm_head.weight", "model.norm.weight"), shards)))
+        (folder/"model.safetensors.index.json").write_text(json.dumps(index))
+    elif how == "shapes":
+        (folder/"config.json").write_text(json.dumps({**read_json(folder/"config.json"), "intermediate_size": 64}))
+    elif how == "a file": spec = file
+    else:
+        for part in folder.glob("token*"): part.unlink()
+    words = {
+        "missing": "has no weights for model.layers.3.mlp.down_proj.weight and 2 more",
+        "shard": "model-00002-of-00002.safetensors",
+        "shapes": "its weights have other shapes than its config.json says",
+        "a file": "is a file: give the folder that it is in",
+        "tokenizer": "has no usable tokenizer",
+    }[how]
+    assert ran("map", spec, "-n", 8, "--out", tmp_path/"m.html") in (1, 2)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("rcid: ") and words in said and not (tmp_path/"m.html").exists()
+
+
+def test_python_is_told_the_same(folders, tmp_path):
+    gptq = llama(folders, tmp_path, "q", quantization_config=dict(quant_method="gptq", bits=4))
+    t5 = config(tmp_path, "t5", model_type="t5")
+    for folder, words in ((gptq, r"is quantised \(gptq\)"), (t5, "encoder-decoder")):
+        with pytest.raises(ValueError, match=words) as e: load_model(folder, dtype="float32", device="cpu")
+        assert "\n" not in str(e.value)
+    chess = config(tmp_path, "chess", model_type="chess")
+    with pytest.raises(RuntimeError, match="could not load .*chess"): load_model(chess)
+
+
+def test_a_name_that_is_no_folder(monkeypatch, capsys):
+    "Without a network; with one the hub says that it has no such model."
+    import huggingface_hub.constants
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert ran("map", "no-such-model-of-rcid") == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and "no folder here has this name, so it was taken for a hub id" in said[0]
+
+
 def test_weights_that_are_damaged_end_with_1(folders, tmp_path, capsys):
     shutil.copytree(folders["teacher"], tmp_path/"damaged")
     file = tmp_path/"damaged"/"model.safetensors"
@@ -210,6 +263,12 @@ def test_the_estimate_is_the_size_of_the_weights(folders):
         (("--train", "none.jsonl"), "no file none.jsonl"),
         (("--dtype", "float12"), "unknown dtype 'float12'"),
         (("--out", "tests"), "--out tests is a folder: name a file in it"),
+        (("--out", "/dev/null/page.html"), "--out /dev/null/page.html: cannot write in /dev/null"),
+        (("--batch", "0"), "--batch 0: at least one pair at a time"),
+        (("--seed", "-1"), "--seed -1: give a number that is not negative"),
+        (("--device", "cuda:99"), "no device cuda:99 here"),
+        (("--device", "abacus"), "unknown device 'abacus': use cpu, cuda or cuda:1"),
+        (("--keep", "0,9"), "must be 6 ascending layers within 0..5"),
     ],
 )
 def test_bad_options_are_one_line(folders, capsys, more, words):
@@ -225,6 +284,38 @@ def test_bad_pairs_are_named_with_their_line_before_a_model_is_loaded(folders, t
     assert "mine.jsonl, line 2 does not differ" in capsys.readouterr().err.strip().splitlines()[-1]
     assert ran("compare", folders["teacher"], folders["same"], "--train", written(tmp_path/"m.jsonl", OWN)) == 2
     assert "--train is a second file beside --pairs" in capsys.readouterr().err
+
+
+def test_options_that_do_not_go_with_own_pairs(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "load_model", lambda *a, **k: pytest.fail("a weight was read"))
+    file, two = written(tmp_path/"mine.json", OWN), ("compare", folders["teacher"], folders["same"])
+    bad = {
+        "--kinds is for tasks": ("--kinds", "s2"),
+        "--facts is for tasks": ("--task", "factual", "--facts", "lama"),
+        "is the file of --pairs": ("--train", file),
+        f"would be written over {file}": ("--out", tmp_path/"mine.html"),                # its numbers are mine.json
+    }
+    monkeypatch.setattr(measure, "relations_of", lambda *a: None)
+    for words, more in bad.items():
+        assert ran(*two, "--pairs", file, *more) == 2
+        assert words in capsys.readouterr().err.strip().splitlines()[-1]
+    assert len(file.read_text().splitlines()) == len(OWN)
+
+
+def test_a_file_of_another_encoding(folders, tmp_path, monkeypatch, capsys):
+    mark, latin = tmp_path/"mark.jsonl", tmp_path/"latin.jsonl"
+    text = "\r\n".join(map(json.dumps, OWN)).encode()
+    mark.write_bytes(b"\xef\xbb\xbf" + text)
+    assert ran("map", folders["teacher"], "--pairs", mark, "--out", tmp_path/"m.html") == 0
+    latin.write_bytes(json.dumps(OWN[0]).encode() + b'\n{"clean": "caf\xe9"}')
+    assert ran("map", folders["teacher"], "--pairs", latin) == 2
+    assert "latin.jsonl, line 2 is no UTF-8: save the file as UTF-8" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_page_goes_into_a_folder_that_is_made(folders, tmp_path):
+    out = tmp_path/"not"/"yet"/"there.html"
+    assert ran("map", folders["teacher"], "-n", 8, "--out", out) == 0 and out.exists()
+    assert sorted(p.name for p in out.parent.iterdir()) == ["there.html", "there.json"]
 
 
 def test_facts_that_are_not_there_are_said_before_loading(folders, tmp_path, monkeypatch, capsys):
@@ -290,6 +381,22 @@ def test_an_interrupt_ends_with_130(folders, monkeypatch, capsys):
     def stop(q): raise KeyboardInterrupt
     monkeypatch.setattr(measure, "map_model", stop)
     assert ran("map", folders["teacher"]) == 130 and "nothing was written" in capsys.readouterr().err
+
+
+def test_control_c_in_the_middle(folders, tmp_path):
+    command = [sys.executable, "-m", "rcid.pipeline.command_line", "map", folders["teacher"], "-n", "20000"]
+    env = environment(ROOT, PYTHONPATH=str(ROOT), RCID_THREADS="1", OMP_NUM_THREADS="1")
+    env.pop("RCID_ROOT")
+    # elsewhere: the tables are those of the repository that the package is imported from
+    running = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    seen = []
+    for line in running.stderr:
+        seen.append(line)
+        if "GiB needed" in line: break
+    running.send_signal(signal.SIGINT)
+    rest = running.communicate(timeout=120)[1].strip().splitlines()
+    assert running.returncode == 130 and rest == ["rcid: interrupted; nothing was written"], (seen, rest)
+    assert not list(tmp_path.iterdir())
 
 
 # the commands

@@ -630,12 +630,7 @@ def test_default_coordinates_are_of_the_default_run(notebook):
         if "parameters" in c["metadata"].get("tags", []): exec("".join(c["source"]), given)
     words = [f"{k}={v}" for k, v in given.items() if k != "__builtins__"]
     plain = f"python -m rcid.pipeline.stage {notebook.stem}"
-    if any(cmd == plain or cmd.startswith(f"{plain} ") for cmd in names.values()):
-        assert {plain, " ".join([plain, *words])} & set(names.values())
-        return
-    # the default run makes none of these students: one that the params describe
-    real = load_params().real
-    assert real.students == [] and given["student"] in real.cuts and given.get("task", real.tasks[0]) in real.tasks
+    assert {plain, " ".join([plain, *words])} & set(names.values())
 
 
 @functools.cache

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import ARCHS
 from rcid.data.problems import load_reasoning
+from rcid.data.reasoning_pairs import reasoning_rows
 from rcid.data.reasoning import CUE, SEGMENTS, Problem, encode_problems, exact_match, extract_number, word_problems
 from rcid.kv import (
     KVCache,
@@ -310,6 +311,8 @@ def test_bad_reasoning(tokenizers, monkeypatch):
     with pytest.raises(ValueError, match="longer than the sequence"):
         encode_problems([p], tokenizers["qwen3"], max_length=8)
     with pytest.raises(ValueError, match="is empty"): encode_problems([p._replace(reasoning=" ")], tokenizers["qwen3"])
+    with pytest.raises(ValueError, match="style 'words': use equation or tape"):
+        next(reasoning_rows(tokenizers["qwen3"], style="words"))
     monkeypatch.setenv("RCID_DATA_DIR", "nowhere")
     for name in ("gsm8k", "svamp"):
         with pytest.raises(FileNotFoundError, match="no folder"): load_reasoning(name, source="path")

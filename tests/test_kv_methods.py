@@ -7,6 +7,7 @@ import pytest, torch
 from conftest import ARCHS
 from rcid.align import map_layers
 from rcid.causal import Site, causal_effects, naive_effects
+from rcid.core import load_params
 from rcid.data import build_pairs
 from rcid.data.pairs import pad_mask
 from rcid.data.reasoning import encode_problems, word_problems
@@ -15,6 +16,7 @@ from rcid.distill import DistillConfig, distill, model_hash
 from rcid.eval import causal_consistency, task_accuracy
 from rcid.eval.decode import greedy_decode, solve
 from rcid.kv import KV_METHODS, Kept, KVObjective, KVMethod, LatentModel, MercatorKVLoss, RegressionKVLoss
+from rcid.kv import ABLATIONS, ablate_places, answer_texts, answered, method_of, think
 from rcid.kv import StructuralKVLoss, AttentionWeighting, Warped, forward_kv, kv_method, with_latents
 from rcid.models import load_model, train_tokenizer
 
@@ -81,6 +83,21 @@ def test_without_places_it_is_the_plain_model(world):
             model.plain[0](d.input_ids, attention_mask=d.attention_mask).logits,
         )
     assert model_hash(model) == model_hash(model.plain[0])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_soft_thoughts_of_a_certain_model_are_its_words(world, arch):
+    "With all of the probability on one word and as many rounds as places, the places read what decoding says."
+    tokenizer, data, _, student = world
+    plain = student(0, arch).plain[0]
+    with torch.no_grad(): plain.model.norm.weight.mul_(1e4)
+    soft = LatentModel(plain, tokenizer.bos_token_id, 3, "soft")
+    short = with_latents(data[:3], 3, tokenizer.bos_token_id)
+    for i, (_, asks, answers, _) in enumerate(short.segments.tolist()):
+        ids = short.input_ids[i:i + 1, :answers]
+        said = greedy_decode(plain, ids[:, :asks], torch.ones(1, asks), 3)[0]
+        with torch.no_grad(): x = soft.model.thoughts(ids == tokenizer.bos_token_id, ids, None, None)
+        assert torch.allclose(x[0, asks:], plain.model.embed_tokens(torch.tensor(said)), atol=1e-4)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -192,6 +209,81 @@ def test_padded_batch_gives_the_loss_of_its_rows(world):
         for part in ("kv_k", "kv_v"): assert abs(together[part] - sum(a[part] for a in alone) / 3) < 1e-4
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", ("latent_sft", "soft", "no_places", "pause", "kv_structured", "kava"))
+def test_a_question_read_once_gives_the_losses_of_the_plain_form(world, arch, name, monkeypatch):
+    _, data, teacher, student = world
+    method = KV_METHODS["latent_sft" if name == "soft" else name]
+    method = replace(method, fit_steps=4, latents=min(method.latents, 4))
+    s, losses, gradients = student(0 if name == "pause" else 2, arch), [], []
+    if name == "soft": s = LatentModel(s.plain[0], s.model.latent_id, 2, "soft")
+    objective = KVObjective(method, s, teacher, data, CONFIG)
+    state = objective.start()
+    for fast in (True, False):
+        if not fast: monkeypatch.setattr(think, "one_run", lambda student: False)
+        s.zero_grad()
+        parts = objective.parts([3, 1, 4, 5, 9], 0, state)
+        sum(parts.values()).backward()
+        losses.append({part: float(x) for part, x in parts.items()})
+        gradients.append(torch.cat([p.grad.flatten() for p in s.parameters() if p.grad is not None]))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[1].norm()
+
+
+def test_answers_after_own_places_are_those_of_decoding(world):
+    tokenizer, data, teacher, student = world
+    model = student()
+    distill(model, teacher, data, SMALL["latent_sft"], replace(CONFIG, steps=40))
+    short = with_latents(data, 4, tokenizer.bos_token_id)
+    _, right = solve(model, short, tokenizer, "cue", 6)
+    found = ablate_places(model, short, tokenizer, 6)
+    assert found["none"]["right"] == right and list(found) == list(ABLATIONS)
+    exact = answered(model, short)
+    assert all(r for r, e in zip(right, exact) if e), "what is said exactly is right"
+    ids, mask = short.input_ids, torch.arange(short.input_ids.shape[1]) <= short.cue_pos[:, None]
+    new = greedy_decode(model, torch.where(mask, ids, 0), mask.long(), 6, tokenizer.eos_token_id)
+    said = [tokenizer.decode(n, skip_special_tokens=True, clean_up_tokenization_spaces=False) for n in new]
+    assert answer_texts(model, short, tokenizer, "none", 6) == said
+
+
+def test_places_that_are_ablated_say_something_else(world):
+    "Only the places change, and keys are turned to where they then stand."
+    tokenizer, data, _, student = world
+    model, short = student(), with_latents(data[:6], 4, tokenizer.bos_token_id)
+    from rcid.kv.ablation import ablated, run_places
+    run = run_places(model, short)
+    own, zeroed = (ablated(model, run, how, []) for how in ("none", "zeroed"))
+    n = run.question.ids.shape[1]
+    for (k, v), (k0, v0) in zip(own, zeroed):
+        assert torch.equal(k[:, :, :n], k0[:, :, :n]) and not k0[:, :, n:].any() and not v0[:, :, n:].any()
+    swapped = ablated(model, run, "other", [1, 0, 2, 3, 4, 5])
+    for (k, v), (k1, v1) in zip(own, swapped):
+        assert torch.equal(v1[0, :, n:], v[1, :, n:]) and torch.allclose(k1[2], k[2], atol=1e-5)
+        same_place = run.places.at[0, 0] == run.places.at[1, 0]
+        assert same_place == torch.allclose(k1[0, :, n:], k[1, :, n:], atol=1e-5), "keys are turned to where they stand"
+
+
+def test_another_problems_teacher_is_never_the_own_one(world):
+    _, data, teacher, student = world
+    methods = SMALL["kava"], replace(SMALL["kava"], shuffled=True)
+    own, other = (KVObjective(method, student(), teacher, data, CONFIG) for method in methods)
+    states = own.start(), other.start()
+    for a, b in zip(*(s.state_dict().values() for s in states)): assert torch.equal(a, b), "fitted to the right ones"
+    assert not (own.targets["hidden"] == other.targets["hidden"]).flatten(1).all(1).any()
+    rows = list(range(8))
+    ours, theirs = own.target(rows, 40), other.target(rows, 40)
+    assert torch.equal(ours.mask, theirs.mask) and not torch.equal(ours.k, theirs.k)
+
+
+def test_variants_are_methods_with_fields_changed():
+    kv = load_params().kv
+    kv = kv.model_copy(update=dict(variants={"few": dict(method="kava", latents=2), "lost": dict(method="kavaa")}))
+    assert method_of("few", kv) == replace(KV_METHODS["kava"], latents=2, fit_steps=kv.train.fit_steps)
+    assert method_of("no_places", kv).latents == 0 and method_of("kava", kv).latents == kv.train.latents
+    for name, unknown in (("many", "many"), ("lost", "kavaa")):
+        with pytest.raises(ValueError, match=f"unknown KV method '{unknown}'"): method_of(name, kv)
+
+
 def test_there_is_one_loop(root):
     tree = ast.parse((root/"rcid"/"kv"/"objective.py").read_text(encoding="utf-8"))
     assert not [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in ("backward", "zero_grad")]
@@ -251,6 +343,8 @@ def test_several_passes_take_the_slow_path(world):
     (lambda: KVMethod(a_answer=0, a_cot=0), "nothing to learn"),
     (lambda: KVMethod(a_codl=1.0), "Unexpected keyword argument"),
     (lambda: KVMethod(kv=StructuralKVLoss()), "kv"),
+    (lambda: KVMethod(iterations=-1), "greater than or equal to 0"),
+    (lambda: KVMethod(codi_hidden="embedding"), "'residual' or 'normed'"),
     (lambda: kv_method("kv"), "unknown KV method 'kv'")])
 def test_what_cannot_be_written(wrong, message):
     with pytest.raises(ValueError, match=message): wrong()
@@ -273,6 +367,8 @@ def test_bad_input(world):
     with pytest.raises(ValueError, match="occurs in a problem"): with_latents(data, 2, int(data.input_ids[0, 3]))
     with pytest.raises(ValueError, match="must not be negative"): with_latents(data, -1, tokenizer.bos_token_id)
     with pytest.raises(ValueError, match="a token below"): LatentModel(student().plain[0], 10_000, 1)
+    with pytest.raises(ValueError, match="unknown thought 'words': use hidden or soft"):
+        LatentModel(student().plain[0], tokenizer.bos_token_id, 1, "words")
     with pytest.raises(ValueError, match="begins with a latent place"):
         student()(torch.full((1, 3), tokenizer.bos_token_id))
     with pytest.raises(ValueError, match="at least 1"): greedy_decode(teacher, data.input_ids, data.attention_mask, 0)
@@ -286,6 +382,16 @@ def test_bad_input(world):
     other = load_model(dict(arch="llama", vocab=len(tokenizer) + 1031), dtype="float32", device="cpu")[0]
     with pytest.raises(ValueError, match="vocabulary mismatch"):
         KVObjective(SMALL["kava"], student(), other, data, CONFIG)
+
+
+def test_what_cannot_be_ablated(world):
+    tokenizer, data, _, student = world
+    with pytest.raises(ValueError, match="no places: nothing can be ablated"):
+        answer_texts(student(), with_latents(data[:2], 0, tokenizer.bos_token_id), tokenizer)
+    short = with_latents(data[:2], 3, tokenizer.bos_token_id)
+    with pytest.raises(ValueError, match="unknown ablation 'noise'"): answer_texts(student(), short, tokenizer, "noise")
+    from rcid.kv.ablation import others_of
+    with pytest.raises(ValueError, match="all 3 problems have the answer 4"): others_of(["4"] * 3)
 
 
 def test_solve_counts_right_numbers(world):

@@ -4,7 +4,7 @@ sentence."""
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from conftest import ROOT, assert_shows, page
+from conftest import ROOT, assert_shows, needs_results_of, page
 from rcid.core import load_params, read_json, write_json
 from rcid.report import sentences
 from rcid.report import holm, outcome
@@ -28,6 +28,7 @@ def test_tables_of_experiment_6_are_its_metrics():
 
 
 def test_tables_of_experiment_7_are_its_metrics():
+    needs_results_of("exp7")
     record = metrics("exp7")
     names = load_params().teachers.names
     assert_shows(table("exp7"), lambda rows: EXP7.several_table(rows, names), record["rows"])
@@ -94,6 +95,40 @@ def test_rows_average_seeds():
     assert row["accuracy_ci"] == pytest.approx([(.15003899 + .51010922) / 2, (.84996101 + 1) / 2])
     assert [s["accuracy"] for s in row["seeds"]] == [.5, 1.]
     assert EXP6.kv_rows([kv_student("kava", 1, "10", .2), kv_student("kava", 2, "10", None)])[0]["consistency"] is None
+
+
+def test_the_method_is_chosen_on_validation_problems():
+    def row(method, **more): return row6(method, **({"places": 6, "accuracy_val": .5} | more))
+    rows = [row("no_places", places=0, accuracy_val=.9), row("kava"), row("latent_sft", accuracy_val=.6)]
+    assert EXP6.chosen_method(rows) == "latent_sft"
+    # a control is never chosen, nor what was not measured
+    assert EXP6.chosen_method([*rows, row("kava_shuffled", accuracy_val=.8)]) == "latent_sft"
+    assert EXP6.chosen_method([row("kava", accuracy_val=None)]) is None
+
+
+def test_curves_and_ablations_are_means_over_seeds():
+    curves = [[dict(step=s, accuracy=a) for s, a in zip((0, 50, 100), some)] for some in ((0., .2, .4), (.2, .4, .8))]
+    row, = EXP6.kv_rows([
+        kv_student("kava", i, "10", curve=curve, ablations=dict(none=dict(right=hits)), accuracy_val=.5, places=6,
+                   rounds={"0": .1, "10": i / 2})
+        for i, (curve, hits) in enumerate(zip(curves, ("1100", "1111")))
+    ])
+    assert row["curve"] == [[0, .1], [50, pytest.approx(.3)], [100, pytest.approx(.6)]]
+    assert row["ablations"] == {"none": {"right": .75}} and row["places"] == 6
+    assert row["rounds"] == [[0, .1], [10, .25]]
+    assert EXP6.last_quarter(row) == pytest.approx(.15)
+
+
+def test_an_ablation_is_tested_against_students_without_places():
+    hits = dict(right="0" * 20)
+    students = [
+        kv_student("kava", 1, "1" * 20, ablations={how: hits for how in ("none", *EXP6.ABLATIONS)}),
+        kv_student("no_places", 1, "1" * 10 + "0" * 10),
+    ]
+    tests = EXP6.ablation_tests(students, "kava", list(range(20)), .05, 500)
+    assert [t["how"] for t in tests] == list(EXP6.ABLATIONS) and all(t["diff"] == -.5 for t in tests)
+    assert {t["verdict"] for t in tests} == {"differs"} and all(t["drop"]["diff"] == -1 for t in tests)
+    assert EXP6.ablation_tests(students[1:], "kava", list(range(20)), .05, 500) == []
 
 
 def test_a_missing_student_is_named(tmp_path):
@@ -266,14 +301,16 @@ def test_only_keys_have_an_attention():
 def planted(metric: str, diff: float | None, p: float | None, a: str = "kava", b: str = "latent_sft", **more) -> dict:
     "A test with this result."
     ci = [None, None] if diff is None else [diff - .1, diff + .1]
-    return dict(a=a, b=b, metric=metric, diff=diff, ci=ci, p=p, p_holm=p, **more)
+    detectable = None if diff is None else .14
+    return dict(a=a, b=b, metric=metric, diff=diff, ci=ci, p=p, p_holm=p, detectable=detectable) | more
 
 
 RESULTS = {"higher": (.4, .001), "lower": (-.4, .02), "same": (.01, .6), "untested": (None, None)}
 DIFFERENCES = {
     "higher": "is higher (difference 0.40 [0.30, 0.50], $p = 0.001$)",
     "lower": "is lower (difference $-0.40$ [$-0.50$, $-0.30$], $p = 0.020$)",
-    "same": "does not differ detectably (difference 0.01 [$-0.09$, 0.11], $p = 0.60$)",
+    "same": "differs is not resolved (difference 0.01 [$-0.09$, 0.11], $p = 0.60$; a difference of 0.14 would have been"
+    " seen)",
     "untested": "could not be compared",
 }
 
@@ -314,11 +351,102 @@ UNDEFINED = row6(consistency=None)
 STUDENT = dict(accuracy=.96)
 
 
+BEFORE = "Before distillation the same student solves 85.0\\% of them after the same places"
+
+
+def worth(verdict: str, diff: float = .31, **more) -> str:
+    "The first line of the section for a test with this verdict."
+    rows = [row6("no_places", accuracy=.254), row6("kava", accuracy=.254 + diff)]
+    test = planted("accuracy", diff, .001, b="no_places", bound=.05, verdict=verdict, **more)
+    return EXP6.worth_sentence(test, rows, .96)
+
+
+def added(verdict: str, diff: float = .1) -> str:
+    "What training adds, for a test with this verdict."
+    test = planted("accuracy", diff, .001, b="undistilled", bound=.05, verdict=verdict)
+    return EXP6.added_sentence(test, [row6("undistilled", accuracy=.85), row6("kava")])
+
+
+def needed(*results: tuple[str, float], drop: str = "differs") -> str:
+    "The sentence on ablations with these verdicts and differences to no places, and a drop of this verdict."
+    shares = {how: dict(right=.3) for how in EXP6.ABLATIONS} | {"none": dict(right=.6)}
+    shares["other"]["other"] = .5
+    tests = [
+        planted("accuracy", diff, .001, how=how, verdict=verdict, drop=dict(verdict=drop, diff=-.3), bound=.05)
+        | dict(ci90=[diff - .04, diff + .04])
+        for how, (verdict, diff) in zip(EXP6.ABLATIONS, results)
+    ]
+    return EXP6.ablation_sentence(tests, [row6(ablations=shares)])
+
+
+def cases_of_places() -> list[tuple]:
+    "What the places buy, whether training levelled off, whether the answer needs them."
+    def solved(places):
+        return ("Without places the students solve 25.4\\% of the test problems, with places"
+            f" {places}\\% (KaVa, chosen on validation problems), in words 96.0\\%:")
+    left = "30.0\\% (hidden), 30.0\\% (zeroed), 30.0\\% (their mean) and 30.0\\% (another problem's)"
+    equal, lower, higher = ("equal within the bound", 0.), ("differs", -.1), ("differs", .1)
+    flat = [dict(method="latent_sft", curve=[[0, .1], [75, .5], [100, last]]) for last in (.504, .55)]
+    return [
+        (worth("differs"), f"{solved('56.4')} the places buy 0.31 [0.21, 0.41] of exact match ($p = 0.001$)."),
+        (worth("differs", .11), f"{solved('36.4')} the places buy 0.11 [0.01, 0.21] of exact match ($p = 0.001$), less"
+         " than the 20 points that we asked for."),
+        (worth("differs", -.11), f"{solved('14.4')} the places buy nothing, they cost ($-0.11$ [$-0.21$, $-0.01$],"
+         " $p = 0.001$)."),
+        (worth("equal within the bound", .01), f"{solved('26.4')} the places buy nothing, both are equal within 0.05"
+         " (0.01 [$-0.09$, 0.11])."),
+        (worth("not resolved", .01), f"{solved('26.4')} whether the places buy anything is not resolved (0.01 [$-0.09$,"
+         " 0.11]; a difference of 0.14 would have been seen)."),
+        (worth("not resolved", .01, detectable=None), f"{solved('26.4')} whether the places buy anything is not"
+         " resolved (0.01 [$-0.09$, 0.11]; which difference would have been seen is unknown)."),
+        (added("differs"), f"{BEFORE}; training adds 0.10 [0.00, 0.20] ($p = 0.001$)."),
+        (added("differs", -.1), f"{BEFORE}; training takes away ($-0.10$ [$-0.20$, 0.00], $p = 0.001$)."),
+        (added("equal within the bound", 0.), f"{BEFORE}: what the places buy comes from reasoning in words, and"
+         " training adds nothing beyond 0.05 (0.00 [$-0.10$, 0.10])."),
+        (added("not resolved", 0.), f"{BEFORE}; whether training adds to that is not resolved (0.00 [$-0.10$, 0.10]; a"
+         " difference of 0.14 would have been seen)."),
+        (EXP6.added_sentence(None, []), "What training adds to the places was not measured."),
+        (EXP6.worth_sentence(None, [], .9), "This run does not say what the places buy."),
+        (EXP6.levelled_sentence(flat[:1]), "Cross-entropy with places has levelled off (it gains 0.4 points in the last"
+         " quarter of training)."),
+        (EXP6.levelled_sentence(flat[1:]), "Cross-entropy with places has not levelled off (it gains 5.0 points in the"
+         " last quarter of training)."),
+        (EXP6.levelled_sentence([]), "Whether cross-entropy with places has levelled off was not measured."),
+        (needed(equal, lower, lower, equal), "The answer needs its places: with those of KaVa ablated at test time,"
+         f" exact match falls from 60.0\\% to {left}, not above students that never had places (by less than 0.05,"
+         " one-sided); given another problem's places, the student gives that problem's answer in 50.0\\% of the"
+         " cases."),
+        (needed(*[equal] * 4, drop="not resolved"), "The places are decoration as far as can be seen: with those of"
+         f" KaVa ablated at test time, exact match goes from 60.0\\% to {left}, which is no detectable drop; given"
+         " another problem's places, the student gives that problem's answer in 50.0\\% of the cases."),
+        (needed(equal, higher, ("not resolved", .03), lower), "With the places of KaVa ablated at test time, exact"
+         f" match goes from 60.0\\% to {left}; in two of four ablations it drops to that of students that never had"
+         " places, or below (above by less than 0.05, one-sided). Given another problem's places, the student gives"
+         " that problem's answer in 50.0\\% of the cases."),
+        (EXP6.ablation_sentence([], []), "Whether the answer needs its places was not measured."),
+        (EXP6.rounds_sentence(row6(rounds=[[0, .1], [2, .5]])), "By the number of Jacobi rounds at test time, KaVa"
+         " solves 10.0\\% with 0 and 50.0\\% with 2 of the test problems."),
+        (EXP6.rest_sentence([]), "Random head mixing, a map per head, other losses, other evictions, KL at the answer"
+         " and pause tokens are compared at a larger scale only."),
+        (EXP6.compared_sentence([("kava", "kava_crop"), ("kava", "latent_sft")], against_6("untested")), "For KaVa"
+         " against cross-entropy only, exact match after latent places could not be compared and consistency could not"
+         " be compared."),
+        (EXP6.rounds_sentence(None), "What more rounds would buy was not measured."),
+        (EXP6.sentence("exp6", "exp6.thought", "hidden"), "A place's input is the final hidden state of the place"
+         " before it (after the final norm)"),
+        (EXP6.sentence("exp6", "exp6.thought", "soft"), "A place's input is the mean of all words' embeddings, weighted"
+         " by how likely the place before it finds each word"),
+        (EXP6.difference_phrase(planted("accuracy", *RESULTS["same"], verdict="equal within the bound", bound=.05)),
+         "exact match after latent places is equal within 0.05 (difference 0.01 [$-0.09$, 0.11])"),
+    ]
+
+
 def cases_of_exp6() -> list[tuple]:
     "(sentence, what it has to say), at least one a template of exp6.yaml."
     cases = []
     for kind, phrase in DIFFERENCES.items():
-        said = f"exact match after latent places {phrase} and consistency {phrase}."
+        first = "whether " if kind == "same" else ""
+        said = f"{first}exact match after latent places {phrase} and {first}consistency {phrase}."
         said = f"For KaVa against cross-entropy only, {said}"
         cases.append((EXP6.against_sentence("kava", "latent_sft", against_6(kind)), said))
         cases.append((mechanism(kind, row6()), f"{ABOVE} one of one students distilled through keys and values;"
@@ -333,7 +461,7 @@ def cases_of_exp6() -> list[tuple]:
     shape = dict(layers=6, heads=4, kv_heads=2, head_dim=32)
     rows = [row6(accuracy=.095), row6("kv_mse", accuracy=.168), row6("undistilled", accuracy=.99)]
     worked = "and the student before distillation 96.0\\%; after latent places the distilled students solve between"
-    return cases + [
+    return cases + cases_of_places() + [
         (EXP6.against_sentence("kv_mse", "kava", []), "This run does not compare squared error with KaVa."),
         (mechanism(None, UNDEFINED),
             "Consistency is defined for no student that was distilled through keys and values."),
@@ -436,7 +564,8 @@ def test_committed_sentences_are_said_of_the_committed_numbers():
     record = metrics("exp6")
     values = record["values"]
     for key, pairs in EXP6.COMPARISONS.items():
-        assert values[f"claim.{key}"] == " ".join(EXP6.against_sentence(a, b, record["tests"]) for a, b in pairs)
+        assert values[f"claim.{key}"] == EXP6.compared_sentence(pairs, record["tests"])
+    assert values["claim.exp6.rest"] == EXP6.rest_sentence(record["tests"])
     teacher, student, diagnosis = metrics("kv/teacher"), metrics("kv/student"), metrics("kv/diagnosis")
     assert values["claim.exp6.competence"] == EXP6.competence_sentence(teacher, student, record["rows"])
     assert values["claim.exp6.stability"] == EXP6.stability_sentence(record["rows"])

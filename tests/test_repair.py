@@ -12,7 +12,7 @@ from rcid.core.real_params import Real
 from rcid.data import load_pairs
 from rcid.distill import METHODS, DistillConfig, distill
 from rcid.distill.config import plan_sites
-from rcid.eval.kept import apart_kept, least_apart
+from rcid.eval.kept import least_apart
 from rcid.eval.plant import doses
 from rcid.eval.repair import REDRAWN, apart, carriers, layers_of, method_of, over_runs, pairings, redraw_closed
 from rcid.eval.repair import roles_to_judge, share_closed
@@ -301,13 +301,13 @@ def test_the_kept_map_has_a_least_distance_that_no_student_beats():
     layer late at 5, and three early at 1; the least is the first."""
     teacher, keep = a_model(4), [0, 1, 5]
     roles = roles_to_judge(teacher, teacher)
-    late, early = (apart_kept(teacher, a_model(at, layers=3), keep, roles)[0] for at in (2, 1))
+    late, early = (apart(teacher, a_model(at, layers=3), roles, keep=keep)[0] for at in (2, 1))
     assert late == pytest.approx(1 / 5) and early == pytest.approx(3 / 5)
     assert least_apart(teacher, keep, roles) == pytest.approx(late)
-    assert least_apart(teacher, [0, 4, 5], roles) == 0 == apart_kept(teacher, a_model(1, layers=3), [0, 4, 5], roles)[0]
+    assert least_apart(teacher, [0, 4, 5], roles) == 0 == apart(teacher, a_model(1, layers=3), roles, keep=[0, 4, 5])[0]
     assert np.isnan(least_apart(a_model(4, gap=-1.), keep, roles)) and np.isnan(least_apart(teacher, keep, {}))
-    assert np.isnan(apart_kept(teacher, a_model(2, layers=3, gap=.05), keep, roles)).all()
-    with pytest.raises(ValueError, match="ascending layers"): apart_kept(teacher, a_model(2, layers=3), [0, 1], roles)
+    assert np.isnan(apart(teacher, a_model(2, layers=3, gap=.05), roles, keep=keep)).all()
+    with pytest.raises(ValueError, match="ascending layers"): apart(teacher, a_model(2, layers=3), roles, keep=[0, 1])
 
 
 def test_the_method_is_chosen_where_kl_on_pairs_has_a_route():

@@ -1,4 +1,5 @@
 """From metrics/*.json to the paper: its words and tables are what the pages make of the committed metrics."""
+import re
 from itertools import product
 import numpy as np
 import pytest
@@ -21,18 +22,30 @@ def metrics(name: str) -> dict: return read_json(METRICS/f"{name}.json")
 
 
 PAGE_OF = {    # file in paper/tables: the page that writes it, where that is not the page of its name
+    "calibrate_main": "calibrate",
     "exp1_tests": "exp1",
+    "natural": "exp2",
     "companions": "exp2",
     "tests": "exp2",
+    "planted_summary": "exp2a",
     "planted": "exp2a",
     "planted_tests": "exp2a",
     "planted_reach": "exp2a",
     "real": "exp2b",
     "real_least": "exp2b",
     "real_tests": "exp2b",
+    "exp3_tests": "exp3",
     "kv_tests": "exp6",
     "exp7_tests": "exp7",
+    "fused": "exp7",
+    "fused_erring": "exp7",
 }
+
+
+def judging() -> list:
+    "Of the calibration: the rows of the architecture that judges, and what passed."
+    record = metrics("calibrate")
+    return [page("calibrate").of_first(record["rows"]), record["validated"]]
 
 
 def table_of(name: str) -> tuple:
@@ -48,11 +61,13 @@ def table_of(name: str) -> tuple:
         return (lambda x: getattr(page(name), function)(*x)), given
     made = {
         "calibrate": lambda: of("calibrate", "calibration_table", "rows", "validated"),
-        "exp1": lambda: of("exp1", "methods_table", "rows"),
-        "exp1_tests": lambda: of("exp1", "tests_table", "tests"),
+        "calibrate_main": lambda: ((lambda x: page("calibrate").calibration_table(*x)), judging()),
+        "exp1_tests": lambda: of("exp1", "comparisons_table", "tests"),
+        "natural": lambda: of("exp2", "starred_table", "rows", "tests"),
         "exp2": lambda: of("exp2", "methods_table", "rows"),
         "companions": lambda: of("exp2", "companions_table", "rows"),
-        "tests": lambda: of("exp2", "tests_table", "tests"),
+        "tests": lambda: of("exp2", "comparisons_table", "tests"),
+        "planted_summary": lambda: of("exp2a", "summary_table", "closed", "tests"),
         "planted": lambda: of("exp2a", "planted_table", "rows", "kinds", "roles"),
         "planted_tests": lambda: of("exp2a", "planted_tests", "tests"),
         "planted_reach": lambda: of("exp2a", "reach_table", "reach", "every_kind"),
@@ -60,6 +75,7 @@ def table_of(name: str) -> tuple:
         "real_least": lambda: of("exp2b", "least_table", "cuts", "least"),
         "real_tests": lambda: of("exp2b", "real_tests", "tests"),
         "exp3": lambda: of("exp3", "robustness_table", "points"),
+        "exp3_tests": lambda: of("exp3", "correlations_table", "report", "planted_report", "planted_p_holm"),
         "exp4": lambda: of("exp4", "purity_table", "rows"),
         "exp5": lambda: of("exp5", "architecture_table", "rows", "tests"),
         "models": lambda: ((lambda x: paper.models_table(*x, files)), [models, heals]),
@@ -80,20 +96,30 @@ def test_a_table_is_what_its_page_makes_of_the_metrics(name):
 
 def test_a_cell_of_the_main_table_is_a_number_of_the_metrics():
     "Not the page's function, but its numbers: accuracy, D and both r of each row stand in the row's line."
-    needs_results_of("exp1", "exp2")
-    for name in ("exp1", "exp2"):
-        lines = (ROOT/"paper"/"tables"/f"{name}.tex").read_text(encoding="utf-8").splitlines()
-        lines = [line for line in lines if line.startswith(r"\quad")]
-        rows = metrics(name)["rows"]
-        assert len(lines) == len(rows)
-        for row, line in zip(rows, lines):
-            accuracy, route, pairwise, trained, held_out = (cell.split()[0] for cell in line.split(" & ")[1:])
-            assert accuracy == f"{row['accuracy']:.3f}"
-            shown = [(route, row["route"]), (pairwise, row["pairwise"])]
-            shown += [(trained, row["consistency"]["trained"]), (held_out, row["consistency"]["held_out"])]
-            for cell, value in shown:
-                if value is None: assert cell in ("--", "no")                # no gap
-                else: assert float(cell.strip("$")) == pytest.approx(value, abs=.0051)
+    needs_results_of("exp2")
+    lines = (ROOT/"paper"/"tables"/"exp2.tex").read_text(encoding="utf-8").splitlines()
+    lines = [line for line in lines if line.startswith(r"\quad")]
+    rows = metrics("exp2")["rows"]
+    assert len(lines) == len(rows)
+    for row, line in zip(rows, lines):
+        accuracy, route, pairwise, trained, held_out = (cell.split()[0] for cell in line.split(" & ")[1:])
+        assert accuracy == f"{row['accuracy']:.3f}"
+        shown = [(route, row["route"]), (pairwise, row["pairwise"])]
+        shown += [(trained, row["consistency"]["trained"]), (held_out, row["consistency"]["held_out"])]
+        for cell, value in shown:
+            if value is None: assert cell in ("--", "no")                # no gap
+            else: assert float(cell.strip("$")) == pytest.approx(value, abs=.0051)
+
+
+def test_a_star_is_a_test_that_says_differs():
+    "A method that a test tells from RCID has one in its column, and no other has."
+    say, rows = page("exp2"), [a_row(m, .9, .2) for m in ("standard_kd", "fitnets", "rcid")]
+    tests = [a_route(("llama", "ioi"), ("rcid", m), metric, kind)
+             for m, metric, kind in (("standard_kd", "route", "farther"), ("standard_kd", "accuracy", "equal"),
+                                     ("fitnets", "route", "unresolved"))]
+    lines = say.starred_table(rows, tests).splitlines()
+    stars = [line.split(" & ")[0] for line in lines if "^{*}" in line]
+    assert stars == ["StandardKD"] and lines[4].count("^{*}") == 1 and "0.200$^{*}$" in lines[4]
 
 
 # sentences
@@ -104,7 +130,7 @@ def sentences_of(record: dict) -> dict[str, str]:
     return {
         **page("calibrate").calibrate_sentences(record["calibrate"]),
         **page("exp1").exp1_sentences(*(record["exp1"][key] for key in ("rows", "tests", "validated", "bounds"))),
-        **page("exp2").exp2_sentences(record["exp2"]["tests"]),
+        **page("exp2").exp2_sentences(record["exp2"]["tests"], record["exp2"]["validated"]),
         **page("exp2a").exp2a_sentences(record["exp2a"]),
         **page("exp2b").exp2b_sentences(record["exp2b"]),
         **page("exp4").exp4_sentences(record["exp4"]["rows"]),
@@ -128,26 +154,26 @@ def test_no_digit_is_typed_into_a_sentence():
 
 def test_a_digit_that_is_typed_is_found(tmp_path):
     text = (ROOT/"paper"/"sentences"/"exp3.yaml").read_text(encoding="utf-8")
-    (tmp_path/"exp3.yaml").write_text(text.replace("{level} interval", r"95\% interval", 1), encoding="utf-8")
+    (tmp_path/"exp3.yaml").write_text(text.replace("{students} students", "95 students", 1), encoding="utf-8")
     found = lint_sentences(tmp_path)
-    line = next(n for n, words in enumerate(text.splitlines(), 1) if "{level}" in words)
+    line = next(n for n, words in enumerate(text.splitlines(), 1) if "{students} students" in words)
     assert len(found) == 1 and found[0].startswith(f"exp3.yaml:{line}: 95 in: ")
 
 
 def test_a_value_that_is_lacking_or_left_over_is_refused():
     with pytest.raises(KeyError, match="no sentence 'exp2.nothing'"): sentence("exp2", "exp2.nothing", "same")
-    with pytest.raises(KeyError, match="no template for the outcome 'better', only for higher"):
-        sentence("exp2", "exp2.pairs", "better", result="")
-    with pytest.raises(ValueError, match="exp2.pairs, same: no value for result"):
-        sentence("exp2", "exp2.pairs", "same")
+    with pytest.raises(KeyError, match="no template for the outcome 'better', only for tested"):
+        sentence("exp2", "exp2.pairs", "better", outcomes="")
+    with pytest.raises(ValueError, match="exp2.pairs, tested: no value for outcomes"):
+        sentence("exp2", "exp2.pairs", "tested")
     with pytest.raises(ValueError, match="the template has no place for r"):
         sentence("exp2", "exp2.pairs", "missing", r="0.5")
-    with pytest.raises(TypeError, match="result is the float 0.5"): sentence("exp2", "exp2.pairs", "same", result=.5)
+    with pytest.raises(TypeError, match="outcomes is the float 0.5"):
+        sentence("exp2", "exp2.pairs", "tested", outcomes=.5)
 
 
 # every template is reached by a page's own rule
 
-KINDS = ("higher", "lower", "same", "untested")
 PLACES = (
     [("llama", "ioi")],
     [("llama", "ioi"), ("qwen3", "ioi")],
@@ -155,25 +181,6 @@ PLACES = (
     [("llama", "ioi"), ("qwen3", "factual")],
     [("llama", "ioi"), ("qwen3", "ioi"), ("qwen2", "factual")],
 )
-
-
-def a_test(place, pair, metric, kind, holm=True):
-    diff = {"higher": .3, "lower": -.2, "same": .01, "untested": None}[kind]
-    p = {"higher": .001, "lower": .02, "same": .6, "untested": None}[kind]
-    ci = [None, None] if diff is None else [diff - .1, diff + .1]
-    test = dict(family=place[0], task=place[1], a=pair[0], b=pair[1], metric=metric, diff=diff, ci=ci, p=p)
-    return test | ({"p_holm": p} if holm else {})
-
-
-def many_tests(pairs, accuracy=None):
-    "Lists of tests of `pairs`: every combination of outcomes at one, two and three places."
-    for places in PLACES:
-        for kinds in product(KINDS, repeat=len(places)):
-            out = []
-            for pair, metric in product(pairs, ("accuracy", "trained", "held_out")):
-                fixed = accuracy if metric == "accuracy" else None
-                out += [a_test(at, pair, metric, fixed or kind) for at, kind in zip(places, kinds)]
-            yield out
 
 
 ROUTES = {    # what a test of route distances can say of its first method: (difference, verdict)
@@ -228,6 +235,7 @@ def cases_of_calibrate():
     for some in ([], [good], [good, bad]): say.rewrites_sentence(some)
     for n in range(4):
         say.used_sentence({r: dict(validated=i < n) for i, r in enumerate(("route", "pairwise", "original"))})
+    for kept in ({}, dict(route=dict(validated=True)), dict(route=dict(validated=False))): say.route_sentence(kept)
     missed = [said_of("moved", "missed", **told), said_of("rerouted", "not matched", **told)]
     missed.append(said_of("dose", "missed", "fingerprint", tau=.5, n=9))
     missed.append(said_of("rotated", "reacts", "original", value=.9))
@@ -269,8 +277,20 @@ def cases_of_exp1():
 
 def cases_of_exp2():
     say = page("exp2")
-    for tests in (*many_tests(say.EXP2), []): say.exp2_sentences(tests)
-    say.exp2_sentences([a_test(("llama", "ioi"), say.EXP2[0], "held_out", "same", holm=False)])
+    for tests in (*route_tests(say.EXP2), []):
+        for validated in (PASSED, {"route": False}): say.exp2_sentences(tests, validated)
+    for kind in ROUTES: say.accuracy_sentence([a_route(("llama", "ioi"), say.EXP2[0], "accuracy", kind)])
+
+
+def test_places_with_one_outcome_are_counted_and_a_single_one_is_named():
+    say, pair = page("exp2"), ("rcid", "standard_kd_pairs")
+    places = [("llama", "ioi"), ("qwen3", "ioi"), ("qwen3", "factual")]
+    tests = [a_route(at, pair, "route", kind) for at, kind in zip(places, ("farther", "equal", "equal"))]
+    told = say.exp2_sentences(tests, PASSED)["claim.exp2.pairs"]
+    assert told.endswith("as far from the teacher's within 0.10 in two of three cases; farther from the teacher's in"
+                         " one of three cases (LLaMA, IOI).")
+    told = say.exp2_sentences(tests[1:], PASSED)["claim.exp2.pairs"]
+    assert told.endswith("within 0.10 in both cases.")
 
 
 def a_share(mean, low=None, high=None):
@@ -306,17 +326,18 @@ def cases_of_exp2a():
         assert say.bar_outcome(a_share(*share), .6) == kind
         say.reach_sentence("rcid_m", a_share(*share), 2, route)
     say.repair_sentence(None, a_share(.9), route)
-    for name in say.TITLES: say.directions_sentence({name: a_share(.9), "other": a_share(None)}, a_share(.9), route)
-    say.directions_sentence({}, None, route)
-    told = say.directions_sentence({"rerouted": a_share(.05)}, a_share(.9), route)
-    assert "share of 0.20 would have been seen" in told
+    for name in say.TITLES: say.directions_sentence({name: a_share(.9), "other": a_share(None)}, route)
+    say.directions_sentence({}, route)
+    told = say.directions_sentence({"rerouted": a_share(.05)}, route)
+    assert "0.05 through another position, where 0.20 would have been seen" in told
     for knock in (None, a_share(.9), a_share(.05)): say.knockout_sentence("rcid_m", knock)
-    for shares in ({}, {"rcid": a_share(None)}, {"rcid": a_share(.1)}): say.controls_sentence(shares, route)
     for kind in (*ROUTES, None):
         test = None if kind is None else planted_test(kind)
         for key in ("exp2a.contrast", "exp2a.norms"): say.contrast_sentence(key, test, route)
-        for metric in say.ANSWERS: say.accuracy_sentence(test, metric)
+        answers = [planted_test(kind, metric, ("rcid_m", say.CONTROL)) for metric in say.ANSWERS] if kind else []
+        say.accuracy_sentence(answers)
         say.others_sentence([] if kind is None else [planted_test(kind, "apart", ("rcid", say.CONTROL))], route)
+        say.keeps_sentence([] if kind is None else [planted_test(kind, "apart", pair) for pair in say.KEEP], route)
     for validated in (route, {"route": False}):
         say.exp2a_sentences(planted_record(validated))
 
@@ -325,6 +346,7 @@ def planted_record(validated):
     "What the page keeps of a run, as far as sentences are made of it."
     shares = dict(first=a_share(.9), trained=a_share(.95), knock=a_share(.8), directions={"early_late": a_share(.9)})
     tests = [planted_test("nearer"), planted_test("equal", "unseen", ("rcid_m", "standard_kd_pairs"))]
+    tests += [planted_test("equal", "apart", (m, "undistilled")) for m in ("standard_kd_pairs", "rcid")]
     closed = {method: shares for method in ("standard_kd_pairs", "rcid", "rcid_m")}
     counts, reached = dict(couples=9, directions=3, methods=8), dict(method="rcid_m", n=2, share=a_share(.9))
     more = dict(closed=closed, counts=counts, reached=reached, validated=validated)
@@ -374,7 +396,13 @@ def test_the_real_claim_is_of_the_chosen_method_over_all_students():
 
 def cases_of_exp3():
     say = page("exp3")
-    def said(report, validated=PASSED): say.exp3_sentences(report, dict(lost=report, kappa=report), validated)
+    def said(report, validated=PASSED):
+        known = report.p_permutation == report.p_permutation
+        p = dict.fromkeys(("lost", "kappa"), report.p_permutation if known else None)
+        spread = dict(natural=None, planted=.2, p=None)
+        say.exp3_sentences(report, dict(lost=report, kappa=report), p, spread, validated)
+    for medians, p in (((.01, .2), .01), ((.2, .01), .01), ((.2, .2), .9)):
+        say.spread_sentence(dict(natural=medians[0], planted=medians[1], p=p), PASSED)
     follows, unrelated = [0, 1, 2, 3], [1, 0, 0, 1]          # of four seeds in each of three groups
     for y in (follows, follows[::-1], unrelated):
         said(robustness_correlation(follows * 3, y * 3, [g for g in "abc" for _ in y], 500))
@@ -390,9 +418,23 @@ def test_planted_students_that_err_with_their_teacher_the_more_the_nearer_they_a
         for d in range(4): points.append(dict(group=group, route=.1 * d, lost=.05 * d, kappa=1 - .2 * d))
     lost, kappa = (say.planted_report(points, what, 500) for what in ("lost", "kappa"))
     assert np.isclose(lost.within.r, 1) and np.isclose(kappa.within.r, -1) and lost.n_groups == 3
-    told = say.exp3_sentences(lost, dict(lost=lost, kappa=kappa), PASSED)
+    spread = say.spread_test(say.spreads(points, "group"), say.spreads(points, "group"))
+    assert spread["n"] == [3, 3] and np.isclose(spread["natural"], np.std([0, .1, .2, .3], ddof=1)) and spread["p"] == 1
+    p = dict(lost=lost.p_permutation, kappa=kappa.p_permutation)
+    told = say.exp3_sentences(lost, dict(lost=lost, kappa=kappa), p, spread, PASSED)
     assert told["claim.exp3.planted_kappa"].startswith("The nearer the route is to the teacher's, the more does")
     assert "lose more accuracy on new names" in told["claim.exp3.planted_lost"]
+    told = say.exp3_sentences(lost, dict(lost=lost, kappa=kappa), dict(lost=.06, kappa=.01), spread, PASSED)
+    assert "is not resolved" in told["claim.exp3.planted_lost"]        # it is the corrected p that decides
+
+
+def test_students_of_one_place_are_spread_as_far_as_their_distances():
+    say = page("exp3")
+    points = [dict(group=g, route=r) for g, r in (("a", .1), ("a", .3), ("b", .2), ("c", float("nan")), ("c", .1))]
+    assert np.allclose(say.spreads(points, "group"), np.std([.1, .3], ddof=1))       # one student has no spread
+    far = say.spread_test([.01, .02, .01, .02], [.2, .3, .2, .3])
+    assert far["p"] < .05 and say.spread_sentence(far, PASSED).startswith("The routes of natural students lie closer")
+    assert say.spread_test([.1], [.2, .3])["p"] is None
 
 
 def cases_of_exp4():
@@ -474,6 +516,30 @@ def test_the_claims_of_the_paper_are_made_by_a_page():
     assert asked and asked <= made, asked - made
 
 
+def test_the_abstract_says_no_result_of_its_own():
+    "Its lines are sentences that a page chose, or say what is asked and what is done: no number, and no outcome."
+    lines = (ROOT/"paper"/"sections"/"abstract.tex").read_text(encoding="utf-8").splitlines()
+    claims = [line for line in lines if line.startswith("\\claim{") and line.endswith("}")]
+    typed = " ".join(line for line in lines if line not in claims)
+    outcomes = r"closes|moves?|keeps|differs?|equal|better|worse|nearer|farther|higher|lower|improves?|fails?"
+    assert len(claims) >= 8 and not re.search(rf"\d|\b(?:{outcomes})\b", typed), typed
+
+
+def test_what_is_read_has_ten_pages():
+    "Text, figures and references; what comes behind them is looked up."
+    import tempfile
+    import typst
+    from rcid.report.paper import fill, to_typst
+    folder = ROOT/"paper"
+    text = to_typst(fill(folder, read_values(folder/"values.tex")), folder)
+    with tempfile.NamedTemporaryFile("w", suffix=".typ", dir=folder, prefix=".paper-", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        fonts = typst.Fonts(include_system_fonts=False)
+        last = typst.query(f.name, "<body-ends>", field="value", one=True, root=str(folder), font_paths=fonts)
+    assert 5 < int(last) <= 10
+
+
 # what the calibration did not pass is not said
 
 
@@ -491,7 +557,7 @@ def test_a_repair_is_not_claimed_by_a_reading_that_is_not_validated():
     "Knocking attention out is no reading under test: it still speaks."
     say = page("exp2a")
     claims = say.exp2a_sentences(planted_record({"route": False, "fingerprint": True}))
-    for key in ("repair", "directions", "reach", "controls", "contrast", "norms"):
+    for key in ("keeps", "repair", "directions", "reach", "contrast", "norms", "others"):
         assert claims[f"claim.exp2a.{key}"] == sentence("exp2a", f"exp2a.{key}", "unvalidated"), key
     assert claims["claim.exp2a.knockout"] == say.knockout_sentence("rcid_m", a_share(.8))
 

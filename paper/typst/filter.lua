@@ -20,6 +20,39 @@ function Image(el)
   return el
 end
 
+-- Where the appendix begins (`\appendix`, as rcid.report.paper hands it on): letters instead of numbers, a new page.
+local appendix = [[#place.flush()
+#context [#metadata(here().page()) <body-ends>]
+#pagebreak(weak: true)
+#counter(heading).update(0)
+#set heading(numbering: "A.1")]]
+
+local function is_appendix(block) return block.t == "Div" and block.identifier == "appendix" end
+
+-- The references come before the appendix, not behind it.
+function Pandoc(doc)
+  local body, references, at = {}, {}, nil
+  for _, block in ipairs(doc.blocks) do
+    local heading = block.t == "Header" and pandoc.utils.stringify(block) == "References"
+    if heading or (block.t == "Div" and block.identifier == "refs") then references[#references + 1] = block
+    else
+      body[#body + 1] = block
+      if is_appendix(block) then at = #body end
+    end
+  end
+  if not at then return nil end
+  local blocks = {}
+  for i, block in ipairs(body) do
+    if i == at then
+      blocks[#blocks + 1] = pandoc.RawBlock("typst", "#[#set text(size: 8.6pt)")
+      for _, reference in ipairs(references) do blocks[#blocks + 1] = reference end
+      blocks[#blocks + 1] = pandoc.RawBlock("typst", "]")
+      blocks[#blocks + 1] = pandoc.RawBlock("typst", appendix)
+    else blocks[#blocks + 1] = block end
+  end
+  return pandoc.Pandoc(blocks, doc.meta)
+end
+
 -- A line of the list of origins: small, ragged, one below the other.
 function Para(el)
   for _, part in ipairs(el.content) do

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .part_runs import PartRuns
 from .window import KeysReady, PrefixCache, Window
 from ..models.adapters import ModelAdapter, get_adapter, in_memory
+from ..models.lora import has_lora
 
 # %% ../../nbs/03_causal/03_engine.ipynb #0be81a79
 def _capped(adapter: ModelAdapter, head: nn.Module, normed: Tensor, token: Tensor) -> Tensor:
@@ -28,7 +29,10 @@ def logit_difference(adapter: ModelAdapter,
 ) -> Float[Tensor, "batch"]:
     "`logit[correct] - logit[wrong]` in float32, from two rows of the LM head."
     with in_memory(adapter.lm_head) as head:
-        if adapter.logit_cap is not None:
+        if has_lora(head):                          # with LoRA at the head a logit is no row of its weight
+            both, row = adapter.logits(normed).float(), torch.arange(len(normed), device=normed.device)
+            ld = both[row, correct] - both[row, wrong]
+        elif adapter.logit_cap is not None:
             ld = _capped(adapter, head, normed, correct) - _capped(adapter, head, normed, wrong)
         else:
             ld = (normed.float() * (head.weight[correct].float() - head.weight[wrong].float())).sum(-1)

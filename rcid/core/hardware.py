@@ -11,14 +11,20 @@ from pathlib import Path
 
 # %% ../../nbs/00_core/02_hardware.ipynb #51272710
 def pick_device(device: str | None = None) -> str:
-    "`device` if given, else the one that the variable `RCID_DEVICE` names, else `cuda` where there is one, else `cpu`."
+    """`device` if given, else the one that the variable `RCID_DEVICE` names, else `cuda` where there is one, else `cpu`;
+    ValueError for one that is not there."""
     import torch
     named = os.environ.get("RCID_DEVICE")
-    if device or not named: return device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try: torch.device(named)
-    except RuntimeError:
-        raise ValueError(f"RCID_DEVICE is {named!r}: torch knows no such device; try cpu or cuda") from None
-    return named
+    asked = device or named
+    if not asked: return "cuda" if torch.cuda.is_available() else "cpu"
+    said = repr(device) if device else f"{named!r} (RCID_DEVICE)"
+    try: kind = torch.device(asked)
+    except RuntimeError: raise ValueError(f"unknown device {said}: use cpu, cuda or cuda:1") from None
+    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"no device {said} here: torch sees {torch.cuda.device_count()} CUDA devices; use another, or cpu"
+        )
+    return asked
 
 def in_bf16(device) -> bool:
     "Whether models compute in bfloat16 there unless told otherwise: on a CUDA device."

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic.dataclasses import dataclass
 from .calibrate_params import Calibrate
 from .paths import read_yaml, root, workspace_path
+from .fused_params import Fused
 from .planted_params import Planted
 from .real_params import Real
 from .teacher_params import Bench, Teachers
@@ -147,9 +148,11 @@ class KvData(_Section):
     operations: str = "+-"
     largest: int = Field(10, ge=3)               # no number above it
     vocab: int = Field(900, ge=300)              # tokens of the tokenizer trained here
+    style: Literal["words", "equation", "calculator", "tape"] = "equation" # of the teacher's reasoning
     max_new: int = Field(40, gt=0)               # tokens of an answer in words, at most
     n_pretrain: int = Field(gt=0)                # problems that make teacher and initial student competent
     n_train: int = Field(gt=0)                   # problems of distillation
+    n_val: int = Field(gt=3)                     # problems by which a method is chosen, and of the learning curves
     n_test: int | None = Field(gt=3)             # null: all of a public set that have a reasoning in this style
     n_pairs: int = Field(gt=3)                   # test pairs of causal consistency
 
@@ -167,7 +170,10 @@ class KvTrain(_Section):
     lr: float = Field(gt=0)
     latents: int = Field(6, ge=1)                # places
     iterations: int = Field(2, ge=0)             # Jacobi iterations
+    thought: Literal["hidden", "soft"] = "hidden" # what a place reads of the one before it: see `LatentModel`
     fit_steps: int = Field(40, ge=0)             # of the projector, before it is frozen
+    buckets: int = Field(8, ge=1)                # batches that are sorted by length together
+    drop_last: bool = False                      # the teacher's text without its last step of reasoning
     log_every: int = Field(20, gt=0)
     checkpoint_every: int = Field(40, gt=0)
 
@@ -177,7 +183,8 @@ class Kv(_Section):
     teacher: KvModel
     student: KvModel
     train: KvTrain
-    methods: list[str] = Field(min_length=1)     # of `rcid.kv.KV_METHODS`
+    methods: list[str] = Field(min_length=1)     # of `rcid.kv.KV_METHODS`, or of `variants`
+    variants: dict[str, dict[str, Any]] = {}     # by name: a method and fields of it that are changed
     seeds: list[int] = Field(min_length=1)
     # marks a place; null: the tokenizer's beginning of text, which word problems do not use
     latent_token: str | None = None
@@ -207,6 +214,7 @@ class Params(_Section):
     planted: Planted
     real: Real
     teachers: Teachers
+    fused: Fused
     bench: Bench = Bench()
     launch: Launch = Launch()
 

@@ -180,20 +180,32 @@ def mind_git(folder: str | Path):
     command = [sys.executable, "-m", "dvc", "config", "--local", "core.no_scm", "true"]
     with writing(local): run_command(command, f"{folder} has no git, and DVC cannot be told so", cwd=folder)
 
-def checkout_tables():
+def checkout_tables(
+    folder: Path | None = None               # of the repository; None: the workspace
+):
     "Fetches `data/` from the DVC remote that travels with the repository."
-    mind_git(root())
+    folder = folder or root()
+    mind_git(folder)
     command = [sys.executable, "-m", "dvc", "pull", "-r", "embedded", "data.dvc"]
-    run_command(command, "could not check out the tables of data/", cwd=root())
+    run_command(command, "could not check out the tables of data/", cwd=folder)
+
+def _home_of_tables() -> Path:
+    "The workspace; for who is in another folder the repository that this package is imported from."
+    try: return root()
+    except FileNotFoundError:
+        home = Path(__file__).resolve().parents[2] if "__file__" in globals() else None
+        if os.environ.get("RCID_ROOT") or home is None or not (home/"data.dvc").exists(): raise
+        return home
 
 def embedded(name: str):
     "One of the project's own tables, e.g. `embedded('ioi')`; checked out of the embedded DVC remote if needed."
-    file = root()/"data"/f"{name}.json"
-    if not file.exists() and (root()/"data.dvc").exists():
-        try: checkout_tables()
+    home = _home_of_tables()
+    file = home/"data"/f"{name}.json"
+    if not file.exists() and (home/"data.dvc").exists():
+        try: checkout_tables(home)
         except CommandFailed as e: raise FileNotFoundError(f"no embedded table {name!r}: {e}") from None
     if not file.exists():
-        known = sorted(p.stem for p in (root()/"data").glob("*.json"))
+        known = sorted(p.stem for p in (home/"data").glob("*.json"))
         raise FileNotFoundError(f"no embedded table {name!r} (there are {known}): run `dvc pull data.dvc`")
     return read_json(file)
 

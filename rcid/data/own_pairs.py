@@ -67,7 +67,10 @@ def read_own_rows(path: str | Path) -> list[OwnRow]:
     "The rows of a JSON-lines file; ValueError with the line of the first one that makes no sense."
     path, rows = Path(path), []
     if not path.is_file(): raise FileNotFoundError(f"no file {path}: give one with a JSON object on each line")
-    for n, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    text = path.read_bytes().split(b"\n")
+    for n, line in enumerate(text, 1):
+        try: line = line.decode("utf-8-sig" if n == 1 else "utf-8")
+        except UnicodeDecodeError: raise ValueError(f"{path}, line {n} is no UTF-8: save the file as UTF-8") from None
         if not line.strip(): continue
         try: r = json.loads(line)
         except json.JSONDecodeError as e:

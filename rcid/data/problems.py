@@ -8,7 +8,8 @@ __all__ = ['load_reasoning']
 # %% ../../nbs/02_data/15_problems.ipynb #d5e5d5e5
 import random, re
 from .names import SPLITS, split_of
-from .reasoning import STYLES, Problem, number, word_problems
+from .public_problems import PUBLIC, public_problems
+from .reasoning import TAPE, STYLES, Problem, number, word_problems
 from .sources import hub_rows, read_rows
 
 # %% ../../nbs/02_data/15_problems.ipynb #f229766a
@@ -44,31 +45,38 @@ def _svamp_rows(split: str, source: str) -> list[dict]:
     return [row for row in rows if split_of(row["Body"] + row["Question"]) == split]
 
 def load_reasoning(
-    dataset: str = "word_problems",   # word_problems | gsm8k | svamp
+    dataset: str = "word_problems",   # word_problems | gsm8k | svamp | one of `PUBLIC`
     split: str = "test",              # train | val | test
     n: int | None = None,             # how many; None: all (100 of our own)
     seed: int = 0,
     source: str = "embedded",         # embedded (our own) | path (RCID_DATA_DIR) | hub
-    style: str | None = None,         # of the reasoning: words | equation | calculator
+    style: str | None = None,         # of the reasoning: words | equation | calculator | tape
     **opts                            # of word_problems
 ) -> list[Problem]:
-    "Problems of one split; rows without reasoning or a number are left out."
+    "Problems of one split; rows without reasoning or an answer are left out."
     if split not in SPLITS: raise ValueError(f"unknown split {split!r}: there are {list(SPLITS)}")
-    if style is not None and style not in STYLES:
-        raise ValueError(f"unknown style of reasoning {style!r}: there are {STYLES}")
+    if style is not None and style not in (*STYLES, TAPE):
+        raise ValueError(f"unknown style of reasoning {style!r}: there are {(*STYLES, TAPE)}")
     if dataset == "word_problems":
         if source != "embedded":
             raise ValueError(f"word_problems are generated here: source must be 'embedded', not {source!r}")
         stream = word_problems(split, seed, style, **opts)
         return [next(stream) for _ in range(100 if n is None else n)]
-    if dataset not in ("gsm8k", "svamp"):
-        raise ValueError(f"unknown reasoning dataset {dataset!r}: there are word_problems, gsm8k, svamp")
+    if dataset not in ("gsm8k", "svamp", *PUBLIC):
+        known = ", ".join(("word_problems", "gsm8k", "svamp", *PUBLIC))
+        raise ValueError(f"unknown reasoning dataset {dataset!r}: there are {known}")
     if source not in ("path", "hub"):
         raise ValueError(f"{dataset} is not embedded: source is 'path' (with RCID_DATA_DIR) or 'hub', not {source!r}")
     if opts: raise TypeError(f"{sorted(opts)} belong to word_problems, not to {dataset}")
     if dataset == "gsm8k": found = [_gsm8k(row, style) for row in _gsm8k_rows(split, source)]
-    else: found = [_svamp(row, style) for row in _svamp_rows(split, source)]
+    elif dataset == "svamp": found = [_svamp(row, style) for row in _svamp_rows(split, source)]
+    else: found = public_problems(dataset, split, source)
     problems = [problem for problem in found if problem is not None]
+    if not problems:
+        raise ValueError(
+            f"{dataset}: none of {len(found)} rows of split {split!r} is a problem that needs thinking: each lacks"
+            " reasoning or an answer; take another split or dataset"
+        )
     random.Random(f"{dataset}-{split}-{seed}").shuffle(problems)
     if n is not None and len(problems) < n:
         raise ValueError(f"{dataset} has only {len(problems)} problems in split {split!r}, {n} asked for")

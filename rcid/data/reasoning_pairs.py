@@ -10,7 +10,7 @@ import random, re
 from typing import Iterator, Sequence
 from ..core.paths import embedded
 from .pairs import Row, single_token
-from .reasoning import word_problems
+from .reasoning import TAPE, word_problems
 
 # %% ../../nbs/02_data/13_reasoning_pairs.ipynb #66287449
 def reasoning_rows(
@@ -19,16 +19,18 @@ def reasoning_rows(
     seed: int = 0,
     steps: Sequence[int] = (2,),      # operations of a problem
     operations: str = "+-",
-    largest: int = 10                 # no number above it
+    largest: int = 10,                # no number above it
+    style: str = "equation"           # of the reasoning that is given: equation | tape
 ) -> Iterator[Row]:
     """An endless stream of word problems with the number of one step changed, every step in turn; `entities` is the
     person."""
+    if style not in ("equation", TAPE): raise ValueError(f"reasoning_rows: style {style!r}: use equation or {TAPE}")
     people, rng = {n: i for i, n in enumerate(embedded("names")["first_names"])}, random.Random(
         f"reasoning-pairs-{split}-{seed}"
     )
     lead = " " if single_token(tokenizer, " 7", "=") is not None else ""        # a space of its own goes to the prompt
     for k, problem in enumerate(word_problems(split, seed, "equation", steps, operations, largest)):
-        equations, numbers = list(re.finditer(r"(\d+) (\S) (\d+) = \d+\.", problem.reasoning)), list(
+        equations, numbers = list(re.finditer(r"(\d+) (\S) (\d+) = (\d+)\.", problem.reasoning)), list(
             re.finditer(r"\d+", problem.prompt)
         )
         # the question names a number that no step uses
@@ -37,6 +39,9 @@ def reasoning_rows(
         equation, place = equations[step], numbers[step + 1]
         other = str(rng.choice([n for n in range(1, largest + 1) if str(n) != place[0]]))
         given = "\n" + problem.reasoning[:equation.start(3)].removesuffix(lead)
+        if style == TAPE:
+            before = [f"{e[2]} {e[3]} {e[4]} " for e in equations[:step]]
+            given = f"\n{equations[0][1]} {''.join(before)}{equation[2]} ".removesuffix(lead)
         after = re.compile(r"\w+").search(problem.prompt, place.end()).span()
         yield Row(
             problem.prompt + given,

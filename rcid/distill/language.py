@@ -17,6 +17,7 @@ from .losses import divergence
 from .schedule import batch_rows, lr_at
 from .training import training
 from ..models.adapters import common_vocab, get_adapter, model_device
+from ..models.lora import check_apart
 from ..models.modes import evaluating
 
 # %% ../../nbs/05_distill/11_language.ipynb #a8d41f42
@@ -37,6 +38,7 @@ def train_language(
 ) -> list[float]:
     "Next-token training; returns the loss of every step. Dtype, mode and frozen weights stay the model's own."
     mask = torch.ones_like(ids) if mask is None else mask
+    if teacher is not None: check_apart(teacher, model)
     if len(ids) < batch:
         raise ValueError(
             f"{len(ids)} blocks of text are fewer than a batch of {batch}: use more text or a smaller lm.batch"

@@ -178,7 +178,7 @@ def model_hash(model: nn.Module) -> str:
     if model in _unchanged: _unchanged[model] = found
     return found
 
-LIBRARIES = ("accelerate", "transformers")   # their hooks move tensors and record outputs, and change none
+LIBRARIES = ("accelerate", "transformers", "peft")   # their hooks move and record tensors, and change none
 
 def changed_by_hand(model: nn.Module) -> bool:
     "Has this model hooks, parametrizations or forwards of its own that are not its libraries'?"

@@ -27,6 +27,7 @@ from .schedule import batch_rows, lr_at
 from .teacher_cache import computes_hash, hidden_signals, model_hash, unchanged
 from .training import training
 from ..models.adapters import common_vocab, model_device
+from ..models.lora import check_apart
 from ..models.modes import evaluating
 
 # %% ../../nbs/05_distill/10_trainer.ipynb #f0736458
@@ -51,6 +52,7 @@ def distill(
     probe: Callable[[nn.Module, int], dict] | None = None # measured at every point of the learning curve
 ) -> DistillResult:
     "Distils `teacher` into `student` with one method; stops with FloatingPointError at a loss that is not finite."
+    check_apart(teacher, student)
     with ExitStack() as guards:          # whatever ends the run, both models are their owner's again
         if teacher is not student: guards.enter_context(evaluating(teacher))
         trained = guards.enter_context(training(student, config.train_embeddings, config.checkpoint_gradients))

@@ -11,16 +11,21 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from ..models.adapters import get_adapter
+from ..models.lora import lora_parameters
 
 # %% ../../nbs/05_distill/09_training.ipynb #4f53df25
 def trainable(
     model: nn.Module,
     embeddings: bool = False             # embeddings and head too
 ) -> dict[str, nn.Parameter]:
-    "The parameters that a training moves, by name: of the layers and the final norm, and not frozen by their owner."
-    a = get_adapter(model)
-    inside = {id(p) for part in (a.layers, a.final_norm) for p in part.parameters()}
+    """The parameters that a training moves, by name: of the layers, the final norm and LoRA, and not frozen by their
+    owner."""
+    a, added = get_adapter(model), lora_parameters(model)
+    inside = {id(p) for part in (a.layers, a.final_norm) for p in part.parameters()} | {id(p) for p in added.values()}
     found = {n: p for n, p in model.named_parameters() if p.requires_grad and (embeddings or id(p) in inside)}
+    if not found and added:
+        raise ValueError("nothing to train: the LoRA weights are frozen (requires_grad is False): load them with "
+            + "load_model, or with PeftModel.from_pretrained(..., is_trainable=True)")
     if not found:
         raise ValueError("nothing to train: all parameters of the layers and the final norm are frozen (requires_grad "
             + "is False): unfreeze what should learn" + ("" if embeddings else ", or set train_embeddings"))
@@ -33,7 +38,7 @@ def training(
     embeddings: bool = False,            # embeddings and head too
     recompute: bool = False              # activations are recomputed in the backward pass
 ):
-    "Yields the parameters to train, float32 inside the block; after it everything but their values is as it was."
+    "Yields the parameters to train, in float32 inside the block; after it everything but their values is as it was."
     if any(p.is_meta for p in model.parameters()):
         raise ValueError("cannot train a model whose weights are offloaded (device meta): "
             + "load it without device_map or cpu_offload")
@@ -41,10 +46,12 @@ def training(
     before = [(p, p.dtype, p.requires_grad) for p in model.parameters()]
     modes, moved = [(m, m.training) for m in model.modules()], {id(p) for p in chosen.values()}
     ours = recompute and not a.recomputes
+    lora = moved <= {id(p) for p in lora_parameters(model).values()}       # it casts what it reads: the base can stay
     try:
         for p, dtype, _ in before:
             p.grad = None                            # of an earlier backward pass: no part of this training
-            if p.is_floating_point() and dtype.itemsize < 4: p.data = p.data.float()
+            short = p.is_floating_point() and dtype.itemsize < 4
+            if short and not (lora and id(p) not in moved): p.data = p.data.float()
             p.requires_grad_(id(p) in moved)
         if ours:                                     # `gradient_checkpointing_enable` would leave a hook
             for layer in a.layers:

@@ -14,6 +14,7 @@ from .consistency import ConsistencyReport, causal_consistency, clusters_of, con
 from .differences import accuracy_difference, consistency_difference, read_effects, statistic_of
 from .differences import read_mediation, route_difference
 from .fingerprint import FingerprintReport, fingerprint
+from .heads import HeadMap, HeadReport, fingerprint_by_head, head_map, match_heads
 from .knockout import knock_out
 from .perplexity import perplexity
 from .plant import Plant, dose, doses, live_attention, moved, random_weights, rerouted, shortcut, twins

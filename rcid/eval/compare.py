@@ -28,6 +28,7 @@ from .pairwise import effects_at, partial_consistency, student_sites_of
 from .power import verdict
 from .route import RouteReport, counted_roles, fit_warp, route_distance, without_gap
 from ..models.adapters import get_adapter
+from ..models.lora import check_apart
 
 # %% ../../nbs/07_eval/15_compare.ipynb #c1500006
 LEAST = 0.1                      # m = min(F, 1 - F) that makes a site mediating
@@ -172,6 +173,7 @@ def compare(
     "Does a student compute its answers as its teacher does? All readings, from one sweep per model and kind."
     if unknown := set(bounds or {}) - set(BOUNDS):
         raise ValueError(f"compare: no bounds for {sorted(unknown)}: there are {list(BOUNDS)}")
+    check_apart(teacher, student)
     if keep is not None: student_depth = depths(get_adapter(student).n_layers, keep, get_adapter(teacher).n_layers)
     data = _data(teacher, student, pairs, train, tokenizers, batch_size, seed, progress)
     two, read, first = isinstance(pairs, tuple), data.read, data.read[0].kinds[0]

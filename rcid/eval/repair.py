@@ -90,12 +90,14 @@ def apart(
     teacher: Mediation,
     student: Mediation,                                      # of the same pairs
     roles: dict[str, list[str]],                             # of the kinds that are read, see `roles_to_judge`
-    weights: Float[np.ndarray, "resample pair"] | None = None    # None: the pairs as they are
+    weights: Float[np.ndarray, "resample pair"] | None = None,   # None: the pairs as they are
+    keep: list[int] | None = None        # teacher layers that the student was made of; None: by depth
 ) -> Float[np.ndarray, "resample"]:
-    "D at these roles under layers of the same depth; NaN where one of the two lost its gap under one of the kinds."
+    "D at these roles under a map fixed in advance; NaN where one of the two lost its gap under one of the kinds."
     n = 1 if weights is None else len(weights)
     if not roles or without_gap(teacher, student, list(roles)): return np.full(n, np.nan)
-    where = pieces(depths(teacher.n_layers), depths(student.n_layers))
+    of_student = depths(student.n_layers, keep, None if keep is None else teacher.n_layers)
+    where = pieces(depths(teacher.n_layers), of_student)
     return distances(fractions(teacher, weights), fractions(student, weights), where, roles, teacher.roles)
 
 def share_closed(before, after):

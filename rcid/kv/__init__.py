@@ -19,11 +19,14 @@ from .losses import MercatorKVLoss, RegressionKVLoss, StructuralKVLoss
 from .losses import kv_regression, kv_cosine, cka_loss, codi_loss
 from .diagnosis import diagnose_losses, LossDiagnosis
 from .latent import LatentModel, with_latents
+from .think import Thoughts, Wish, answered, plain_thoughts, thoughts
+from .ablation import ABLATIONS, ablate_places, answer_texts
 from .places import Places, place_matrices, overlap_rows, teacher_at_places
 from .objective import KVObjective, KVState
-from .methods import KV_METHODS, Flat, Kept, KVMethod, Structured, Warped, kv_method
+from .methods import KV_METHODS, Flat, Kept, KVMethod, Structured, Warped, kv_method, method_of
 from .recording import Teacher, TeacherRecording, record_teacher, load_recording
 from .fusion import fuse, Fused, Router, router_regulariser, routing_report, teacher_prototype
 from .zspace import ZSpace, fit_zspace
 from .fusion_targets import FusionTargets, layer_cka_at_places, make_fusion_targets, own_kv
 from .multi_teacher import KVFusion, routing
+from .pair_fusion import PairFusion, PairTargets, make_pair_targets

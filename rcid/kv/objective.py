@@ -30,6 +30,8 @@ from .losses import RegressionKVLoss, StructuralKVLoss, cka_loss, codi_deviation
 from .places import teacher_at_places
 from .project import HeadwiseMapProjector
 from .rope import rope_of
+from .shuffled import of_others
+from .think import Thoughts, Wish, thoughts, tokens_read
 from .warp import TimeWarper
 from ..models.adapters import common_vocab, get_adapter
 
@@ -79,23 +81,17 @@ class KVObjective(Objective):
             at = torch.arange(len(data), device=self.device)
             # (row, layer, d_model)
             extra["hidden"] = torch.stack([hidden[l][at, data.cue_pos] for l in self.layers], 1)
+            if m.codi_hidden == "normed": extra["hidden"][:, -1] = final[at, data.cue_pos]
         if m.a_kl: extra["final"] = self._answer_rows(final, data)
         if not m.kv: return cache, extra
         if m.kv.warps: return cache.unrotated(rope_of(self.teacher)), extra
         return teacher_at_places(cache, self.teacher, data, thought, m.kv.rule, self.c.seed), extra
 
-    def of_student(self, thought: ReasoningDataset) -> tuple[Tensor, KVCache, Tensor | None]:
-        """Final hidden states, keys and values before RoPE, and residuals after each layer (before the final norm) at
-        the cue."""
-        m, n, thought = self.method, get_adapter(self.student).n_layers, thought.to(self.device)
-        with capture(self.student, range(n) if m.a_codi else []) as hidden:
-            final, cache = forward_kv(
-                self.student, thought.input_ids, thought.attention_mask, queries=m.attends, pre_rope=True, check=False
-            )
-        if not m.a_codi: return final, cache, None
-        at = torch.arange(len(thought), device=self.device)
-        # (row, layer, d_model)
-        return final, cache, torch.stack([hidden[l][at, thought.cue_pos] for l in range(n)], 1)
+    def of_student(self, thought: ReasoningDataset, data: ReasoningDataset | None = None) -> Thoughts:
+        "What the student says after its places, and after words if `data` is given."
+        m = self.method
+        wish = Wish(bool(m.kv), m.attends, bool(m.a_codi), m.codi_hidden == "normed")
+        return thoughts(self.student, thought.to(self.device), data, wish)
 
     def align(self, aligner: MapProjectionAligner, cache: KVCache, rows) -> AlignedKV:
         "What `of_teacher` gave, in the student's shape."
@@ -132,17 +128,19 @@ class KVObjective(Objective):
             rows = some[i:i + 32]
             with torch.no_grad():
                 cache, extra = self.of_teacher(rows)
-                _, own, at_cue = self.of_student(self.thought[rows].to(self.device))
+                said = self.of_student(self.thought[rows].to(self.device))
+            own = said.cache
             if m.kv:
                 student = (own.k, own.v, own.q) if m.attends else (own.k, own.v)
                 examples.append((dict(self.inputs(cache, rows), seq=own.seq), student))
             if m.a_codi:
-                ours.append(at_cue)
+                ours.append(said.at_cue)
                 theirs.append(extra["hidden"])
         if m.kv and m.fit_steps: pretrain_aligner(aligner, examples, m.fit_steps)
         codi = codi_maps(*codi_rows(self, ours, theirs)) if m.a_codi else {}
         state = KVState(aligner, codi).to(self.device)
         self.targets = self._speak(state)
+        if m.shuffled: self.targets = of_others(self.targets, self.thought.segments, self.c.seed)
         return state
 
     @torch.no_grad()
@@ -198,15 +196,19 @@ class KVObjective(Objective):
         data, thought = self.data[rows].to(self.device), self.thought[rows].to(self.device)
         parts = {}
         if m.thinks:
-            final, own, at_cue = self.of_student(thought)
-            parts["answer"] = self._ce(a, final, thought, thought.at("answer")) * self._share(rows, whole, 2, 3)
+            said = self.of_student(thought, data if m.a_cot else None)
+            in_words, own = said.words, said.cache
+            parts["answer"] = self._ce(a, said.final, thought, thought.at("answer")) * self._share(rows, whole, 2, 3)
+        else: in_words = a.trunk(data.input_ids, data.attention_mask)
         if m.a_cot:
-            said = a.trunk(data.input_ids, data.attention_mask)
             words = data.at("reasoning") | data.at("answer")
-            parts["cot"] = self._ce(a, said, data, words) * self._share(rows, whole, 1, 3)
-        if m.a_kl: parts["kl"] = self._kl(a, self._answer_rows(final, thought), rows) * self._share(rows, whole, 2, 3)
+            parts["cot"] = self._ce(a, in_words, data, words) * self._share(rows, whole, 1, 3)
+        if m.a_kl:
+            answers = self._answer_rows(said.final, thought)
+            parts["kl"] = self._kl(a, answers, rows) * self._share(rows, whole, 2, 3)
         if m.a_codi:
-            parts["codi"] = codi_loss(at_cue, self._mapped(rows, state), codi_deviation(self._mapped(whole, state)))
+            deviation = codi_deviation(self._mapped(whole, state))
+            parts["codi"] = codi_loss(said.at_cue, self._mapped(rows, state), deviation)
         if m.kv:
             target = self.target(rows, thought.input_ids.shape[1])
             if m.kv.loss is not None:
@@ -269,16 +271,9 @@ class KVObjective(Objective):
     def budget(self) -> tuple[int, float]:
         """Tokens that the student sees (a token once a pass), and FLOPs of both models; the teacher speaks once on
         every problem."""
-        m, c, bounds = self.method, self.c, self.data.segments.float()
-        thought = cot = answer = words = 0
-        if m.thinks:
-            rounds = self.student.model.iterations if m.latents else 0
-            thought = (1 + rounds) * float(self.thought.attention_mask.sum(1).float().mean())
-            answer = float((bounds[:, 3] - bounds[:, 2]).mean())
-        if m.a_cot:
-            cot = float(self.lengths.float().mean())
-            words = float((bounds[:, 3] - bounds[:, 1]).mean())
-        seen, head = (thought + cot) * c.batch, (answer + words) * c.batch
+        m, c = self.method, self.c
+        seen, head = tokens_read(self.student, self.data, m.latents, m.thinks, bool(m.a_cot))
+        seen, head = seen * c.batch, head * c.batch
         flops = c.steps * step_flops(self.student, seen, head, True, trains_head=c.train_embeddings)
         if m.asks: flops += step_flops(self.teacher, float(self.lengths.float().mean()) * len(self.data), 0, False)
         return round(seen * c.steps), flops

@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from .decoder import KNOWN_LAYERS, LayerParts, ModelAdapter
 from .families import FAMILIES, Family, by_structure, unlike
+from .lora import plain_model
 from .weights import hidden_of, in_memory, model_device, weights_of, with_hidden
 
 # %% ../../nbs/01_models/00_adapters.ipynb #a0f1000c
@@ -20,7 +21,7 @@ SUPPORTED = tuple(FAMILIES)
 def _embed_scale(c, names: Family, embed: nn.Module) -> float:
     "What embeddings are multiplied with behind their module."
     # some versions of transformers scale Gemma's in the module; the others round the factor to the model's dtype
-    if names.scaled and not hasattr(embed, "embed_scale"):
+    if names.scaled and not hasattr(getattr(embed, "base_layer", embed), "embed_scale"):
         return float(torch.tensor(c.hidden_size**0.5, dtype=embed.weight.dtype))
     return getattr(c, "embedding_multiplier", None) or 1.0
 
@@ -62,6 +63,7 @@ def _by_structure(model: nn.Module) -> Family | str:
 
 def get_adapter(model: nn.Module) -> ModelAdapter:
     "The adapter of a Hugging Face causal language model; of an unknown family if its structure is a known one."
+    model = plain_model(model)
     family = model.config.model_type
     if family in FAMILIES: return _adapter(model, FAMILIES[family], True)
     if model not in _found: _found[model] = _by_structure(model)

@@ -6,12 +6,14 @@
 __all__ = ['BESIDE', 'Checkpoint', 'look_at', 'free_bytes', 'memory_needed', 'check_memory']
 
 # %% ../../nbs/01_models/10_before_loading.ipynb #10be0002
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
 from ..core.hardware import free_memory, pick_device, pick_dtype
 from .adapters import get_adapter
-from .load import is_folder
+from .load import is_folder, refusal
+from .lora_folder import WEIGHTS, hub_lora, lora_base, lora_folder
 
 # %% ../../nbs/01_models/10_before_loading.ipynb #10be0004
 @dataclass(frozen=True)
@@ -30,26 +32,35 @@ class Checkpoint:
 def _config(spec: str):
     "The config of a folder or hub id."
     from transformers import AutoConfig
+    if Path(spec).is_file(): raise ValueError(f"{spec} is a file: give the folder that it is in, with its config.json")
     if is_folder(spec) and not (Path(spec).expanduser()/"config.json").exists():
         raise FileNotFoundError(f"no model in {spec} (no config.json): give the folder of a checkpoint, or a hub id")
     source = Path(spec).expanduser() if is_folder(spec) else spec
     try: return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as e:
-        raise ValueError(f"{spec} could not be read as a model: {str(e).splitlines()[0]}") from None
+        taken = "" if is_folder(spec) else " (no folder here has this name, so it was taken for a hub id)"
+        raise ValueError(f"{spec} could not be read as a model: {str(e).splitlines()[0]}{taken}") from None
 
 def _refusal(spec: str, config) -> str:
     "Why a checkpoint cannot be used; empty if nothing speaks against it."
-    if getattr(config, "is_encoder_decoder", False):
-        return "is an encoder-decoder model: rcid follows the residual stream of decoder-only models (LLaMA, Qwen ...)"
-    quantised = getattr(config, "quantization_config", None)
-    if quantised:
-        said = quantised if isinstance(quantised, dict) else vars(quantised)
-        how = said.get("quant_method", "")
-        return (f"is quantised ({how or 'unknown method'}): use the 16-bit checkpoint it was made from, or save it"
-                " dequantised; float32, bfloat16 and float16 safetensors work")
+    if why := refusal(config): return why
     if is_folder(spec) and not list(Path(spec).expanduser().glob("*.safetensors")):
         return "has no weights: there is no .safetensors file beside its config.json (pickled .bin files are not read)"
     return ""
+
+def _lora(spec: str) -> Path | None:
+    "The folder of LoRA weights that a spec names, if it does."
+    return lora_folder(Path(spec).expanduser()) if is_folder(spec) else hub_lora(spec)
+
+def _plus(spec: str, folder: Path, base: Checkpoint) -> Checkpoint:
+    "A base with the LoRA weights of a folder, which are float32 in memory."
+    from safetensors import safe_open
+    try:
+        with safe_open(folder/WEIGHTS, "pt") as f: n = sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
+    except Exception as e:                       # safetensors has an error of its own
+        raise ValueError(f"{folder/WEIGHTS} is damaged ({e}): save the adapters again") from None
+    more = dict(parameters=base.parameters + n, bytes=base.bytes + 4 * n)
+    return replace(base, spec=f"{spec} (LoRA on {base.spec})", **more)
 
 def look_at(
     spec: str,                   # folder or hub id
@@ -57,7 +68,19 @@ def look_at(
 ) -> Checkpoint:
     "Family and sizes of a checkpoint without its weights; ValueError in one line where it cannot be used."
     from transformers import AutoModelForCausalLM
-    config = _config(spec)
+    folder, config = _lora(spec), None
+    if not folder:
+        try: config = _config(spec)
+        except ValueError as e:
+            absent = "does not appear to have a file named config.json" in str(e)
+            folder = hub_lora(spec, ask=True) if absent and not is_folder(spec) else None
+            if not folder: raise
+    if folder:
+        base = lora_base(folder)
+        try: seen = look_at(str(base), dtype, device)
+        except (FileNotFoundError, ValueError) as e:
+            raise ValueError(f"{spec} is LoRA on {base}, which cannot be used: {e}") from None
+        return _plus(spec, folder, seen)
     if why := _refusal(spec, config): raise ValueError(f"{spec} {why}")
     try:
         with torch.device("meta"): model = AutoModelForCausalLM.from_config(config)

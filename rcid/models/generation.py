@@ -8,6 +8,7 @@ __all__ = ['end_tokens', 'plain_generation']
 # %% ../../nbs/01_models/06_generation.ipynb #d7892e24
 from contextlib import contextmanager
 from torch import nn
+from .lora import plain_model
 
 # %% ../../nbs/01_models/06_generation.ipynb #3c6d244d
 def end_tokens(model: nn.Module, tokenizer=None) -> list[int]:
@@ -22,7 +23,8 @@ def plain_generation(model: nn.Module, tokenizer=None):
     """Inside the block `model.generate` does what its arguments say: only the special tokens of the model's settings
     are left."""
     from transformers import GenerationConfig
-    own = model.generation_config
+    own, owners = model.generation_config, (model, plain_model(model))     # a peft model hands its settings down
+    before = [(m, vars(m).get("generation_config")) for m in owners]
     pad = getattr(tokenizer, "pad_token_id", None)
     plain = GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=end_tokens(model, tokenizer) or None,
         pad_token_id=own.pad_token_id if pad is None else pad)
@@ -30,4 +32,6 @@ def plain_generation(model: nn.Module, tokenizer=None):
         model.generation_config = plain
         yield
     finally:
-        model.generation_config = own
+        for m, settings in before:
+            if settings is None: vars(m).pop("generation_config", None)
+            else: m.generation_config = settings

@@ -43,6 +43,7 @@ def rebuilt(
 ) -> nn.Module:
     "A copy of `model` made of these of its layers, in eval mode and without its hooks; the original is untouched."
     a = get_adapter(model)
+    model = a.model                                                        # what peft has wrapped, if it has
     config = _config_of(model, layers)
     if untie: config.tie_word_embeddings = False
     with torch.device("meta"): new = type(model)(config)                   # without weights: they are the original's
@@ -58,7 +59,10 @@ def rebuilt(
         for new_name in new_names(name): state[new_name] = value.clone()
     if strange := sorted(set(state) ^ set(new.state_dict())):
         parts = ", ".join(strange[:3])
-        raise ValueError(f"cannot copy this {a.family} model: {parts} not in a plain one: merge its adapters first")
+        raise ValueError(
+            f"cannot copy this {a.family} model: {parts} not in a plain one: merge its adapters first, with"
+            " merge_and_unload of peft"
+        )
     new.load_state_dict(state, assign=True)
     for name, value in model.named_buffers():                              # what no state_dict has, as Gemma's scale
         for new_name in new_names(name):

@@ -16,10 +16,14 @@ EXAMPLES = {
   rcid compare ./teacher ./pruned --keep 0,4,8,12,16,20,24,29
   rcid compare ./llama ./qwen --task factual --facts lama          (needs RCID_DATA_DIR)
   rcid compare ./teacher ./student --pairs my.jsonl
+  rcid compare ./teacher ./lora-student                            (needs the base that it names)
 
 a line of my.jsonl (roles and group are optional):
   {"clean": "The capital of France is", "corrupt": "The capital of Poland is",
-   "answer": " Paris", "wrong": " Warsaw", "roles": {"relation": "The capital"}}""",
+   "answer": " Paris", "wrong": " Warsaw", "roles": {"relation": "The capital"}}
+
+ends with 0; with 2 where the models, the pairs or an option cannot be used, 1 where something failed, 130 when it was
+interrupted: each with one line that says what to do""",
     "map": """examples:
   rcid map ./teacher
   rcid map ./teacher --kinds s2,names,order -n 64 --out map.html
@@ -28,17 +32,18 @@ a line of my.jsonl (roles and group are optional):
 
 def _add_options(parser: argparse.ArgumentParser):
     "What `compare` and `map` share."
-    parser.add_argument("--task", default="ioi", choices=("ioi", "factual", "winogrande", "arithmetic"))
+    tasks = ("ioi", "factual", "winogrande", "arithmetic")
+    parser.add_argument("--task", default="ioi", choices=tasks, help="what the sentences ask (default ioi)")
     parser.add_argument("--facts", default="", choices=("lama", "counterfact", "lre"), help="public facts")
     parser.add_argument("--pairs", default="", metavar="FILE", help="pairs of your own, JSON lines, instead of a task")
-    parser.add_argument("--kinds", default="", help="kinds of change, with commas (default: the task's classic one)")
+    parser.add_argument("--kinds", default="", help="kinds of change, as s2,names (default: the classic one)")
     parser.add_argument("-n", type=int, default=256, help="pairs that are read (default 256)")
     parser.add_argument("--unfiltered", action="store_true", help="also pairs that the teacher gets wrong")
     parser.add_argument("--out", default="", metavar="FILE", help="the page; the numbers are beside it as JSON")
     parser.add_argument("--dtype", help="float32 | bfloat16 | float16 (default: float32 on a CPU, else bfloat16)")
     parser.add_argument("--device", help="cpu | cuda | cuda:1 ... (default: cuda where there is one)")
     parser.add_argument("--batch", type=int, default=32, help="pairs at a time (default 32)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     parser.add_argument("--anyway", action="store_true", help="load although the memory does not seem to suffice")
 
 def parser() -> argparse.ArgumentParser:
@@ -47,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="compare | map | where | launch")
     shape = dict(formatter_class=argparse.RawDescriptionHelpFormatter)
     two = commands.add_parser("compare", help="two models on one page", epilog=EXAMPLES["compare"], **shape)
-    two.add_argument("teacher", help="folder of a checkpoint, or hub id")
+    two.add_argument("teacher", help="folder of a checkpoint, or hub id; of a model or LoRA")
     two.add_argument("student", help="the same")
     two.add_argument("--keep", default="", help="the teacher's layers that a pruned student kept, with commas")
     two.add_argument("--train", default="", metavar="FILE", help="beside --pairs: other pairs, to choose sites by")
@@ -67,8 +72,10 @@ def _numbers(text: str) -> list[int] | None:
 def _measured(args: argparse.Namespace):
     "Runs `compare` or `map`."
     from rcid.pipeline.measure import Question, compare_models, map_model
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     logging.disable_progress_bar()
     shared = ("task", "facts", "pairs", "n", "unfiltered", "out", "dtype", "device", "batch", "seed", "anyway")
     options = {name: getattr(args, name) for name in shared}

@@ -70,14 +70,20 @@ def execute(notebook: Path, cache: Path) -> dict:
     return nb
 
 # %% ../../nbs/09_pipeline/08_docs.ipynb #28bbcd8f
-def signature(module: str, name: str, level: int) -> str:
-    "Heading, signature, first line and argument table of one public name, from nbdev."
+def _described(obj) -> str:
+    "Signature, first line and argument table from nbdev; without a table where it cannot read an inherited `__init__`."
     from nbdev.showdoc import show_doc
-    text = show_doc(getattr(importlib.import_module(module), name))._repr_markdown_()
+    try: return show_doc(obj)._repr_markdown_()
+    except SyntaxError:                                                 # such as that of matplotlib's figures
+        return f"```python\nclass {obj.__name__}({obj.__base__.__name__})\n```\n\n{obj.__doc__ or ''}"
+
+def signature(module: str, name: str, level: int) -> str:
+    "Heading and description of one public name."
+    text = _described(getattr(importlib.import_module(module), name))
     text = re.sub(r"\A\s*(---\s*)?(\[source\]\([^\n]*\n\s*)?#+ [^\n]*\n", "", text)
     # links of other projects' docstrings lead nowhere here
     text = re.sub(r"\[([^\]]*)\]\((?!https?:)[^)\s]*\)", r"\1", text)
-    return f"({module}.{name})=\n{'#' * level} {name}\n\n{text.strip()}"
+    return f"({module}.{name})=\n{'#' * level} `{name}`\n\n{text.strip()}"
 
 def public_names(code: str) -> list[str]:
     "Functions and classes that a cell defines, without the private ones."
@@ -137,6 +143,22 @@ div.cell details.admonition.hide > summary > p.admonition-title { background: tr
 div.cell details.admonition.hide > summary > p.admonition-title::before { display: none; }
 div.cell_output pre { font-size: var(--code-font-size); max-height: 30em; }
 article table { font-size: var(--font-size--small); }
+/* a line of 120 characters fits at 1300 pixels; where there is no room for it, it is broken and not cut off */
+body { --code-font-size: 78%; }
+.content { min-width: 0; }
+@media (min-width: 63.01em) { .sidebar-drawer { width: 15em; } .content { width: min(62em, calc(100vw - 22em)); } }
+@media (min-width: 82.01em) { .content { width: min(62em, calc(100vw - 37em)); } }
+@media (min-width: 100em) { .sidebar-drawer { width: calc(50% - 34em); } }
+@media (max-width: 63em) {
+  .content { box-sizing: border-box; width: 100%; padding: 0 1em; }
+  .highlight pre { white-space: pre-wrap; overflow-wrap: anywhere; } }
+/* an equation that does not fit is scrolled, alone */
+mjx-container[display="true"] { max-width: 100%; overflow-x: auto; overflow-y: hidden; padding: .1rem 0; }
+/* a function is less than the section that it stands in */
+article h2:has(> code:first-child), article h3:has(> code:first-child), article h4:has(> code:first-child) {
+  font-size: 1.05rem; margin-top: 1.4rem; }
+article h2 > code:first-child, article h3 > code:first-child, article h4 > code:first-child {
+  background: transparent; border: 0; padding: 0; font-size: 1.05rem; }
 '''
 
 def _title(nb: dict, fallback: str) -> str:
@@ -229,11 +251,11 @@ def build_docs(workers: int = 2) -> Path:
             "cells": [{"cell_type": "markdown", "id": "doc-guide", "metadata": {}, "source": "# rcid"}],
         }
     )
-    # on the site paper/ is beside the guide
-    for c in nb["cells"]: c["source"] = c["source"].replace("](../", "](")
+    # on the site paper/ is beside the guide, and the pages of a run are under experiments/
+    for c in nb["cells"]: c["source"] = c["source"].replace("](../runs/", "](experiments/").replace("](../", "](")
     nb["cells"].append({"cell_type": "markdown", "id": "doc-toc", "metadata": {}, "source": "\n".join(trees)})
     _write(site/"index.ipynb", nb)
-    for name in ("paper/figures/routes.png", "paper/main.pdf"):               # what the guide shows and links
+    for name in ("paper/figures/same_answers.png", "paper/main.pdf"):               # what the guide shows and links
         if (root()/name).exists():
             (site/name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(root()/name, site/name)

@@ -7,7 +7,7 @@ __all__ = ['FILTERED', 'FEWEST', 'CALIBRATED', 'PATCHED', 'Question', 'say', 'Ba
            'pairs_for', 'compare_models', 'map_model']
 
 # %% ../../nbs/09_pipeline/13_measure.ipynb #13d00002
-import sys, time
+import sys, tempfile, time
 from dataclasses import dataclass, field
 from pathlib import Path
 from ..causal.mediation import mediation
@@ -140,14 +140,36 @@ def _both(sets: list[dict] | None):
 CALIBRATED = "the readings were put to small models whose answer is known (calibration page): not to models like these"
 PATCHED = 96             # pairs that interchange patches at each site: it is the dearest reading
 
+def _page(out: str) -> Path:
+    path = Path(out)
+    return path if path.suffix in (".html", ".htm") else path.with_name(path.name + ".html")
+
+def _check_out(q: Question):
+    "Can the page be written, and over nothing that is read? Said now, and not after the work."
+    if q.out and Path(q.out).is_dir(): raise ValueError(f"--out {q.out} is a folder: name a file in it")
+    path = _page(q.out or "page")
+    for file in filter(None, (q.pairs, q.train)):
+        if Path(file).resolve() in (path.resolve(), path.with_suffix(".json").resolve()):
+            raise ValueError(f"--out {q.out} would be written over {file}: use another name")
+    folder = next(f for f in path.absolute().parents if f.exists())          # the others will be made
+    try: tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise ValueError(f"--out {path}: cannot write in {folder} ({e.strerror}): name another folder") from None
+
 def _checked(q: Question):
     "What can be wrong before a model is loaded."
     if q.n < FEWEST: raise ValueError(f"-n {q.n}: at least {FEWEST} pairs are needed, 256 are good")
+    if q.batch < 1: raise ValueError(f"--batch {q.batch}: at least one pair at a time")
+    if q.seed < 0: raise ValueError(f"--seed {q.seed}: give a number that is not negative")
     for file in filter(None, (q.pairs, q.train)): read_own_rows(file)
+    for option, said in (("--kinds", q.kinds), ("--facts", q.facts)):
+        if q.pairs and said: raise ValueError(f"{option} is for tasks, and --pairs for pairs of your own: give one")
+    if q.train and Path(q.train).resolve() == Path(q.pairs).resolve():
+        raise ValueError(f"--train {q.train} is the file of --pairs: give other pairs, or leave it out (half choose)")
     if q.train and not q.pairs: raise ValueError("--train is a second file beside --pairs: give both, or neither")
     if q.facts and q.task != "factual": raise ValueError("--facts is for --task factual")
     if q.facts: relations_of("path", q.facts)              # the table is there and whole
-    if q.out and Path(q.out).is_dir(): raise ValueError(f"--out {q.out} is a folder: name a file in it")
+    _check_out(q)
     known = corruptions(q.task)
     if unknown := [kind for kind in q.kinds if kind not in known]:
         raise ValueError(f"task {q.task!r} has no kind {unknown[0]!r}: there are {', '.join(known)}")
@@ -167,8 +189,7 @@ def _about(q: Question, models: list[tuple], pairs: Pairs, seconds: float) -> li
 
 def _write(out: str, page: str, data: dict) -> Path:
     "The page, and the same numbers as JSON beside it."
-    path = Path(out)
-    path = path if path.suffix in (".html", ".htm") else path.with_name(path.name + ".html")
+    path = _page(out)
     with atomic_file(path) as f: f.write(page)
     write_json(path.with_suffix(".json"), data)
     say(f"wrote {path} and {path.with_suffix('.json').name}")

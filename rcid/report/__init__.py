@@ -9,8 +9,8 @@ __all__ = []
 from .style import METHODS, WIDTH, Figure, in_order, label, look, method_legend, panels, prose
 from .style import save_figure, style
 from .numbers import bare_p, count, escape, in_words, interval, listing, number, p_value, percent
-from .tables import MAIN_COLUMNS, group_title, method_table, methods_table, plain, tabular, with_interval
-from .tables import write_text
+from .tables import MAIN_COLUMNS, comparisons_table, group_title, method_table, methods_table, plain
+from .tables import tabular, with_interval, write_text
 from .rows import PARTS, bracketed, direction, holm, mean, mean_interval, mean_r, method_rows, outcome
 from .rows import place, read_families, read_matrix, read_validated, run_tests, summary, verdict_of
 from .figures import effect_heatmap, effect_scatter, method_intervals

@@ -14,7 +14,7 @@ PARTS = {                    # part: its stages
     "distillation": ("distill", "distill_extra", "distill_more"),
     "evaluation": ("evaluate", "evaluate_extra", "evaluate_more", "baseline", "probe"),
     "experiment 6": ("kv_data", "kv_models", "kv_diagnose", "kv_baseline", "kv_distill"),
-    "experiment 7": ("kv_parts", "kv_base", "kv_teachers", "kv_fuse"),
+    "experiment 7": ("kv_parts", "kv_base", "kv_teachers", "kv_fuse", "fused_models", "fused"),
     "pages and paper": ("exp1", "exp2", "exp3", "exp4", "exp5", "exp6", "exp7", "bench", "paper"),
 }
 
