@@ -17,12 +17,12 @@ def pick_device(device: str | None = None) -> str:
     named = os.environ.get("RCID_DEVICE")
     asked = device or named
     if not asked: return "cuda" if torch.cuda.is_available() else "cpu"
-    said = repr(device) if device else f"{named!r} (RCID_DEVICE)"
+    said = f"{asked!r}" if device else f"{named!r} (RCID_DEVICE)"
     try: kind = torch.device(asked)
     except RuntimeError: raise ValueError(f"unknown device {said}: use cpu, cuda or cuda:1") from None
     if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"no device {said} here: torch sees {torch.cuda.device_count()} CUDA devices; use another, or cpu"
+            f"no device {asked} here: torch sees {torch.cuda.device_count()} CUDA devices; use another, or cpu"
         )
     return asked
 
