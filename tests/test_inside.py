@@ -157,8 +157,7 @@ def test_what_cannot_be_asked(numbers):
     for depths in ([], [3], [-1]):
         with pytest.raises(ValueError, match=r"needs some of 0 \(the input\) to 2"):
             inside_places(model, lengths.at_places(2, latent), latent, depths)
-    with pytest.raises(ValueError, match="no problem whose numbers can be changed"): equal_lengths([], tokenizer)
+    assert equal_lengths([], tokenizer) is None
     split = Problem("Emma has 12 apples. Tom gives Emma 3 more. How many?", "12 + 3 15", "15", "+")
     longer = split._replace(prompt=split.prompt.replace(" 3 ", " 3 3 3 3 "))
-    with pytest.raises(ValueError, match="has the length of its copies"):
-        equal_lengths([Changed(split, (longer,))], tokenizer)
+    assert equal_lengths([Changed(split, (longer,))], tokenizer) is None

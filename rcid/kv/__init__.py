@@ -21,6 +21,8 @@ from .diagnosis import diagnose_losses, LossDiagnosis
 from .latent import LatentModel, with_latents
 from .think import Thoughts, Wish, answered, plain_thoughts, thoughts
 from .ablation import ABLATIONS, ablate_places, answer_texts
+from .inside import Inside, enters, equal_lengths, inside_of, inside_places, inside_record
+from .inside import inside_tensors, mean_inside
 from .places import Places, place_matrices, overlap_rows, teacher_at_places
 from .objective import KVObjective, KVState
 from .methods import KV_METHODS, Flat, Kept, KVMethod, Structured, Warped, kv_method, method_of

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'Lengths', 'equal_lengths', 'rounds_needed', 'Question', 'Round', 'Patch', 'Thinker', 'Inside',
-           'inside_places', 'inside_tensors', 'inside_of', 'mean_inside', 'enters']
+           'inside_places', 'inside_record', 'inside_tensors', 'inside_of', 'mean_inside', 'enters']
 
 # %% ../../nbs/06_kv/09d_inside.ipynb #7e6a0211
 import re
@@ -37,11 +37,11 @@ class Lengths(NamedTuple):
         def placed(data): return with_latents(data, n, latent_id)
         return Lengths(placed(self.clean), {kind: placed(d) for kind, d in self.others.items()}, n)
 
-def equal_lengths(changed: Sequence[Changed], tokenizer, most: int = 64) -> Lengths:
-    "The first `most` whose copies have their prompt's length and another answer, of the commonest length of reasoning."
+def equal_lengths(changed: Sequence[Changed], tokenizer, most: int = 64) -> Lengths | None:
+    "The first `most` that fit their copies, of the commonest length of reasoning; None where there are none."
     steps = Counter(len(c.others) for c in changed)
     changed = [c for c in changed if steps and len(c.others) == steps.most_common(1)[0][0]]
-    if not changed: raise ValueError("equal_lengths: no problem whose numbers can be changed: use equations or a tape")
+    if not changed: return None
     sides = [encode_problems(side, tokenizer) for side in zip(*((c.clean, *c.others) for c in changed))]
     asks = torch.stack([d.segments[:, 1] for d in sides])                              # (side, problem)
     told = torch.stack([d.segments[:, 2] - d.segments[:, 1] for d in sides])
@@ -50,7 +50,7 @@ def equal_lengths(changed: Sequence[Changed], tokenizer, most: int = 64) -> Leng
     common = int(told[0].mode().values)
     fits = (asks == asks[0]).all(0) & (told == common).all(0) & (cue == cue[0, 0]).all(0) & (first[1:] != first[0]).all(0)
     rows = fits.nonzero()[:most, 0].tolist()
-    if not rows: raise ValueError("equal_lengths: no problem has the length of its copies: numbers need one token each")
+    if not rows: return None
     clean, *others = (d[rows] for d in sides)
     return Lengths(clean, {f"step {s + 1}": d for s, d in enumerate(others)}, common)
 
@@ -237,7 +237,15 @@ def _of_kind(model, lengths: Lengths, other: ReasoningDataset, latent_id: int, d
 def _again(r: Round, n: int) -> Round:
     return Round([tuple(x.repeat(n, 1, 1, 1) for x in kv) for kv in r.keys_values], r.final.repeat(n, 1, 1), r.first, None)
 
-# %% ../../nbs/06_kv/09d_inside.ipynb #75389906
+# %% ../../nbs/06_kv/09d_inside.ipynb #57a5cecf
+def inside_record(inside: Inside) -> dict:
+    "Shares by step, of depth and place and of both ways, where each step enters, and on how many problems."
+    m = inside.places
+    return dict(
+        pairs=len(m.entities), kinds=m.kinds, gaps=[list(m.gap_interval(kind)) for kind in m.kinds], undefined=m.no_gap(),
+        fraction=m.fraction, ways=inside.ways.fraction[:, 0], enters=enters(m.fraction),
+    )
+
 def inside_tensors(inside: Inside) -> dict[str, Tensor]:
     "Effects, gaps and units by name, for a file of tensors."
     m, tensors = inside.places, {"inside.units": inside.places.entities}
