@@ -34,7 +34,8 @@ def averaging(tokenizer, c: float):
         for word, i in tokenizer.get_vocab().items():
             text = tokenizer.convert_tokens_to_string([word]).strip()
             if text.isdigit(): values[i] = float(text) / 10
-        model.model.embed_tokens.weight.copy_(torch.stack([torch.full_like(values, large), values], 1) @ torch.eye(2, 16))
+        seen = torch.stack([torch.full_like(values, large), values], 1)
+        model.model.embed_tokens.weight.copy_(seen @ torch.eye(2, 16))
     assert model.lm_head.weight is model.model.embed_tokens.weight     # the constant cancels between two answers
     return model
 
@@ -93,8 +94,8 @@ def full_runs(student, short, kind: str, place: int, depth: int) -> torch.Tensor
 def test_few_places_in_few_rounds_are_the_full_runs(numbers, arch, rounds, thought):
     tokenizer, lengths = numbers
     latent, short = tokenizer.bos_token_id, lengths.at_places(3, tokenizer.bos_token_id)
-    size = dict(arch=arch, layers=2, d_model=32, heads=4, kv_heads=2, head_dim=8, d_mlp=64, vocab=len(tokenizer), seed=2)
-    student = LatentModel(load_model(size, dtype="float32", device="cpu")[0], latent, rounds, thought)
+    size = dict(arch=arch, layers=2, d_model=32, heads=4, kv_heads=2, head_dim=8, d_mlp=64, vocab=len(tokenizer))
+    student = LatentModel(load_model(size | dict(seed=2), dtype="float32", device="cpu")[0], latent, rounds, thought)
     found = inside_places(student, short, latent, [0, 1, 2])
     for place, depth in itertools.product(range(3), range(3)):
         wanted = full_runs(student, short, "step 2", place, depth)

@@ -48,8 +48,8 @@ def equal_lengths(changed: Sequence[Changed], tokenizer, most: int = 64) -> Leng
     cue = torch.stack([d.cue_pos - d.segments[:, 2] for d in sides])
     first = torch.stack([d.input_ids.gather(1, d.cue_pos[:, None] + 1)[:, 0] for d in sides])
     common = int(told[0].mode().values)
-    fits = (asks == asks[0]).all(0) & (told == common).all(0) & (cue == cue[0, 0]).all(0) & (first[1:] != first[0]).all(0)
-    rows = fits.nonzero()[:most, 0].tolist()
+    alike = (asks == asks[0]).all(0) & (told == common).all(0) & (cue == cue[0, 0]).all(0)
+    rows = (alike & (first[1:] != first[0]).all(0)).nonzero()[:most, 0].tolist()
     if not rows: return None
     clean, *others = (d[rows] for d in sides)
     return Lengths(clean, {f"step {s + 1}": d for s, d in enumerate(others)}, common)
@@ -235,22 +235,29 @@ def _of_kind(model, lengths: Lengths, other: ReasoningDataset, latent_id: int, d
     return gap.float().cpu(), torch.stack(columns, 2).float().cpu(), torch.stack(ways, 1)[:, None].float().cpu()
 
 def _again(r: Round, n: int) -> Round:
-    return Round([tuple(x.repeat(n, 1, 1, 1) for x in kv) for kv in r.keys_values], r.final.repeat(n, 1, 1), r.first, None)
+    keys_values = [tuple(x.repeat(n, 1, 1, 1) for x in kv) for kv in r.keys_values]
+    return Round(keys_values, r.final.repeat(n, 1, 1), r.first, None)
 
 # %% ../../nbs/06_kv/09d_inside.ipynb #57a5cecf
 def inside_record(inside: Inside) -> dict:
     "Shares by step, of depth and place and of both ways, where each step enters, and on how many problems."
     m = inside.places
     return dict(
-        pairs=len(m.entities), kinds=m.kinds, gaps=[list(m.gap_interval(kind)) for kind in m.kinds], undefined=m.no_gap(),
-        fraction=m.fraction, ways=inside.ways.fraction[:, 0], enters=enters(m.fraction),
+        pairs=len(m.entities),
+        kinds=m.kinds,
+        gaps=[list(m.gap_interval(kind)) for kind in m.kinds],
+        undefined=m.no_gap(),
+        fraction=m.fraction,
+        ways=inside.ways.fraction[:, 0],
+        enters=enters(m.fraction),
     )
 
 def inside_tensors(inside: Inside) -> dict[str, Tensor]:
     "Effects, gaps and units by name, for a file of tensors."
-    m, tensors = inside.places, {"inside.units": inside.places.entities}
+    m = inside.places
+    tensors = {"inside.units": m.entities, "inside.forced": m.forced[m.kinds[0]]}      # of every kind the same cells
     for s, kind in enumerate(m.kinds):
-        named = dict(effects=m.effects[kind], gaps=m.gaps[kind], forced=m.forced[kind], ways=inside.ways.effects[kind])
+        named = dict(effects=m.effects[kind], gaps=m.gaps[kind], ways=inside.ways.effects[kind])
         tensors |= {f"inside.{part}.{s}": x.contiguous() for part, x in named.items()}
     return tensors
 
@@ -260,9 +267,9 @@ def inside_of(tensors: dict[str, Tensor]) -> Inside | None:
     steps = range(sum(name.startswith("inside.gaps.") for name in tensors))
     def part(name): return {f"step {s + 1}": tensors[f"inside.{name}.{s}"] for s in steps}
     places, neither = part("effects"), torch.zeros(1, 2, dtype=torch.bool)
-    names = [str(j) for j in range(places["step 1"].shape[2])]
+    names, forced = [str(j) for j in range(places["step 1"].shape[2])], dict.fromkeys(places, tensors["inside.forced"])
     return Inside(
-        Mediation(places, part("gaps"), part("forced"), names, tensors["inside.units"]),
+        Mediation(places, part("gaps"), forced, names, tensors["inside.units"]),
         Mediation(part("ways"), part("gaps"), dict.fromkeys(places, neither), WAYS, tensors["inside.units"]),
     )
 
