@@ -8,6 +8,7 @@ from safetensors.numpy import save_file
 from conftest import ROOT, assert_shows, needs_results_of, page
 from rcid.causal.mediation import Mediation
 from rcid.core import load_params, read_json, write_json
+from rcid.core.tensors import save_tensors
 from rcid.kv import Inside, inside_tensors
 from rcid.report import sentences
 from rcid.report import holm, outcome
@@ -175,13 +176,12 @@ def test_the_best_of_those_looked_into_is_shown(tmp_path):
     assert EXP6.inside_method(rows, [*students, kv_student("kava", 2, "10", inside=None)]) == "latent_sft"
     assert EXP6.inside_method(rows, students[2:]) is None and EXP6.inside_students(students, None, tmp_path) is None
     for seed, share in ((1, 0.), (2, 1.)):
-        save_file({k: x.numpy() for k, x in inside_tensors(inside_of_shares([share, 0.], [0., 1.])).items()},
-                  tmp_path/f"kava-{seed}.safetensors")
+        save_tensors(tmp_path/f"kava-{seed}.safetensors", inside_tensors(inside_of_shares([share, 0.], [0., 1.])))
     both = EXP6.inside_students([students[0], kv_student("kava", 2, "10")], "kava", tmp_path)
     assert both.places.fraction[0, 0].tolist() == [.5, 0.]
     figure = EXP6.inside_figure(both, both, ["\n", " $3"], "KaVa")
     assert [t.get_text() for t in figure.axes[1].get_xticklabels()] == ["new line", "3"]
-    save_file({"effects": np.zeros((2, 3))}, tmp_path/"kv_flat-1.safetensors")
+    save_tensors(tmp_path/"kv_flat-1.safetensors", {"effects": torch.zeros(2, 3)})
     assert EXP6.read_inside(tmp_path/"kv_flat-1.safetensors") is None
 
 
