@@ -32,10 +32,10 @@ class Lengths(NamedTuple):
     others: dict[str, ReasoningDataset]          # `step 1`, `step 2` ...
     tokens: int
 
-    def at_places(self, n: int, latent_id: int) -> "Lengths":
-        "The same with `n` places instead of the reasoning."
-        def placed(data): return with_latents(data, n, latent_id)
-        return Lengths(placed(self.clean), {kind: placed(d) for kind, d in self.others.items()}, n)
+    def at_places(self, n: int, latent_id: int, marks: tuple[int, int] | None = None) -> "Lengths":
+        "The same with `n` places (and the marks around them) instead of the reasoning."
+        def placed(data): return with_latents(data, n, latent_id, marks)
+        return Lengths(placed(self.clean), {k: placed(d) for k, d in self.others.items()}, n + (2 if marks and n else 0))
 
 def equal_lengths(changed: Sequence[Changed], tokenizer, most: int = 64) -> Lengths | None:
     "The first `most` that fit their copies, of the commonest length of reasoning; None where there are none."
