@@ -5,7 +5,7 @@ import pytest, torch
 from conftest import ARCHS
 from rcid.data.other_numbers import Changed, other_numbers
 from rcid.data.reasoning import Problem, word_problems
-from rcid.kv import LatentModel
+from rcid.kv import LatentModel, ThoughtProjector
 from rcid.kv.inside import enters, equal_lengths, inside_places
 from rcid.models import load_model, train_tokenizer
 from rcid.models.adapters import hidden_of
@@ -87,6 +87,23 @@ def full_runs(student, short, kind: str, place: int, depth: int) -> torch.Tensor
         return logits[row, cue, right] - logits[row, cue, wrong]
     run(other, keep)
     return run(short.clean, lambda h: None) - run(short.clean, put)
+
+
+def test_marks_and_a_projector_are_in_the_full_runs_too(numbers):
+    tokenizer, lengths = numbers
+    latent, marks = tokenizer.bos_token_id, (3, 4)
+    size = dict(arch="llama", layers=2, d_model=32, heads=4, kv_heads=2, head_dim=8, d_mlp=64, vocab=len(tokenizer))
+    projector = ThoughtProjector(32, 8)
+    torch.nn.init.normal_(projector.down.weight, generator=torch.Generator().manual_seed(0))
+    plain = load_model(size | dict(seed=2), dtype="float32", device="cpu")[0]
+    short = lengths.at_places(3, latent, marks)
+    for rounds in (1, 5):
+        student = LatentModel(plain, latent, rounds, "soft", projector, marks)
+        found = inside_places(student, short, latent, [0, 1])
+        assert found.places.roles == list("01234")
+        for place, depth in itertools.product(range(5), range(2)):
+            wanted = full_runs(student, short, "step 1", place, depth)
+            assert torch.allclose(found.places.effects["step 1"][:, depth, place], wanted, atol=2e-5)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

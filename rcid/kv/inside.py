@@ -35,7 +35,8 @@ class Lengths(NamedTuple):
     def at_places(self, n: int, latent_id: int, marks: tuple[int, int] | None = None) -> "Lengths":
         "The same with `n` places (and the marks around them) instead of the reasoning."
         def placed(data): return with_latents(data, n, latent_id, marks)
-        return Lengths(placed(self.clean), {k: placed(d) for k, d in self.others.items()}, n + (2 if marks and n else 0))
+        others = {kind: placed(d) for kind, d in self.others.items()}
+        return Lengths(placed(self.clean), others, n + 2 if marks and n else n)
 
 def equal_lengths(changed: Sequence[Changed], tokenizer, most: int = 64) -> Lengths | None:
     "The first `most` that fit their copies, of the commonest length of reasoning; None where there are none."

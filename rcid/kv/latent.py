@@ -154,11 +154,13 @@ class LatentModel(nn.Module):
                 f"LatentModel: latent places need a model with LLaMA's names and norms, and this is {parts.family}: use"
                 " llama, mistral, qwen2, qwen3, smollm3 or granite"
             )
-        if marks is not None and not (len(marks) == 2 and all(0 <= mark < parts.vocab for mark in marks)):
+        known = [isinstance(mark, int) and 0 <= mark < parts.vocab for mark in marks or ()]
+        if marks is not None and known != [True, True]:
             raise ValueError(f"LatentModel: marks {marks}: needs two tokens below {parts.vocab}, or None")
         if projector is not None:
             if projector.up.in_features != parts.d_model:
-                raise ValueError(f"LatentModel: a projector of {projector.up.in_features} for a model of {parts.d_model}")
+                width = projector.up.in_features
+                raise ValueError(f"LatentModel: a projector of {width} for a model of {parts.d_model}")
             projector.to(parts.embed.weight)                   # to its dtype and device
         logits = parts.logits if thought == "soft" else None
         self.model, self.lm_head = _Trunk(parts.body, latent_id, iterations, logits, projector, marks), parts.lm_head
