@@ -122,7 +122,7 @@ class Thinker:
         clean: list[Round] | None = None,        # needed with `since` above 0
         patch: Patch | None = None               # of place `since`
     ) -> list[Round]:
-        "Every round."
+        "Every round; of a patched run the last."
         words, rounds = self.a.start(places.ids, places.at), []
         own, h = _columns(question.keys_values, 0, 0), words[:, :0]                    # of places from `since` on
         before, final = own, h                   # of places before it, in this round and in the last
@@ -141,6 +141,7 @@ class Thinker:
                 own = [_joined(*kv) for kv in zip(own, ran.keys_values)]
                 h = torch.cat([h[:, :first - since], ran.final], 1)
             if since: final = clean[r].final[:, :since]
+            if patch and r + 1 < len(self.needed): continue                            # of a patched run the last alone
             rounds.append(Round([_joined(*kv) for kv in zip(before, own)], torch.cat([final, h], 1), first, values))
         return rounds
 
