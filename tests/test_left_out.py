@@ -2,12 +2,13 @@
 import json, subprocess, sys
 from pathlib import Path
 import pytest, toy
-from conftest import output_of
+from conftest import ROOT, output_of
 from rcid.core.params import load_params
 from rcid.models import load_model
 from rcid.pipeline.left_out import without
 from rcid.pipeline.workspace import compose_params
 
+SCALES = sorted(f.stem for f in (ROOT/"conf"/"scale").glob("*.yaml"))
 STAGES = """
 stages:
   models:
@@ -106,6 +107,17 @@ def test_the_matrix_of_the_paper_without_llama(tmp_path):
     assert p.teachers.run == ["none", "single_qwen3"]
     assert without(before, {"llama": "pilot"})["teachers"] == before["teachers"]   # the model is there all the same
     assert without(before, {"llama": "pilot", "qwen3": "pilot"}) is None
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_params_without_a_family_are_valid_at_every_scale(scale, tmp_path):
+    compose_params(tmp_path/"all.yaml", f"scale={scale}")
+    before = load_params(tmp_path/"all.yaml").model_dump(mode="json")
+    for family in before["families"]:
+        new = without(before, {family: "pilot"})
+        if new is None: continue
+        (tmp_path/"params.yaml").write_text(json.dumps(new))
+        assert family not in load_params(tmp_path/"params.yaml").families
 
 
 def test_a_gated_repository_names_its_page(monkeypatch):

@@ -59,6 +59,14 @@ def test_no_marks_of_a_merge(tracked):
     assert len(texts) > 50 and [line for name, text in texts.items() for line in marks(name, text)] == []
 
 
+def test_no_link_is_tracked(tracked):
+    "Git lets a tracked link replace an ignored folder: a merge of one named .venv deleted the environment."
+    if not (ROOT/".git").exists(): pytest.skip("no git here")
+    kinds = subprocess.run(["git", "ls-files", "--stage"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert kinds and [line for line in kinds.splitlines() if line.startswith("120000")] == []
+    assert "/.venv" in (ROOT/".gitignore").read_text(encoding="utf-8").splitlines(), "ignored, also where it is a link"
+
+
 def test_params_are_the_default_scale(tmp_path):
     compose_params(tmp_path/"params.yaml", f"scale={DEFAULT_SCALE}")
     assert yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8")) == yaml.load(

@@ -60,6 +60,7 @@ def without(params: dict, out: dict[str, str]) -> dict | None:
         if block in new: new[block]["families"] = keep(new[block]["families"])
     if not new["families"] or not new.get("main_matrix", {"families": [1]})["families"]: return None
     if "calibrate" in new: new["calibrate"]["real"] = keep(new["calibrate"]["real"])
+    if new.get("real", {}).get("family") in out: new["real"]["students"] = []    # who were cut out of its teacher
     for family, gate in out.items():
         if gate == "models" and "teachers" in new:
             new["teachers"] = _without_teachers(new["teachers"], new["models"][family]["teacher"])

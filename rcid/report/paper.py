@@ -116,7 +116,7 @@ def to_typst(text: str, folder: Path) -> str:
     try: done = run_command(command, "pandoc could not read the paper", text=False, input=text.encode(), cwd=folder)
     except CommandFailed as e:
         raise PaperError([str(e)]) from None
-    text = re.sub(r"∥([^∥\n]*)∥", r"lr(∥\1∥)", done.stdout.decode())    # bars as high as what is between
+    text = re.sub(r"∥([^∥\n]*)∥", r"lr(‖\1‖)", done.stdout.decode())    # bars as high as what is between
     # Unnumbered: the list of references. Its heading is the one that pandoc adds.
     return text.replace("= References\n", "#heading(numbering: none)[References]\n", 1)
 
