@@ -11,7 +11,7 @@ from rcid.causal import Site, causal_effects, naive_effects
 from rcid.core import load_params
 from rcid.data import build_pairs
 from rcid.data.pairs import pad_mask
-from rcid.data.reasoning import encode_problems, word_problems
+from rcid.data.reasoning import encode_problems, without_last_step, word_problems
 from rcid.data.reasoning_pairs import reasoning_rows
 from rcid.distill import DistillConfig, distill, model_hash
 from rcid.eval import causal_consistency, task_accuracy
@@ -20,7 +20,8 @@ from rcid.eval.shares import check_competent
 from rcid.kv import KV_METHODS, Kept, KVObjective, KVMethod, LatentModel, MercatorKVLoss, RegressionKVLoss
 from rcid.kv import ABLATIONS, ablate_places, answer_texts, answered, method_of, think
 from rcid.kv import StructuralKVLoss, AttentionWeighting, Warped, forward_kv, kv_method, with_latents
-from rcid.models import load_model, train_tokenizer
+from rcid.kv import ThoughtProjector, load_latent, save_latent
+from rcid.models import load_model, save_model, train_tokenizer
 
 CONFIG = DistillConfig(steps=8, batch=8, lr=3e-3, log_every=1, checkpoint_every=4, seed=0)
 SMALL = {n: replace(m, fit_steps=4, latents=4) for n, m in KV_METHODS.items()}
@@ -184,6 +185,94 @@ def test_resume_is_bit_exact(world, tmp_path, capsys):
     for a, b in zip(again.history, whole.history, strict=True): assert a == pytest.approx(b, rel=1e-7)
 
 
+def test_a_projector_is_trained_saved_and_resumed(world, tmp_path, capsys):
+    tokenizer, data, teacher, student = world
+    plain = student().plain[0]
+    save_model(plain, tokenizer, tmp_path/"base")
+    def thinker(width=16):
+        projector = ThoughtProjector(32, width) if width else None
+        return LatentModel(student().plain[0], tokenizer.bos_token_id, 2, "soft", projector, MARKS)
+    method = replace(SMALL["latent_sft"], thought_projector=16, marks=True)
+    whole = distill(thinker(), teacher, data, method, CONFIG)
+    trained = whole.student.model.projector
+    assert trained.down.weight.any() and not torch.equal(trained.up.weight, ThoughtProjector(32, 16).up.weight)
+    assert trained.up.weight.requires_grad and trained.up.weight.dtype == torch.float32
+    without = distill(thinker(0), teacher, data, replace(method, thought_projector=0), CONFIG)
+    assert without.history[0]["loss"] == whole.history[0]["loss"], "a projector begins with nothing"
+    assert without.history[-1]["loss"] != whole.history[-1]["loss"]
+    size = sum(p.numel() for p in trained.parameters())
+    assert whole.flops - without.flops == pytest.approx(8 * 8 * 4 * 2 * 6 * size) and whole.tokens == without.tokens
+
+    def trip(model, step):
+        if step == 6: raise KeyboardInterrupt
+        return {}
+    config = replace(CONFIG, checkpoint_dir=str(tmp_path/"run"))
+    with pytest.raises(KeyboardInterrupt): distill(thinker(), teacher, data, method, config, probe=trip)
+    again = distill(thinker(), teacher, data, method, config)
+    assert "resumed from step 4 of 8" in "".join(capsys.readouterr())
+    assert model_hash(again.student) == model_hash(whole.student) != model_hash(without.student)
+
+    loaded, _ = load_latent(
+        save_latent(whole.student, tokenizer, tmp_path/"student", tmp_path/"base"), dtype="float32", device="cpu"
+    )
+    short = with_latents(data, 4, tokenizer.bos_token_id, MARKS)
+    assert torch.equal(loaded(short.input_ids).logits, whole.student(short.input_ids).logits)
+    assert answered(loaded, short) == answered(whole.student, short)
+    with pytest.raises(FileNotFoundError, match="use load_model"): load_latent(tmp_path/"base")
+
+
+def test_without_options_a_thinker_is_the_one_it_was(world):
+    "Bit for bit: the same tokens, the same weights, the same losses; and a projector of nothing changes no logit."
+    tokenizer, data, teacher, student = world
+    short = with_latents(data, 4, tokenizer.bos_token_id)
+    marked = with_latents(data, 4, tokenizer.bos_token_id, MARKS)
+    keep = ~torch.isin(marked.input_ids, torch.tensor(MARKS))
+    for i, n in enumerate(short.segments[:, 3]):
+        assert torch.equal(marked.input_ids[i][keep[i]][:n], short.input_ids[i, :n])
+    assert torch.equal(marked.segments - short.segments, torch.tensor([0, 0, 2, 2]).expand(48, 4))
+    assert torch.equal(marked.cue_pos, short.cue_pos + 2)
+    model = student()
+    assert list(model.state_dict()) == list(model.plain[0].state_dict()) and model.own_parameters() == []
+    beside = LatentModel(model.plain[0], tokenizer.bos_token_id, 2, projector=ThoughtProjector(32, 8))
+    assert torch.equal(beside(short.input_ids).logits, model(short.input_ids).logits)
+    rounds = model.with_rounds(5)
+    assert rounds.model.iterations == 5 and rounds.plain[0] is model.plain[0] and rounds.model.marks is None
+
+
+def test_marks_have_no_counterpart_in_the_teachers_text(world):
+    _, data, teacher, student = world
+    targets = []
+    for model in (student(), with_options(student(), "hidden", 0)):
+        objective = KVObjective(replace(SMALL["kava"], fit_steps=0), model, teacher, data, CONFIG)
+        objective.start()
+        targets.append((objective.target([0, 1], objective.thought[:2].input_ids.shape[1]), objective.thought))
+    (own, short), (marked, long) = targets
+    asks = short.segments[:2, 1]
+    for i, a in enumerate(asks.tolist()):
+        assert own.mask[i, a:a + 4].all() and own.mask[i].sum() == marked.mask[i].sum() == 4
+        assert marked.mask[i, a + 1:a + 5].all() and long.input_ids[i, a] == MARKS[0]
+        assert torch.equal(own.k[i, ..., a:a + 4, :], marked.k[i, ..., a + 1:a + 5, :])
+
+
+def test_a_teacher_whose_last_step_is_dropped_teaches_shorter_words(world):
+    "Both peers train so: what the last step would say is the answer. A short run, and what it reads."
+    tokenizer, data, teacher, student = world
+    cut = encode_problems([without_last_step(p) for p in data.problems], tokenizer)
+    shorter = data.segments.diff(dim=1) - cut.segments.diff(dim=1)
+    assert (shorter[:, 1] > 0).all() and not shorter[:, [0, 2]].any(), "reasoning alone is shorter"
+    method, results = SMALL["kava"], {}
+    for name, some in (("whole", data), ("cut", cut)):
+        results[name] = distill(student(), teacher, some, method, replace(CONFIG, steps=40))
+        short = KVObjective(method, student(), teacher, some, CONFIG).thought
+        # after its places the student is asked for the same answers
+        assert short.content_hash() == with_latents(data, 4, tokenizer.bos_token_id).content_hash()
+    for result in results.values(): assert result.history[-1]["answer"] < .9 * result.history[0]["answer"]
+    saved = float(shorter[:, 1].float().mean()) * CONFIG.batch * 40
+    assert results["whole"].tokens - results["cut"].tokens == pytest.approx(saved, abs=1)
+    assert results["cut"].history[0]["cot"] != results["whole"].history[0]["cot"]
+    assert model_hash(results["cut"].student) != model_hash(results["whole"].student)
+
+
 def test_nan_stops(world, tmp_path):
     _, data, teacher, student = world
     def poison(model, step):
@@ -211,14 +300,30 @@ def test_padded_batch_gives_the_loss_of_its_rows(world):
         for part in ("kv_k", "kv_v"): assert abs(together[part] - sum(a[part] for a in alone) / 3) < 1e-4
 
 
+MARKS = (3, 4)                                   # bytes that no problem has
+
+
+def with_options(student: LatentModel, thought: str = "soft", width: int = 16, marks=MARKS) -> LatentModel:
+    "The same model with a projector that says something already, and marks around its places."
+    projector = None
+    if width:
+        projector = ThoughtProjector(student.config.hidden_size, width, seed=1)
+        torch.nn.init.normal_(projector.down.weight, generator=torch.Generator().manual_seed(2))
+    return LatentModel(student.plain[0], student.model.latent_id, student.model.iterations, thought, projector, marks)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("name", ("latent_sft", "soft", "no_places", "pause", "kv_structured", "kava"))
+@pytest.mark.parametrize(
+    "name", ("latent_sft", "soft", "no_places", "pause", "kv_structured", "kava", "kava options", "kv_mse options")
+)
 def test_a_question_read_once_gives_the_losses_of_the_plain_form(world, arch, name, monkeypatch):
     _, data, teacher, student = world
+    name, _, options = name.partition(" ")
     method = KV_METHODS["latent_sft" if name == "soft" else name]
     method = replace(method, fit_steps=4, latents=min(method.latents, 4))
     s, losses, gradients = student(0 if name == "pause" else 2, arch), [], []
     if name == "soft": s = LatentModel(s.plain[0], s.model.latent_id, 2, "soft")
+    if options: s = with_options(s)
     objective = KVObjective(method, s, teacher, data, CONFIG)
     state = objective.start()
     for fast in (True, False):
@@ -232,11 +337,12 @@ def test_a_question_read_once_gives_the_losses_of_the_plain_form(world, arch, na
     assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[1].norm()
 
 
-def test_answers_after_own_places_are_those_of_decoding(world):
+@pytest.mark.parametrize("options", (False, True))
+def test_answers_after_own_places_are_those_of_decoding(world, options):
     tokenizer, data, teacher, student = world
-    model = student()
+    model = with_options(student()) if options else student()
     distill(model, teacher, data, SMALL["latent_sft"], replace(CONFIG, steps=40))
-    short = with_latents(data, 4, tokenizer.bos_token_id)
+    short = with_latents(data, 4, tokenizer.bos_token_id, MARKS if options else None)
     _, right = solve(model, short, tokenizer, "cue", 6)
     found = ablate_places(model, short, tokenizer, 6)
     assert found["none"]["right"] == right and list(found) == list(ABLATIONS)
@@ -410,6 +516,23 @@ def test_what_cannot_be_ablated(world):
     with pytest.raises(ValueError, match="unknown ablation 'noise'"): answer_texts(student(), short, tokenizer, "noise")
     from rcid.kv.ablation import others_of
     with pytest.raises(ValueError, match="all 3 problems have the answer 4"): others_of(["4"] * 3)
+
+
+def test_options_that_do_not_fit(world):
+    tokenizer, data, teacher, student = world
+    latent, model = tokenizer.bos_token_id, student()
+    for marks in ((latent, 3), (3, 3), (3, latent)):
+        with pytest.raises(ValueError, match="three different tokens"): with_latents(data, 4, latent, marks)
+    used = int(data.input_ids[0, 0])
+    with pytest.raises(ValueError, match=f"token {used} occurs"): with_latents(data, 4, latent, (3, used))
+    for marks in ((3,), (3, 10**6), (3, None)):
+        with pytest.raises(ValueError, match="two tokens below"): LatentModel(model.plain[0], latent, 2, marks=marks)
+    with pytest.raises(ValueError, match="a projector of 8 for a model of 32"):
+        LatentModel(model.plain[0], latent, 2, projector=ThoughtProjector(8, 4))
+    with pytest.raises(ValueError, match="width 0: needs at least 1"): ThoughtProjector(8, 0)
+    for changes, what in ((dict(thought_projector=4), "a projector of thoughts"), (dict(marks=True), "marks around")):
+        with pytest.raises(ValueError, match=f"this method has {what}"):
+            KVObjective(replace(SMALL["latent_sft"], **changes), model, teacher, data, CONFIG)
 
 
 def test_solve_counts_right_numbers(world):

@@ -1,11 +1,15 @@
 """Experiments 6 and 7, from the files of single students to the paper: rows, tests, every table cell, every
 sentence."""
 
+from dataclasses import replace
 import numpy as np
-import pytest
+import pytest, torch
 from safetensors.numpy import save_file
 from conftest import ROOT, assert_shows, needs_results_of, page
+from rcid.causal.mediation import Mediation
 from rcid.core import load_params, read_json, write_json
+from rcid.core.tensors import save_tensors
+from rcid.kv import Inside, inside_tensors
 from rcid.report import sentences
 from rcid.report import holm, outcome
 
@@ -129,6 +133,56 @@ def test_an_ablation_is_tested_against_students_without_places():
     assert [t["how"] for t in tests] == list(EXP6.ABLATIONS) and all(t["diff"] == -.5 for t in tests)
     assert {t["verdict"] for t in tests} == {"differs"} and all(t["drop"]["diff"] == -1 for t in tests)
     assert EXP6.ablation_tests(students[1:], "kava", list(range(20)), .05, 500) == []
+
+
+def inside_of_shares(first: list[float], last: list[float], ways=(1., 0.)) -> Inside:
+    "Twelve problems of gap 2, in which every input carries these shares of both steps."
+    effects = {f"step {s + 1}": 2 * torch.tensor(x).expand(12, 1, -1) for s, x in enumerate((first, last))}
+    gaps, forced = {k: torch.full((12,), 2.) for k in effects}, torch.zeros(1, len(first), dtype=torch.bool)
+    names, units = [str(j) for j in range(len(first))], torch.arange(12)[:, None]
+    both = {k: 2 * torch.tensor(ways).expand(12, 1, 2) for k in effects}
+    return Inside(
+        Mediation(effects, gaps, dict.fromkeys(effects, forced), names, units),
+        Mediation(both, gaps, dict.fromkeys(effects, torch.zeros(1, 2, dtype=torch.bool)), list("pq"), units),
+    )
+
+
+def test_steps_are_found_in_their_places():
+    student = inside_of_shares([0., .6, 0.], [0., 0., 1.])
+    teacher = inside_of_shares([0., 0., 1., 0., 0., 0.], [0.] * 6)
+    found = EXP6.inside_test("kava", student, teacher, 50)
+    assert found["later"] == dict(diff=1., ci=[1., 1.]) and found["ways"]["ci"] == [1., 1.]
+    # the third of six words stands where the second of three places does; the last step is in no word
+    assert [(s["place"], s["apart"]) for s in found["steps"]] == [(1., [0., 0.]), (2., [None, None])]
+    assert found["undefined"] == {}
+    # of other problems, or of nobody
+    other = EXP6.mean_inside([teacher])
+    others = Inside(replace(other.places, entities=torch.zeros(12, 1, dtype=int)), other.ways)
+    for nobody in (others, None):
+        assert all(s["apart"] == [None, None] for s in EXP6.inside_test("kava", student, nobody, 50)["steps"])
+    said = EXP6.inside_sentence(EXP6.inside_test("kava", inside_of_shares([0.] * 3, [0., 1., 0.], (0., 1.)), None, 50))
+    assert "from the question past them (1.00 [1.00, 1.00] of its effect)" in said and "no order is defined" in said
+
+
+def test_the_best_of_those_looked_into_is_shown(tmp_path):
+    def row(method, val): return row6(method, places=6, accuracy_val=val)
+    rows = [row("latent_sft", .5), row("kava", .6), row("kv_flat", .9)]
+    students = [
+        kv_student("kava", 1, "10", inside=dict(pairs=2)),
+        kv_student("latent_sft", 1, "10", inside=dict(pairs=2)),
+        kv_student("kv_flat", 1, "10"),
+    ]
+    assert EXP6.inside_method(rows, students) == "kava"
+    assert EXP6.inside_method(rows, [*students, kv_student("kava", 2, "10", inside=None)]) == "latent_sft"
+    assert EXP6.inside_method(rows, students[2:]) is None and EXP6.inside_students(students, None, tmp_path) is None
+    for seed, share in ((1, 0.), (2, 1.)):
+        save_tensors(tmp_path/f"kava-{seed}.safetensors", inside_tensors(inside_of_shares([share, 0.], [0., 1.])))
+    both = EXP6.inside_students([students[0], kv_student("kava", 2, "10")], "kava", tmp_path)
+    assert both.places.fraction[0, 0].tolist() == [.5, 0.]
+    figure = EXP6.inside_figure(both, both, ["\n", " $3"], "KaVa")
+    assert [t.get_text() for t in figure.axes[1].get_xticklabels()] == ["new line", "3"]
+    save_tensors(tmp_path/"kv_flat-1.safetensors", {"effects": torch.zeros(2, 3)})
+    assert EXP6.read_inside(tmp_path/"kv_flat-1.safetensors") is None
 
 
 def test_a_missing_student_is_named(tmp_path):
@@ -441,6 +495,55 @@ def cases_of_places() -> list[tuple]:
     ]
 
 
+def within(ways=(.5, 1.), later=(2, 4), apart=((0, 0), (0, 0)), undefined=None) -> str:
+    "What is said of the places with these intervals of both ways' difference and of the distance of the steps."
+    steps = [
+        dict(kind=f"step {s + 1}", place=float(3 * s), ci=[3. * s, 3. * s], teacher=3. * s, apart=list(ci))
+        for s, ci in enumerate(apart)
+    ]
+    shares = dict(places=.9, places_ci=[.8, 1.], question=.1, question_ci=[0., .2], diff=.8, ci=list(ways))
+    test = dict(method="kava", places=8, pairs=9, undefined=undefined or {}, steps=steps)
+    return EXP6.inside_sentence(test | dict(later=dict(diff=3., ci=list(later)), ways=shares))
+
+
+def cases_of_inside() -> list[tuple]:
+    "Which place carries which step."
+    none = (None, None)
+    head = "Inside the places of KaVa: "
+    through = (f"{head}the number of the first step acts on the answer through them (the other problem's places carry"
+        " 0.90 [0.80, 1.00] of its effect) rather than from the question past them (0.10 [0.00, 0.20]).")
+    carried = "the first is carried by place 1 of 8, the last by place 4"
+    later = f"The steps stand one after the other: {carried} ([2, 4] places later)."
+    same = "Each is carried where the teacher's word of that step stands (1 and 4)."
+    return [
+        (within(), f"{through} {later} {same}"),
+        (within((-1., -.5)), f"{head}the number of the first step acts on the answer from the question past them (0.10"
+         " [0.00, 0.20] of its effect) rather than through them (the other problem's places carry 0.90 [0.80, 1.00])."
+         f" {later} {same}"),
+        (within((-1., .5)), f"{head}whether the number of the first step acts on the answer through them (the other"
+         " problem's places carry 0.90 [0.80, 1.00] of its effect) or from the question past them (0.10 [0.00, 0.20])"
+         f" is not resolved. {later} {same}"),
+        (within(none), f"{head}by which way the number of the first step acts on the answer is undefined. {later}"
+         f" {same}"),
+        (within(later=(-4, -2)), f"{through} The steps stand in another order: {carried} ([$-4$, $-2$] places later)."
+         f" {same}"),
+        (within(later=(-4, 2)), f"{through} Whether the steps stand one after the other is not resolved: {carried}"
+         f" ([$-4$, 2] places later). {same}"),
+        (within(later=none), f"{through} No single place carries half of the effect of every step, so that no order is"
+         f" defined. {same}"),
+        (within(apart=((0, 0), (1, 2))), f"{through} {later} The teacher's words of the steps stand elsewhere (1 and 4)"
+         " for step 2."),
+        (within(apart=((0, 0), (-1, 0))), f"{through} {later} Whether that is where the teacher's words of the steps"
+         " stand (1 and 4) is not resolved."),
+        (within(apart=((0, 0), none)), f"{through} {later} With the teacher's words it cannot be compared."),
+        (within(apart=((0, 0),)), f"{through} No single place carries half of the effect of every step, so that no"
+         " order is defined. Each is carried where the teacher's word of that step stands (1)."),
+        (within(undefined={"step 1": "no gap"}), "What is in the places of KaVa is undefined: to change the number of a"
+         " step does not change its answer enough."),
+        (EXP6.inside_sentence(None), "What is in the places was not measured."),
+    ]
+
+
 def cases_of_exp6() -> list[tuple]:
     "(sentence, what it has to say), at least one a template of exp6.yaml."
     cases = []
@@ -461,7 +564,7 @@ def cases_of_exp6() -> list[tuple]:
     shape = dict(layers=6, heads=4, kv_heads=2, head_dim=32)
     rows = [row6(accuracy=.095), row6("kv_mse", accuracy=.168), row6("undistilled", accuracy=.99)]
     worked = "and the student before distillation 96.0\\%; after latent places the distilled students solve between"
-    return cases + cases_of_places() + [
+    return cases + cases_of_places() + cases_of_inside() + [
         (EXP6.against_sentence("kv_mse", "kava", []), "This run does not compare squared error with KaVa."),
         (mechanism(None, UNDEFINED),
             "Consistency is defined for no student that was distilled through keys and values."),

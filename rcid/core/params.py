@@ -188,9 +188,11 @@ class Kv(_Section):
     seeds: list[int] = Field(min_length=1)
     # marks a place; null: the tokenizer's beginning of text, which word problems do not use
     latent_token: str | None = None
+    marks: tuple[str, str] = ("#", "$")          # before and behind the places of methods that mark them
     # share of validation problems that the teacher must have right in words, else nobody is taught by it
     gate: float = Field(0.5, ge=0, lt=1)
     k: int = Field(6, gt=0)                      # sites at which consistency is measured
+    inside: list[str] = []                       # methods whose places are looked into
 
 # %% ../../nbs/00_core/01_params.ipynb #d50f8e2a
 class Params(_Section):

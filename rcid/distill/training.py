@@ -18,10 +18,11 @@ def trainable(
     model: nn.Module,
     embeddings: bool = False             # embeddings and head too
 ) -> dict[str, nn.Parameter]:
-    """The parameters that a training moves, by name: of the layers, the final norm and LoRA, and not frozen by their
-    owner."""
+    """The parameters that a training moves, by name: of the layers, the final norm and LoRA, what a model calls its
+    own, and not frozen by their owner."""
     a, added = get_adapter(model), lora_parameters(model)
     inside = {id(p) for part in (a.layers, a.final_norm) for p in part.parameters()} | {id(p) for p in added.values()}
+    inside |= {id(p) for p in getattr(model, "own_parameters", tuple)()}
     found = {n: p for n, p in model.named_parameters() if p.requires_grad and (embeddings or id(p) in inside)}
     if not found and added:
         raise ValueError("nothing to train: the LoRA weights are frozen (requires_grad is False): load them with "

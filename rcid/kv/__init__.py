@@ -19,8 +19,12 @@ from .losses import MercatorKVLoss, RegressionKVLoss, StructuralKVLoss
 from .losses import kv_regression, kv_cosine, cka_loss, codi_loss
 from .diagnosis import diagnose_losses, LossDiagnosis
 from .latent import LatentModel, with_latents
+from .saved import load_latent, save_latent
+from .thought import ThoughtProjector
 from .think import Thoughts, Wish, answered, plain_thoughts, thoughts
 from .ablation import ABLATIONS, ablate_places, answer_texts
+from .inside import Inside, enters, equal_lengths, inside_of, inside_places, inside_record
+from .inside import inside_tensors, mean_inside
 from .places import Places, place_matrices, overlap_rows, teacher_at_places
 from .objective import KVObjective, KVState
 from .methods import KV_METHODS, Flat, Kept, KVMethod, Structured, Warped, kv_method, method_of

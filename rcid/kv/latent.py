@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from ..data.reasoning import ReasoningDataset
+from .thought import ThoughtProjector
 from ..models.adapters import get_adapter, in_memory, share_parts
 from ..models.families import Family
 
@@ -18,19 +19,26 @@ from ..models.families import Family
 def with_latents(
     data: ReasoningDataset,
     n: int,             # places, >= 0; 0: the question, then the answer
-    latent_id: int      # of a token that stands in no text
+    latent_id: int,     # of a token that stands in no text
+    marks: tuple[int, int] | None = None         # tokens that stand before and behind the places, in no text either
 ) -> ReasoningDataset:
-    "The same problems, their reasoning replaced by `n` latent places."
+    "The same problems, their reasoning replaced by `n` latent places, between marks if there are any."
     if n < 0: raise ValueError(f"with_latents: {n} latent places: the number must not be negative")
+    first, last = ([mark] for mark in marks) if marks and n else ([], [])
+    width, own = n + len(first + last), torch.tensor([latent_id, *first, *last], device=data.input_ids.device)
+    if len(own.unique()) < len(own):
+        raise ValueError(f"with_latents: marks {marks} of places {latent_id}: three different tokens are needed")
     rows, segments = [], []
     for ids, (p, r, a, end) in zip(data.input_ids, data.segments.tolist()):
-        if (ids[p:end] == latent_id).any():
+        used = own[torch.isin(own, ids[p:end])].tolist()
+        if used:
             raise ValueError(
-                f"with_latents: token {latent_id} occurs in a problem: choose one that no text uses, e.g. a reserved"
+                f"with_latents: token {used[0]} occurs in a problem: choose one that no text uses, e.g. a reserved"
                 " special token"
             )
-        rows.append(torch.cat([ids[p:r], ids.new_full((n,), latent_id), ids[a:end]]))
-        segments.append([0, r - p, r - p + n, r - p + n + end - a])
+        places = ids.new_tensor([*first, *[latent_id] * n, *last])
+        rows.append(torch.cat([ids[p:r], places, ids[a:end]]))
+        segments.append([0, r - p, r - p + width, r - p + width + end - a])
     segments = torch.tensor(segments, device=data.segments.device)
     mask = torch.arange(int(segments[:, 3].max()), device=segments.device) < segments[:, 3, None]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -43,10 +51,17 @@ THOUGHTS = ("hidden", "soft")
 
 class _Trunk(nn.Module):
     "The trunk of a model, whose latent places are filled before the last pass."
-    def __init__(self, trunk: nn.Module, latent_id: int, iterations: int, logits: Callable | None = None):
+    def __init__(self,
+        trunk: nn.Module,
+        latent_id: int,
+        iterations: int,
+        logits: Callable | None = None,          # of final hidden states; None: a thought is the hidden state itself
+        projector: ThoughtProjector | None = None,
+        marks: tuple[int, int] | None = None
+    ):
         super().__init__()
         share_parts(trunk, self)
-        self.logits = logits           # of final hidden states; None: a thought is the hidden state itself
+        self.logits, self.projector, self.marks = logits, projector, marks
         # in a tuple: its parameters are already there, under the names they have in the model
         self.trunk, self.latent_id, self.iterations = (trunk,), latent_id, iterations
 
@@ -76,6 +91,13 @@ class _Trunk(nn.Module):
         self, h: Float[Tensor, "batch seq d_model"], size: Float[Tensor, ""]
     ) -> Float[Tensor, "batch seq d_model"]:
         "What the next place reads of final hidden states."
+        x = self.unprojected(h, size)
+        return x if self.projector is None else x + size * self.projector(h)
+
+    def unprojected(
+        self, h: Float[Tensor, "batch seq d_model"], size: Float[Tensor, ""]
+    ) -> Float[Tensor, "batch seq d_model"]:
+        "The same without a projector."
         if self.logits is None: return size * nn.functional.rms_norm(h.float(), h.shape[-1:])
         with in_memory(self.trunk[0].get_input_embeddings()) as embed:
             chances = self.logits(h).float().softmax(-1)                       # (batch, seq, vocab)
@@ -113,7 +135,10 @@ class LatentModel(nn.Module):
         iterations: int,       # T >= 0; 0: a place is the embedding of its token (a pause token)
         # what a place reads of the one before it: its final hidden state, or (`soft`) the mean of all words'
         # embeddings, each weighed by how likely the model finds it as the next word
-        thought: str = "hidden"
+        thought: str = "hidden",
+        projector: ThoughtProjector | None = None,             # trained along with the model
+        # tokens before and behind the places (CODI and PCCoT have them): for `with_latents`
+        marks: tuple[int, int] | None = None
     ):
         super().__init__()
         if thought not in THOUGHTS:
@@ -129,15 +154,34 @@ class LatentModel(nn.Module):
                 f"LatentModel: latent places need a model with LLaMA's names and norms, and this is {parts.family}: use"
                 " llama, mistral, qwen2, qwen3, smollm3 or granite"
             )
+        known = [isinstance(mark, int) and 0 <= mark < parts.vocab for mark in marks or ()]
+        if marks is not None and known != [True, True]:
+            raise ValueError(f"LatentModel: marks {marks}: needs two tokens below {parts.vocab}, or None")
+        if projector is not None:
+            if projector.up.in_features != parts.d_model:
+                width = projector.up.in_features
+                raise ValueError(f"LatentModel: a projector of {width} for a model of {parts.d_model}")
+            projector.to(parts.embed.weight)                   # to its dtype and device
         logits = parts.logits if thought == "soft" else None
-        self.model, self.lm_head = _Trunk(parts.body, latent_id, iterations, logits), parts.lm_head
-        self.plain = (plain,)
+        self.model, self.lm_head = _Trunk(parts.body, latent_id, iterations, logits, projector, marks), parts.lm_head
+        self.plain, self.kind_of_thought = (plain,), thought
 
     def __getattr__(self, name):
         try:return super().__getattr__(name)
         # config, dtype, device, save_pretrained ...
         except AttributeError:
             return getattr(self.plain[0], name)
+
+    def with_rounds(self, iterations: int) -> "LatentModel":
+        "The same model with other rounds."
+        return LatentModel(
+            self.plain[0], self.model.latent_id, iterations, self.kind_of_thought, self.model.projector,
+            self.model.marks,
+        )
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        "What a training moves beside the layers: the projector's."
+        return [] if self.model.projector is None else list(self.model.projector.parameters())
 
     def several_passes(self, input_ids: Int[Tensor, "batch seq"]) -> bool:
         "Does this input take more than one pass? Then a run cannot be restarted at a layer (`causal_effects`)."

@@ -86,6 +86,9 @@ class KVMethod(Method):
     # a control: keys, values and hidden states of another problem, the same one at every step
     shuffled: bool = False
     iterations: int | None = Field(None, ge=0)         # Jacobi rounds of the student; None: as its owner made it
+    # of the student: width of the MLP that its thoughts go through, 0: none; tokens before and behind its places
+    thought_projector: int = Field(0, ge=0)
+    marks: bool = False
     kv: Warped | Kept | None = None                    # keys and values
     fit_steps: int = Field(40, ge=0)   # steps that fit the projector to the initial student; 0: as initialised
     fit_rows: int = Field(128, gt=0)   # on so many problems, as are CODI's maps

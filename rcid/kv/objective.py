@@ -53,12 +53,19 @@ class KVObjective(Objective):
                 f"this method thinks in {method.latents} latent places: pass LatentModel(student, latent_id,"
                 " iterations), or latents=0"
             )
+        latent = student.model if method.latents else None
+        for asked, has, what in (
+            (method.thought_projector, latent and latent.projector, "a projector of thoughts"),
+            (method.marks, latent and latent.marks, "marks around its places")
+        ):
+            if asked and not has: raise ValueError(f"this method has {what}, and its student none: see LatentModel")
+        self.marks = latent.marks if latent else None
         self.vocab = common_vocab(teacher, student, ids=data.input_ids[data.attention_mask.bool()])
         self.method = method
         self.student = student
         self.teacher = teacher
         self.data = data                                             # with the reasoning in words
-        self.thought = with_latents(data, method.latents, student.model.latent_id if method.latents else -1)
+        self.thought = with_latents(data, method.latents, latent.latent_id if latent else -1, self.marks)
         self.c = c
         self.lengths = data.attention_mask.sum(1).cpu()
         self.device = next(student.parameters()).device
@@ -85,7 +92,7 @@ class KVObjective(Objective):
         if m.a_kl: extra["final"] = self._answer_rows(final, data)
         if not m.kv: return cache, extra
         if m.kv.warps: return cache.unrotated(rope_of(self.teacher)), extra
-        return teacher_at_places(cache, self.teacher, data, thought, m.kv.rule, self.c.seed), extra
+        return teacher_at_places(cache, self.teacher, data, thought, m.kv.rule, self.c.seed, bool(self.marks)), extra
 
     def of_student(self, thought: ReasoningDataset, data: ReasoningDataset | None = None) -> Thoughts:
         "What the student says after its places, and after words if `data` is given."
@@ -275,6 +282,9 @@ class KVObjective(Objective):
         seen, head = tokens_read(self.student, self.data, m.latents, m.thinks, bool(m.a_cot))
         seen, head = seen * c.batch, head * c.batch
         flops = c.steps * step_flops(self.student, seen, head, True, trains_head=c.train_embeddings)
+        if m.latents and self.student.own_parameters():
+            size = sum(p.numel() for p in self.student.own_parameters())
+            flops += c.steps * c.batch * m.latents * self.student.model.iterations * 6 * size
         if m.asks: flops += step_flops(self.teacher, float(self.lengths.float().mean()) * len(self.data), 0, False)
         return round(seen * c.steps), flops
 

@@ -138,10 +138,11 @@ def teacher_at_places(
     data: ReasoningDataset,        # with the reasoning in words
     thought: ReasoningDataset,     # and in places: `with_latents(data, ...)`
     how: str,                      # see `compress_kv`
-    seed: int = 0
+    seed: int = 0,
+    marked: bool = False           # are there marks around the places? They have no counterpart
 ) -> KVCache:                      # before RoPE, at the tokens of `thought`
     "Question and answer as they are, in the places the kept tokens of the reasoning."
-    rope, n = rope_of(teacher), int(thought.segments[0, 2] - thought.segments[0, 1])
+    rope, n = rope_of(teacher), int(thought.segments[0, 2] - thought.segments[0, 1]) - 2 * marked
     kept = compress_kv(cache, n, how, key_at=data.at("reasoning"), query_at=data.at("answer"), seed=seed)
     kept = kept.cache.unrotated(rope)
     seq, device = thought.input_ids.shape[1], data.input_ids.device
@@ -149,8 +150,10 @@ def teacher_at_places(
     shift = (data.segments[:, 2] - thought.segments[:, 2])[:, None]
     index = torch.where(at < thought.segments[:, 2:3], at, at + shift).clamp(max=cache.seq - 1)
     base = cache.unrotated(rope).tokens(index)
-    place = thought.segments[:, 1:2] + torch.arange(n, device=device)              # (batch, places)
-    mask = thought.attention_mask.bool().scatter(1, place, kept.mask)
+    place = thought.segments[:, 1:2] + marked + torch.arange(n, device=device)     # (batch, places)
+    mask = thought.attention_mask.bool()
+    if marked: mask = mask & ~thought.at("reasoning")
+    mask = mask.scatter(1, place, kept.mask)
     return KVCache(_at(base.k, place, kept.k), _at(base.v, place, kept.v), mask, pre_rope=True)
 
 # `x` (batch, layer, kv_head, seq, head_dim) with `new` in its places

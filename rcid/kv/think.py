@@ -141,9 +141,11 @@ def thoughts(
     behind = _columns(ran, slice(ids.shape[1] - first.ids.shape[1], None))
     if rounds:
         size, embedded = student.model.size(), a.start(tail.ids[:, n_places:], tail.at[:, n_places:])
+        marked = a.start(first.ids, first.at) if student.model.marks else None
         for r in range(1, rounds + 1):
             h = student.model.thought(torch.cat([last, behind.final[:, :n_places - 1]], 1), size).to(embedded.dtype)
             x = h * a.embed_scale if a.embed_scale != 1 else h
+            if student.model.marks: x = torch.where(first.ids[..., None] == student.model.latent_id, x, marked)
             some = first
             if r == rounds: x, some = torch.cat([x, embedded], 1), tail        # the answer stands behind the last round
             behind = _run_behind(a, x, some, question, of_question, wish.queries and r == rounds)
@@ -230,6 +232,7 @@ def tokens_read(
     question, told, answer = data.segments.float().diff(dim=1).mean(0).tolist()
     fast, seen, head = one_run(student), 0.0, 0.0
     if in_places:
+        if places and isinstance(student, LatentModel) and student.model.marks: places += 2
         rounds = student.model.iterations if places and isinstance(student, LatentModel) else 0
         behind = places + answer
         seen += question + rounds * places + behind if fast else (1 + rounds) * (question + behind)
