@@ -9,6 +9,7 @@ from on_fake_device import FEW, FOLDERS, GUIDE, TAKEN, compared, differences
 
 
 def test_the_variable_names_the_device_and_an_argument_wins(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("RCID_DEVICE", "cuda:1")
     assert pick_device() == "cuda:1" and pick_device("cpu") == "cpu"
     monkeypatch.setenv("RCID_DEVICE", "")
@@ -17,7 +18,11 @@ def test_the_variable_names_the_device_and_an_argument_wins(monkeypatch):
 
 def test_a_device_that_torch_does_not_know_is_refused(monkeypatch):
     monkeypatch.setenv("RCID_DEVICE", "gpu0")
-    with pytest.raises(ValueError, match="RCID_DEVICE is 'gpu0': torch knows no such device; try cpu or cuda"):
+    with pytest.raises(ValueError, match=r"unknown device 'gpu0' \(RCID_DEVICE\): use cpu, cuda or cuda:1"):
+        pick_device()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("RCID_DEVICE", "cuda:1")
+    with pytest.raises(ValueError, match="no device cuda:1 here: torch sees 1 CUDA devices; use another, or cpu"):
         pick_device()
     assert pick_device("cpu") == "cpu"
 
