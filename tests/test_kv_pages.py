@@ -664,6 +664,7 @@ def test_every_template_is_said_word_for_word(name, cases, monkeypatch):
 
 
 def test_committed_sentences_are_said_of_the_committed_numbers():
+    needs_results_of("exp6", "exp7")
     record = metrics("exp6")
     values = record["values"]
     for key, pairs in EXP6.COMPARISONS.items():

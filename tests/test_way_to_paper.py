@@ -527,6 +527,7 @@ def test_the_abstract_says_no_result_of_its_own():
 
 def test_what_is_read_has_ten_pages():
     "Text, figures and references; what comes behind them is looked up."
+    needs_results_of("exp2b", "exp6", "exp7")
     import tempfile
     import typst
     from rcid.report.paper import fill, to_typst

@@ -11,7 +11,7 @@ from pathlib import Path
 
 # %% ../../nbs/00_core/02_hardware.ipynb #51272710
 def pick_device(device: str | None = None) -> str:
-    """`device` if given, else the one that the variable `RCID_DEVICE` names, else `cuda` where there is one, else `cpu`;
+    """`device` if given, else what the variable `RCID_DEVICE` names, else `cuda` where there is one, else `cpu`;
     ValueError for one that is not there."""
     import torch
     named = os.environ.get("RCID_DEVICE")
