@@ -388,13 +388,16 @@ def test_control_c_in_the_middle(folders, tmp_path):
     env = environment(ROOT, PYTHONPATH=str(ROOT), RCID_THREADS="1", OMP_NUM_THREADS="1")
     env.pop("RCID_ROOT")
     # elsewhere: the tables are those of the repository that the package is imported from
-    running = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
-    seen = []
-    for line in running.stderr:
-        seen.append(line)
-        if "GiB needed" in line: break
-    running.send_signal(signal.SIGINT)
-    rest = running.communicate(timeout=120)[1].strip().splitlines()
+    def listens(): signal.signal(signal.SIGINT, signal.SIG_DFL)    # a shell's background job would ignore it
+    told = dict(stderr=subprocess.PIPE, text=True, preexec_fn=listens)
+    with subprocess.Popen(command, cwd=tmp_path, env=env, **told) as running:
+        seen = []
+        for line in running.stderr:
+            seen.append(line)
+            if "GiB needed" in line: break
+        running.send_signal(signal.SIGINT)
+        try: rest = running.communicate(timeout=120)[1].strip().splitlines()
+        finally: running.kill()
     assert running.returncode == 130 and rest == ["rcid: interrupted; nothing was written"], (seen, rest)
     assert not list(tmp_path.iterdir())
 
