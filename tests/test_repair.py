@@ -281,9 +281,12 @@ def settings(*overrides: str, folder):
 
 
 def test_real_students_are_for_a_larger_scale_and_fit_their_teacher(tmp_path):
-    "None by default; at `gpu` all, with three seeds, of layers that SmolLM2 has, on kinds whose pairs are written."
+    "One by default, at `gpu` all, with three seeds, of layers that SmolLM2 has, on kinds whose pairs are written."
     from rcid.data import corruptions
-    assert load_params().real.students == [] and settings("scale=a100", folder=tmp_path).real.students == []
+    few = load_params().real
+    assert few.students == ["even"] and len(few.seeds) >= 3 and set(few.methods) == {
+        "standard_kd_pairs", "rcid_m", "rcid_norm"}
+    assert settings("scale=a100", folder=tmp_path).real.students == []         # its teacher has other layers
     p = settings("scale=gpu", folder=tmp_path)
     assert set(p.real.students) == set(p.real.cuts) and len(p.real.seeds) >= 3
     assert {"standard_kd_pairs", "rcid_m", "hidden_m", "interchange", "effect_match"} <= set(p.real.methods)
