@@ -30,22 +30,24 @@ class PlacesRun(NamedTuple):
 @torch.no_grad()
 def run_places(student: LatentModel, thought: ReasoningDataset) -> PlacesRun:
     "The student up to its last place, after all rounds."
-    a, (_, asks, answers, _) = get_adapter(student), thought.segments.T
-    question, places = part_of(thought, torch.zeros_like(asks), asks), part_of(thought, asks, answers)
-    n, m = question.ids.shape[1], places.ids.shape[1]
-    x = a.start(question.ids, question.at)
-    ran = run_columns(a, x, question.at, question.real[:, None] & _before(n, n, x.device))
-    last = ran.final[torch.arange(len(x), device=x.device), asks - 1][:, None]
-    inputs = marked = a.start(places.ids, places.at)
-    sees = torch.cat([question.real[:, None].expand(-1, m, -1), _before(m, m, x.device).expand(len(x), -1, -1)], 2)
-    key_at, size = torch.cat([question.at, places.at], 1), student.model.size()
-    for _ in range(student.model.iterations + 1):
-        behind = run_columns(a, inputs, places.at, sees, ran.keys_values, key_at)
-        h = student.model.thought(torch.cat([last, behind.final[:, :-1]], 1), size).to(x.dtype)
-        inputs = h * a.embed_scale if a.embed_scale != 1 else h
-        inputs = torch.where(places.ids[..., None] == student.model.latent_id, inputs, marked)
-    both = [tuple(torch.cat(kv, 2) for kv in zip(*layer)) for layer in zip(ran.keys_values, behind.keys_values)]
-    return PlacesRun(question, places, both)
+    thought = thought.to(model_device(student))
+    with evaluating(student):
+        a, (_, asks, answers, _) = get_adapter(student), thought.segments.T
+        question, places = part_of(thought, torch.zeros_like(asks), asks), part_of(thought, asks, answers)
+        n, m = question.ids.shape[1], places.ids.shape[1]
+        x = a.start(question.ids, question.at)
+        ran = run_columns(a, x, question.at, question.real[:, None] & _before(n, n, x.device))
+        last = ran.final[torch.arange(len(x), device=x.device), asks - 1][:, None]
+        inputs = marked = a.start(places.ids, places.at)
+        sees = torch.cat([question.real[:, None].expand(-1, m, -1), _before(m, m, x.device).expand(len(x), -1, -1)], 2)
+        key_at, size = torch.cat([question.at, places.at], 1), student.model.size()
+        for _ in range(student.model.iterations + 1):
+            behind = run_columns(a, inputs, places.at, sees, ran.keys_values, key_at)
+            h = student.model.thought(torch.cat([last, behind.final[:, :-1]], 1), size).to(x.dtype)
+            inputs = h * a.embed_scale if a.embed_scale != 1 else h
+            inputs = torch.where(places.ids[..., None] == student.model.latent_id, inputs, marked)
+        both = [tuple(torch.cat(kv, 2) for kv in zip(*layer)) for layer in zip(ran.keys_values, behind.keys_values)]
+        return PlacesRun(question, places, both)
 
 def _before(queries: int, keys: int, device) -> Bool[Tensor, "query key"]:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
