@@ -8,8 +8,9 @@ from rcid.causal import Site
 from rcid.core import load_params
 from rcid.pipeline.workspace import compose_params
 from rcid.distill import DistillConfig
-from rcid.models import get_adapter, to_qwen3
-from rcid.report.budget import SHAPES, layer_bytes, parameters, run_budget, shaped_model, training_memory
+from rcid.models import get_adapter, shrink, to_qwen3
+from rcid.report.budget import SHAPES, _Kernels, layer_bytes, narrow_model, parameters, run_budget, shaped_model
+from rcid.report.budget import step_kernels, training_memory
 
 KNOWN = {
     "Qwen/Qwen3-8B": 8_190_735_360,
@@ -138,3 +139,21 @@ def test_conversion_keeps_what_a_shared_norm_can(make_model, scales, equal):
 def test_only_llama_is_converted(models):
     with pytest.raises(ValueError, match="cannot convert a qwen3 model: only llama"):
         to_qwen3(models["qwen3"], torch.zeros(1, 4, dtype=torch.long))
+
+
+# kernels
+
+def test_kernels_are_operations_that_are_no_views():
+    with _Kernels() as kernels:
+        x = torch.ones(2, 3)                                          # 1
+        y = (x @ x.T).view(4)[1:]                                     # 1: transposed, viewed and cut
+        y.add_(1)                                                     # 1
+    assert sum(kernels.done.values()) == 3
+
+
+def test_a_layer_more_is_so_many_kernels_more(pairs, tokenizers):
+    teacher = narrow_model("Qwen/Qwen3-8B", len(tokenizers["qwen3"]))
+    few, c = pairs["qwen3"]["equal"], DistillConfig(batch=4, bf16=True)
+    def counted(layers): return step_kernels(shrink(teacher, layers), teacher, few, "standard_kd_pairs", c)
+    two, three, four = (counted(n) for n in (2, 3, 4))
+    assert four - three == three - two > 100
