@@ -1,0 +1,107 @@
+"""Peak host memory of the stages of the a100 scale at its true widths: python tests/benchmarks/true_widths.py
+
+Models of the published widths, heads and vocabularies with random weights: the students of experiments 1 to 5 whole
+and their teachers of two and of four layers, Qwen2-7B and Qwen2-1.5B of four layers with two numbers of problems.
+Stages run one by one in a workspace on this CPU, in float32, where a card would hold the models; what they are given
+(pairs, steps) is little. Writes true_widths.json: gigabytes of each stage, of a layer and of a problem.
+Needs the real vocabularies (stage `tokenizers`), 20 GB of memory, 20 GB of disk and half an hour."""
+
+import gc, json, os, shutil, subprocess, sys, time
+from pathlib import Path
+import torch
+from common import HERE, machine
+from rcid.core import root, write_json
+from rcid.models import save_model
+from rcid.pipeline.workspace import make_workspace
+from rcid.report.budget import SHAPES, _of_shape
+
+LEAST = ("seeds=[42]", "tasks=[ioi]", "extra_matrix.families=[]", "eval.gate_accuracy=0", "eval.bootstrap=200",
+    "main_matrix.tasks=[ioi]", "main_matrix.methods=[rcid]", "data.n_train=8", "data.n_val=4", "data.n_test=8",
+    "sites.pairs=8", "distill.steps=2", "distill.batch=4", "lm.source=samples", "lm.samples=20",
+    "lm.seq=32", "lm.path=null", "lm.hub=null")
+PAIRS = ("models", "data", "pilot", "text", "heal", "sites", "distill", "evaluate")
+KV = ("kv_data", "kv_models role=teacher", "kv_models role=student", "kv_diagnose",
+    "kv_distill method=kv_flat seed=42", "kv_distill method=kv_structured seed=42", "kv_distill method=kava seed=42")
+LEAST_KV = ("kv.seeds=[42]", "kv.gate=0", "kv.data.source=path", "kv.data.n_pretrain=0", "kv.data.n_val=4",
+    "kv.data.n_test=4", "kv.data.n_pairs=4", "kv.data.max_new=4", "kv.train.steps=2", "kv.train.batch=4",
+    "kv.train.fit_steps=2", "kv.inside=[]")
+FAMILIES = dict(
+    qwen3=("Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B"), llama=("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B"))
+
+
+def checkpoint(name: str, layers: int | None, tokenizer, folder: Path) -> Path:
+    "Random bf16 weights of a published shape, with as many layers as are asked for."
+    if (folder/"config.json").exists(): return folder
+    torch.manual_seed(0)
+    cut = {} if layers is None else dict(num_hidden_layers=layers)
+    save_model(_of_shape(name, "cpu", torch.bfloat16, **cut), tokenizer, folder)
+    gc.collect()
+    return folder
+
+
+def peak(folder: Path, stage: str, log: dict) -> float:
+    "Runs a stage in a process of its own; gigabytes at its worst moment."
+    env = {**os.environ, "RCID_ROOT": str(folder), "PYTHONPATH": str(folder), "RCID_THREADS": "2"}
+    began = time.time()
+    child = subprocess.Popen([sys.executable, "-m", "rcid.pipeline.stage", *stage.split()], cwd=folder, env=env)
+    _, status, usage = os.wait4(child.pid, 0)
+    if status: sys.exit(f"true_widths: {stage} failed in {folder}")
+    log[stage] = usage.ru_maxrss * 1024 / 1e9
+    print(f"{stage}: {log[stage]:.2f} GB in {time.time() - began:.0f} s", flush=True)
+    return log[stage]
+
+
+def least(name: str, models: list[Path], *overrides: str) -> Path:
+    "A workspace of the a100 scale with little to do."
+    folder = make_workspace("a100", *LEAST, *overrides, name=name)
+    shutil.copytree(root()/"data", folder/"data", dirs_exist_ok=True)
+    for model in models: shutil.copytree(model, folder/"weights"/model.name, copy_function=os.link, dirs_exist_ok=True)
+    subprocess.run([sys.executable, "-m", "rcid.pipeline.stage", "code"], cwd=folder, check=True,
+        env={**os.environ, "RCID_ROOT": str(folder), "PYTHONPATH": str(folder)})
+    return folder
+
+
+def instead(key: str, path: Path) -> list[str]:
+    "Overrides that put a folder in the place of a repository."
+    return [f"~{key}.hub", f"~{key}.revision", f"+{key}.path=weights/{path.name}"]
+
+
+def of_pairs(family: str, layers: int, weights: Path, tokenizer) -> dict:
+    "Gigabytes of every stage of experiments 1 to 5, the teacher with so many layers."
+    teacher, student = FAMILIES[family]
+    paths = [checkpoint(teacher, layers, tokenizer, weights/f"{family}-teacher-{layers}"),
+        checkpoint(student, None, tokenizer, weights/f"{family}-student")]
+    folder, log = least(f"widths-{family}-{layers}", paths, f"families=[{family}]", f"main_matrix.families=[{family}]",
+        *instead(f"models.{family}.teacher", paths[0]), *instead(f"models.{family}.student", paths[1])), {}
+    at = dict(family=family, task="ioi", method="rcid", seed=42)
+    for stage in PAIRS:
+        takes = dict(distill=at, evaluate=at, sites=dict(family=family, task="ioi")).get(stage, dict(family=family))
+        peak(folder, " ".join([stage, *(f"{k}={v}" for k, v in takes.items())]), log)
+    shutil.rmtree(folder)
+    return {stage.split()[0]: gb for stage, gb in log.items()}
+
+
+def of_kv(layers: int, problems: int, weights: Path, tokenizer) -> dict:
+    "Gigabytes of every stage of experiment 6, teacher and student with so many layers."
+    paths = [checkpoint(f"Qwen/{name}", layers, tokenizer, weights/f"{name}-{layers}")
+        for name in ("Qwen2-7B-Instruct", "Qwen2-1.5B-Instruct")]
+    folder, log = least(f"widths-kv-{layers}-{problems}", paths, *LEAST_KV, f"kv.data.n_train={problems}",
+        *instead("kv.teacher.spec", paths[0]), *instead("kv.student.spec", paths[1])), {}
+    for stage in KV: peak(folder, stage, log)
+    shutil.rmtree(folder)
+    return log
+
+
+def main():
+    from transformers import AutoTokenizer
+    weights, said = root()/".workspaces"/"widths", {}
+    read = {name: AutoTokenizer.from_pretrained(root()/"artifacts"/"tokenizers"/name) for name in ("qwen3", "llama3")}
+    for family in FAMILIES:
+        tokenizer = read["qwen3" if family == "qwen3" else "llama3"]
+        said[family] = {layers: of_pairs(family, layers, weights, tokenizer) for layers in (2, 4)}
+    said["kv"] = {f"{layers} layers, {n} problems": of_kv(layers, n, weights, read["qwen3"])
+        for layers, n in ((2, 32), (4, 32), (4, 64))}
+    write_json(HERE/"true_widths.json", dict(machine=machine(), gigabytes=said))
+
+
+if __name__ == "__main__": main()
