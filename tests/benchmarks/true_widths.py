@@ -15,14 +15,16 @@ from rcid.models import save_model
 from rcid.pipeline.workspace import make_workspace
 from rcid.report.budget import SHAPES, _of_shape
 
-LEAST = ("seeds=[42]", "tasks=[ioi]", "extra_matrix.families=[]", "eval.gate_accuracy=0", "eval.bootstrap=200",
+LEAST = ("seeds=[42]", "tasks=[ioi]", "extra_matrix.families=[]", "extra_matrix.tasks=[ioi]", "eval.gate_accuracy=0",
+    "eval.bootstrap=200",
     "main_matrix.tasks=[ioi]", "main_matrix.methods=[rcid]", "data.n_train=8", "data.n_val=4", "data.n_test=8",
-    "sites.pairs=8", "distill.steps=2", "distill.batch=4", "lm.source=samples", "lm.samples=20",
+    "sites.pairs=8", "~data.corruptions.factual",
+    "~data.corruptions.winogrande", "distill.steps=2", "distill.batch=4", "lm.source=samples", "lm.samples=20",
     "lm.seq=32", "lm.path=null", "lm.hub=null")
 PAIRS = ("models", "data", "pilot", "text", "heal", "sites", "distill", "evaluate")
 KV = ("kv_data", "kv_models role=teacher", "kv_models role=student", "kv_diagnose",
     "kv_distill method=kv_flat seed=42", "kv_distill method=kv_structured seed=42", "kv_distill method=kava seed=42")
-LEAST_KV = ("kv.seeds=[42]", "kv.gate=0", "kv.data.source=path", "kv.data.n_pretrain=0", "kv.data.n_val=4",
+LEAST_KV = ("kv.seeds=[42]", "kv.gate=0", "kv.data.source=path", "kv.data.n_pretrain=8", "kv.data.n_val=4",
     "kv.data.n_test=4", "kv.data.n_pairs=4", "kv.data.max_new=4", "kv.train.steps=2", "kv.train.batch=4",
     "kv.train.fit_steps=2", "kv.inside=[]")
 FAMILIES = dict(
