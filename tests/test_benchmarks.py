@@ -97,6 +97,24 @@ def test_scale_run_has_every_student_of_the_matrix(scale_run):
     )
 
 
+def test_calibration_at_its_scale_has_its_settings_and_eight_plants_of_a_class(tmp_path):
+    from collections import Counter
+    from rcid.core.params import load_params
+    from rcid.pipeline.workspace import compose_params
+    run = json.loads((ROOT/"tests"/"benchmarks"/"calibrate.json").read_text())
+    compose_params(tmp_path/"params.yaml", "scale=calibrate")
+    now = json.loads(json.dumps(load_params(tmp_path/"params.yaml").calibrate.model_dump()))
+    assert run["settings"] == now, "the plants' settings changed after the run: run it again (tests/benchmarks/scale.py)"
+    c = run["calibration"]
+    plants = Counter((p["architecture"], p["cls"]) for p in c["plants"])
+    for architecture in ("qwen3", "llama"):
+        assert all(plants[architecture, cls] >= 8 for cls in ("moved", "rerouted", "shortcut")), architecture
+    judged = {(r["architecture"], r["cls"]): r for r in c["rows"] if r["reading"] == "route" and "auroc" in r}
+    assert all(2 * r["n_plants"] >= plants[key] for key, r in judged.items())          # half of them chose nothing
+    assert {part for one in c["real"] for part in ("rewrites", "twins", "moved") if one[part]} == {
+        "rewrites", "twins", "moved"}
+
+
 def test_scale_run_of_other_sources_or_unfinished_is_refused(tmp_path, monkeypatch):
     import scale, subprocess
     monkeypatch.setenv("RCID_ROOT", str(tmp_path))

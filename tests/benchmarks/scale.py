@@ -2,7 +2,8 @@
 
 Reads .workspaces/SCALE and writes tests/benchmarks/SCALE.json: settings, stage times, machine, the commit that its
 sources are, and of `gpu` the models and experiments 1 to 5, of `calibrate` the calibration. Refuses a run with stale
-stages or with sources of another commit. nbs/guides/gpu_scale.ipynb shows that of `gpu`."""
+stages or with sources of another commit. nbs/guides/gpu_scale.ipynb shows that of `gpu`, more_plants.ipynb that of
+`calibrate`."""
 
 import json, os, subprocess, sys
 from collections import defaultdict
