@@ -38,6 +38,7 @@ class Fused(_Strict):
     runs: list[int] = Field(min_length=1)        # seeds of students
     weights: list[float] = Field(min_length=2)   # of the first teacher in fixed fusion; the second has the rest
     fusions: list[Literal["similarity", "learnable", "govern"]]
+    words: list[Literal["uld", "gold"]] = []     # baselines: what both teachers say, with no keys and values
     wrong: Erring
     gate: float = Field(ge=0, le=1)              # accuracy below which a teacher is refused
     plant_steps: int = Field(gt=0)               # of the second teacher's plants
