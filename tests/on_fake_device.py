@@ -1,6 +1,7 @@
 """The tiny graph on a device that refuses what a GPU refuses, with the numbers of the CPU: `.ci/run` calls this.
 
     python tests/on_fake_device.py            after `make test`, whose workspace holds the CPU's numbers
+    python tests/on_fake_device.py --all      every stage of the graph, and not one of each page (twice as long)
 
 The teachers that take minutes to train (`models`, `kv_base`) are those of the CPU; they are trained for a few steps on
 both devices in a second, small run. Then the ten lines of the README, the guide that measures models, every method."""
@@ -24,6 +25,13 @@ NEAR = 1e-5                              # relative, or absolute below 1
 TAKEN = ("models@", "kv_base@")          # stages whose results are the CPU's
 FOLDERS = ("data", "artifacts/models", "artifacts/kv_base", *(f"{part}/{name}" for part in ("metrics", "runs")
     for name in ("models", "kv_base")))  # where these results and what they need lie
+ONE_OF_EACH = (                          # with what they need, every page that runs a model
+    "pilot@qwen3", "baseline@qwen3-ioi", "evaluate@qwen3-ioi-rcid-42", "evaluate_extra@qwen3-factual-rcid-42",
+    "probe@qwen3-ioi", "calibrate",
+    "planted@qwen3-early_late", "real@released-ioi", "kv_baseline", "kv_distill@kava-42", "kv_distill@kv_structured-42",
+    "kv_diagnose", "kv_teachers@llama_prompted", "kv_fuse@learnable-42", "bench@learnable-42", "fused@first_early-0")
+# pages that only read numbers
+NO_MODEL = ("budget", "paper", "exp1", "exp2", "exp2a", "exp2b", "exp3", "exp4", "exp5", "exp6", "exp7")
 FEW = ("models.llama.pretrain_steps=3", "models.qwen3.pretrain_steps=3", "teachers.models.llama.steps=3",
     "teachers.models.qwen3.steps=3", "teachers.models.student.steps=3")
 GUIDE = "measure_your_own"
@@ -69,10 +77,11 @@ def differences(cpu, device, at: str = ""):
     elif cpu != device: yield f"{at} is {str(cpu)[:60]} on the CPU and {str(device)[:60]} on the device"
 
 
-def compared(where: str, cpu: Path, device: Path) -> int:
-    "The number of metrics files; the script ends where one of them differs."
+def compared(where: str, cpu: Path, device: Path, every: bool = True) -> int:
+    "The number of metrics files, of both or (`every`) of the CPU; the script ends where one of them differs."
     files = sorted(f.relative_to(cpu) for f in cpu.rglob("*.json"))
-    if not files: fail(where, "there are no metrics on the CPU")
+    if not every: files = [f for f in files if (device/f).exists()]
+    if not files: fail(where, "there are no metrics on the " + ("CPU" if every else "device"))
     wrong = []
     for file in files:
         if not (device/file).exists(): wrong.append(f"{file} was not written on the device")
@@ -81,8 +90,11 @@ def compared(where: str, cpu: Path, device: Path) -> int:
     return len(files)
 
 
-def graph() -> int:
-    "Every stage but those of TAKEN; the number of metrics that agree."
+def page(stage: str) -> str: return stage.split("@")[0]
+
+
+def graph(every: bool) -> int:
+    "One stage of every page, or all, but those of TAKEN; the number of metrics that agree."
     cpu = make_workspace("tiny", *TINY, name="test")
     shutil.copytree(ROOT/"data", cpu/"data", dirs_exist_ok=True)
     run("the graph on the CPU (what is stale)", cpu, "-m", "rcid.pipeline", "--workers", "2", device=False)
@@ -91,8 +103,12 @@ def graph() -> int:
     blocks = lock_blocks((cpu/"dvc.lock").read_text(encoding="utf-8"))
     taken = "".join(block for name, block in blocks.items() if name.startswith(TAKEN))
     (device/"dvc.lock").write_text(LOCK_HEAD + taken, encoding="utf-8")
-    run("the graph on the device", device, "-m", "rcid.pipeline", "--workers", "2")
-    return compared("the graph on the device", cpu/"metrics", device/"metrics")
+    where = "the graph on the device"
+    run(where, device, "-m", "rcid.pipeline", "--workers", "2", *(() if every else ONE_OF_EACH))
+    ran = {page(stage) for stage in lock_blocks((device/"dvc.lock").read_text(encoding="utf-8"))}
+    if left := {page(stage) for stage in blocks} - ran - set(() if every else NO_MODEL):
+        fail(where, f"no stage of {', '.join(sorted(left))} ran: name one in ONE_OF_EACH")
+    return compared(where, cpu/"metrics", device/"metrics", every)
 
 
 def taught() -> int:
@@ -153,7 +169,7 @@ def main():
     import torch
     fakegpu.library(torch)
     print(f"the device is built: {time.time() - began:.0f} s", flush=True)
-    done += graph()
+    done += graph("--all" in sys.argv[1:])
     done += taught()
     with ThreadPoolExecutor(2) as two:
         for finished in [two.submit(check) for check in (own_lines, guide, every_method)]: done += finished.result()

@@ -1,11 +1,11 @@
 """Which device is taken; what runs on one is checked by tests/on_fake_device.py, stage by stage, behind these tests."""
 
-import json, math
+import json, math, re
 from pathlib import Path
 import pytest, torch
 from conftest import ROOT
 from rcid.core.hardware import in_bf16, pick_device, pick_dtype
-from on_fake_device import FEW, FOLDERS, GUIDE, TAKEN, compared, differences
+from on_fake_device import FEW, FOLDERS, GUIDE, NO_MODEL, TAKEN, compared, differences, page
 
 
 def test_the_variable_names_the_device_and_an_argument_wins(monkeypatch):
@@ -65,7 +65,16 @@ def test_a_stage_that_wrote_nothing_and_one_that_wrote_something_else_fail(tmp_p
     assert compared("here", tmp_path/"cpu", tmp_path/"cpu") == 1
 
 
-def test_what_the_script_takes_over_is_run_for_a_few_steps():
+def test_ci_runs_the_script_and_what_it_leaves_out_is_run_for_a_few_steps():
+    assert "tests/on_fake_device.py" in (ROOT/".ci"/"run").read_text(encoding="utf-8").splitlines()[-1]
     assert TAKEN == ("models@", "kv_base@") and all(f"{key}=3" in FEW for key in (
         "models.llama.pretrain_steps", "models.qwen3.pretrain_steps", "teachers.models.student.steps"))
     assert (ROOT/"nbs"/"guides"/f"{GUIDE}.ipynb").exists() and Path(FOLDERS[0]).name == "data"
+
+
+def test_pages_that_are_left_out_run_no_model():
+    for name in NO_MODEL:
+        cells = json.loads((ROOT/"nbs"/"experiments"/f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+        code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+        assert not re.search(r"\b(load_model|load_trained|read_plant|pick_device|model_device|\.to\()", code), name
+    assert page("kv_distill@kava-42") == "kv_distill" and page("calibrate") == "calibrate"
