@@ -30,6 +30,8 @@ say = @echo "== $(1)"
 
 .venv/.ready: settings.ini setup.py pyproject.toml
 	$(call say,installing into .venv (about 2 minutes: torch for CPU, transformers, DVC, nbdev, JupyterLab))
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "rcid needs Python 3.11 or newer, and $(PYTHON) is not: make setup PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' \
 	  2> >(grep -v 'is ignored: it is neither' >&2)
@@ -104,7 +106,8 @@ docs: setup
 
 readme: setup
 	$(BIN)/jupyter nbconvert --to markdown --stdout nbs/index.ipynb --TagRemovePreprocessor.enabled=True \
-	  --TagRemovePreprocessor.remove_cell_tags=not-in-readme 2>/dev/null | sed '/^#| /d; s|](\.\./|](|g' | cat -s \
+	  --TagRemovePreprocessor.remove_cell_tags=not-in-readme 2>/dev/null \
+	  | sed '/^#| /d; s|](\.\./|](|g; s|](guides/|](nbs/guides/|g' | cat -s \
 	  | awk '/^```/ { if (open) open = 0; else { open = 1; if ($$0 == "```") $$0 = "```python" } } 1' > README.md
 
 tokenizers: setup
