@@ -1,5 +1,5 @@
 # make setup | repro [SCALE=tiny|laptop|gpu|a100] [SET="distill.steps=60 ..."] [WORKERS=n] [EXECUTOR=slurm]
-#      | where KEY=exp2.rcid.accuracy | test | slurm-test | faults | bench | lab [ARGS=...] | docs
+#      | where KEY=exp2.rcid.accuracy (or KEY=0.10) | test | slurm-test | faults | bench | lab [ARGS=...] | docs
 #      | tokenizers | params | readme | clean-notebooks | check | clean
 # Everything happens inside this folder (.venv, .workspaces, .dvc/cache, .git); nothing global is changed.
 SHELL      := /bin/bash
@@ -60,7 +60,7 @@ endif
 
 # where a number of the paper comes from: stage, notebook cell, function, commit
 where: .venv/.ready
-	@$(BIN)/python -m rcid.pipeline.provenance "$(KEY)"
+	@$(BIN)/python -m rcid.pipeline.asked $(if $(KEY),"$(KEY)")
 
 test: setup
 	$(call say,library notebooks)
