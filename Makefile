@@ -1,5 +1,5 @@
 # make setup | repro [SCALE=tiny|laptop|gpu|a100] [SET="distill.steps=60 ..."] [WORKERS=n] [EXECUTOR=slurm]
-#      | where KEY=exp2.rcid.accuracy | test | slurm-test | faults | bench | lab [ARGS=...] | docs
+#      | where KEY=exp2.rcid.accuracy (or KEY=0.10) | test | slurm-test | faults | bench | lab [ARGS=...] | docs
 #      | tokenizers | params | readme | clean-notebooks | check | clean
 # Everything happens inside this folder (.venv, .workspaces, .dvc/cache, .git); nothing global is changed.
 SHELL      := /bin/bash
@@ -30,6 +30,8 @@ say = @echo "== $(1)"
 
 .venv/.ready: settings.ini setup.py pyproject.toml
 	$(call say,installing into .venv (about 2 minutes: torch for CPU, transformers, DVC, nbdev, JupyterLab))
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "rcid needs Python 3.11 or newer, and $(PYTHON) is not: make setup PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' \
 	  2> >(grep -v 'is ignored: it is neither' >&2)
@@ -58,7 +60,7 @@ endif
 
 # where a number of the paper comes from: stage, notebook cell, function, commit
 where: .venv/.ready
-	@$(BIN)/python -m rcid.pipeline.provenance "$(KEY)"
+	@$(BIN)/python -m rcid.pipeline.asked $(if $(KEY),"$(KEY)")
 
 test: setup
 	$(call say,library notebooks)
@@ -104,7 +106,8 @@ docs: setup
 
 readme: setup
 	$(BIN)/jupyter nbconvert --to markdown --stdout nbs/index.ipynb --TagRemovePreprocessor.enabled=True \
-	  --TagRemovePreprocessor.remove_cell_tags=not-in-readme 2>/dev/null | sed '/^#| /d; s|](\.\./|](|g' | cat -s \
+	  --TagRemovePreprocessor.remove_cell_tags=not-in-readme 2>/dev/null \
+	  | sed '/^#| /d; s|](\.\./|](|g; s|](guides/|](nbs/guides/|g' | cat -s \
 	  | awk '/^```/ { if (open) open = 0; else { open = 1; if ($$0 == "```") $$0 = "```python" } } 1' > README.md
 
 tokenizers: setup

@@ -166,6 +166,8 @@ def test_no_template_of_fused_is_left_over(monkeypatch):
     for kind in (*VERDICTS, None): test_each_outcome_is_said(kind)
     row = dict(setting="govern", first_early=.7, second_early=.6)
     assert "gradient vote of three 0.70 and 0.60" in EXP7.routed_sentence([row], ["govern"])
+    lost = EXP7.routed_sentence([row | dict(first_early=None)], ["govern"])
+    assert "gradient vote of three undefined" in lost and "--" not in lost
     EXP7.routed_sentence([row], [])
     words = EXP7.words_sentence([dict(setting="gold", first_early=.5, second_early=.4)], ["gold", "uld"])
     assert words.endswith("words alone (GOLD) 0.50 and 0.40.")

@@ -55,6 +55,13 @@ def test_methods_without_a_group_come_last():
     assert len(EXP6.kv_figure(rows).axes[0].get_yticks()) == 3, "the figure shows the methods of the paper"
 
 
+def test_every_line_of_the_figure_has_a_name_of_its_own():
+    some = metrics("exp6")["rows"][0]
+    every = [some | dict(method=m) for methods in EXP6.GROUPS.values() for m in methods]
+    names = [t.get_text() for t in EXP6.kv_figure(every).axes[0].get_yticklabels()]
+    assert len(names) == len(set(names)) == len(every)
+
+
 def test_a_star_marks_what_is_detected():
     tests = [planted("accuracy", .1, .01, a="fixed", b="none"), planted("llama", .1, .5, a="fixed", b="none")]
     text = EXP7.teacher_tests_table(tests, ["llama"])

@@ -4,8 +4,9 @@ import json, random, re
 import pytest
 from conftest import ROOT, needs_results_of
 from rcid.core.paths import read_json
+from rcid.pipeline.asked import main, printed_by
 from rcid.pipeline.origins import numbers_page, origins_tex
-from rcid.pipeline.provenance import all_keys, artifacts, find_value, main, stages_by_output, where
+from rcid.pipeline.provenance import all_keys, artifacts, find_value, stages_by_output, where
 from rcid.report.paper import MARK, fill, keys_used
 from rcid.report.values import read_values
 from ruamel.yaml import YAML
@@ -89,6 +90,43 @@ def test_a_key_that_leads_nowhere_is_one_line_with_its_neighbours(capsys):
     assert "fig:scatter" in str(e.value) and "\n" not in str(e.value) and find_value("exp2.no.such.thing") == []
 
 
+NUMBERS = [key for key in sorted(set(PRINTED) & set(all_keys())) if re.fullmatch(r"\d[\d.,\\]*", PRINTED[key])]
+
+
+@pytest.mark.parametrize("key", random.Random(24).sample(NUMBERS, 5))
+def test_a_number_is_answered_by_the_keys_that_print_it(key, capsys):
+    number = PRINTED[key].replace("\\,", "")
+    assert printed_by(number)[key] == PRINTED[key]
+    main([number])
+    assert f"\n{key} " in capsys.readouterr().out
+
+
+def test_a_number_that_nothing_prints_is_one_line():
+    with pytest.raises(SystemExit) as e: main(["123456.789"])
+    assert str(e.value) == "rcid: no sentence and no table prints 123456.789: give it as it is printed, or a key"
+
+
+def test_a_wrong_cell_is_told_what_its_metrics_file_holds():
+    with pytest.raises(SystemExit) as e: main(["exp2.no_such_method.accuracy"])
+    said = str(e.value)
+    assert "\n" not in said and "something like it" in said
+    held = said.split("metrics/exp2.json holds ")[1].split(", ")
+    assert held == list(read_json(ROOT/"metrics"/"exp2.json"))
+
+
+def test_help_and_a_place_without_results_are_answered(monkeypatch, tmp_path, capsys):
+    main(["--help"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: rcid where") and all(k in shown for k in ("tab:exp2", "claim.exp2a.repair"))
+    named = [line.split()[0].rstrip(",") for line in shown.splitlines() if line.startswith("  ")]
+    for key in named[:-1]: assert where(key, commit=False), key                      # what the help names is there
+    monkeypatch.delenv("RCID_ROOT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    for argv in ([], ["exp2.rcid.accuracy"]):
+        with pytest.raises(SystemExit) as e: main(argv)
+        assert str(e.value).startswith("rcid: no rcid workspace") and "\n" not in str(e.value)
+
+
 def test_the_list_of_origins_links_and_changes_no_word(tmp_path):
     "With the list every printed key is a link; without links the text is that of the paper without a list."
     folder = tmp_path/"paper"
@@ -117,4 +155,6 @@ def test_every_key_of_the_paper_has_a_line_in_the_list():
 def test_the_page_of_the_documentation_has_every_key():
     text = numbers_page()
     assert [k for k in [*all_keys(), *(a for a in artifacts() if ":" in a)] if f"| `{k}` |" not in text] == []
-    assert {line.count(" | ") for line in text.splitlines() if line.startswith("| `")} == {4}
+    assert {line.count(" | ") for line in text.splitlines() if line.startswith("| `")} == {2}
+    linked = re.findall(r"\]\(experiments/([^)]+)\)", text)
+    assert linked and all((ROOT/"runs"/page).exists() for page in linked)

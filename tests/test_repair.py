@@ -1,9 +1,11 @@
 """Experiments 2a and 2b: who teaches whom, what is closed of a distance, and what the params may not ask for."""
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import page
 from pydantic import ValidationError
 from rcid.causal.mediation import Mediation, mediation
 from rcid.core import load_params
@@ -314,7 +316,6 @@ def test_the_kept_map_has_a_least_distance_that_no_student_beats():
 
 
 def test_the_method_is_chosen_where_kl_on_pairs_has_a_route():
-    from conftest import page
     def of(val, accuracy=(.9, .9)): return dict(val=list(val), val_accuracy=list(accuracy))
     nan = float("nan")
     plain = {
@@ -334,7 +335,6 @@ def test_the_method_is_chosen_where_kl_on_pairs_has_a_route():
 
 def test_equal_means_less_than_half_of_what_could_be_closed():
     "A student .25 away before any method, .1 of it by its layers: the room is .15; within the floor there is none."
-    from conftest import page
     say = page("exp2b")
     room = say.room_of(dict(trained=.1), dict(trained=dict(diff=.25)))
     assert room == pytest.approx(.15)
@@ -343,3 +343,9 @@ def test_equal_means_less_than_half_of_what_could_be_closed():
     assert say.has_room(room, .02) and not say.has_room(.01, .02) and not say.has_room(None, None)
     assert say.route_bound(.1, room) == pytest.approx(.075)
     assert say.route_bound(.05, room) == .05                         # never wider than the params
+
+
+def test_as_many_pairs_as_the_teacher_was_read_on_kind_by_kind():
+    kinds = {"s2": list(range(10)), "s2_new": list(range(10))}
+    of = SimpleNamespace(effects={"s2": torch.zeros(6, 2, 3), "s2_new": torch.zeros(3, 2, 3)})
+    assert page("real").as_many(kinds, of) == {"s2": [0, 1, 2, 3, 4, 5], "s2_new": [0, 1, 2]}

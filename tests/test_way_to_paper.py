@@ -378,6 +378,7 @@ def cases_of_exp2b():
     counts = dict(students=0, tasks=2, methods=7, seeds=3)
     nothing = dict(counts=counts, rows=[], tests=[], chosen=None, least={}, control=None, room=dict(cells=0, room=0))
     say.room_sentence(4, 0)
+    assert "one of one" not in say.room_sentence(1, 1)
     say.exp2b_sentences(nothing | dict(validated=route))
     for n in (1, 2): say.students_sentence(n, n, 7, n)
 

@@ -44,7 +44,7 @@ function Pandoc(doc)
   local blocks = {}
   for i, block in ipairs(body) do
     if i == at then
-      blocks[#blocks + 1] = pandoc.RawBlock("typst", "#[#set text(size: 8.6pt)")
+      blocks[#blocks + 1] = pandoc.RawBlock("typst", "#[#set text(size: 8pt); #set par(leading: 0.45em, spacing: 0.5em)")
       for _, reference in ipairs(references) do blocks[#blocks + 1] = reference end
       blocks[#blocks + 1] = pandoc.RawBlock("typst", "]")
       blocks[#blocks + 1] = pandoc.RawBlock("typst", appendix)

@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         from rcid.pipeline.__main__ import main as launch
         return launch(argv[1:])
     if argv[:1] == ["where"]:
-        from rcid.pipeline.provenance import main as where
+        from rcid.pipeline.asked import main as where
         return where(argv[1:]) or 0
     args = parser().parse_args(argv)
     try: _measured(args)

@@ -8,7 +8,8 @@ __all__ = ['origins_tex', 'numbers_page']
 # %% ../../nbs/09_pipeline/12_origins.ipynb #ab200003
 import re
 from pathlib import Path
-from .provenance import all_keys, artifacts, where
+from ..core.paths import root
+from .provenance import Origin, all_keys, artifacts, where
 
 # %% ../../nbs/09_pipeline/12_origins.ipynb #ab100019
 def _tt(text: str) -> str:
@@ -29,20 +30,31 @@ def origins_tex(keys: list[str]) -> str:
     return "\n\n".join(lines) + "\n"
 
 # %% ../../nbs/09_pipeline/12_origins.ipynb #ab100023
-def _plain(text: str, most: int = 60) -> str:
+def _plain(text: str, most: int = 160) -> str:
     "A text as code in a cell of a Markdown table."
     text = text.replace("|", "/").replace("`", "'").replace("\n", " ")
     return f"`{text if len(text) <= most else text[:most] + ' ...'}`"
 
+def _at(o: Origin) -> str:
+    "Page, cell and line of an origin; a link where the page of the last run is on the site."
+    first, name = o.lines[0] if o.lines else None, Path(o.page).stem
+    place = "" if first is None else f", cell {first.cell}, line {first.line}"
+    if first and not first.cell: place = f": {first.file}, line {first.line}"
+    run = f"{name}/{name}.ipynb"
+    return f"[{name}{place}](experiments/{run})" if (root()/"runs"/run).exists() else f"{name}{place}"
+
 def numbers_page() -> str:
-    "Every value, table and figure of the paper in Markdown: value, file, page and line, and how to make it again."
-    lines = ["# Where every number comes from\n", "`make where KEY=...` says more of one of them; it takes cells"]
-    lines += ["of tables too: `exp2.llama.ioi.rcid.accuracy`.\n"]
-    lines += ["| key | value | file | line | again |", "|---|---|---|---|---|"]
+    "Every value, table and figure of the paper in Markdown: what is printed, and the page and line that made it."
+    lines = [
+        "# Where every number comes from\n",
+        "`make where KEY=...` says more of one of them: its metrics file, the commit, and the command that makes it",
+        "again; it takes cells of tables (`exp2.llama.ioi.rcid.accuracy`) and printed numbers (`0.10`) too.",
+        "",
+        "| key | what is printed | page |",
+        "|---|---|---|",
+    ]
     for key in [*all_keys(), *(name for name in artifacts() if ":" in name)]:
         o = where(key, commit=False)[0]
-        first = o.lines[0] if o.lines else None
-        at = f"{first.file}, {f'cell {first.cell}, ' if first.cell else ''}line {first.line}" if first else o.page
-        value = o.value if isinstance(o.value, str) else ""
-        lines.append(f"| `{key}` | {_plain(value) if value else ''} | {o.file} | {at} | `{o.command}` |")
+        value = o.value if isinstance(o.value, str) else o.file
+        lines.append(f"| `{key}` | {_plain(value)} | {_at(o)} |")
     return "\n".join(lines) + "\n"

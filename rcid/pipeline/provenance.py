@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FLOORS', 'TAKEN_IN', 'Found', 'metrics_files', 'find_value', 'Stage', 'stages_by_output', 'notebook_of',
            'page_that_names', 'Line', 'lines_of', 'artifacts', 'find_artifact', 'Origin', 'last_commit', 'where',
-           'all_keys', 'told', 'main']
+           'all_keys', 'told']
 
 # %% ../../nbs/09_pipeline/10_provenance.ipynb #ab100003
-import ast, difflib, json, re, sys
+import ast, difflib, json, re
 from functools import cache
 from pathlib import Path
 from typing import Iterator, NamedTuple
@@ -277,12 +277,3 @@ def told(o: Origin) -> str:
     if first: rows += [("line", f"{at(first)}: {first.text}")] + [("or", f"{at(x)}: {x.text}") for x in others]
     rows += [("commit", o.commit or "not committed"), ("again", o.command)]
     return "\n".join(f"{name:8}{text}" for name, text in rows)
-
-# %% ../../nbs/09_pipeline/10_provenance.ipynb #ab100021
-def main(argv: list[str]):
-    "`python -m rcid.pipeline.provenance KEY`, or without a key the list of all keys."
-    if not argv: return print("\n".join(f"{k:44}{f}" for k, f in all_keys().items()))
-    try: print("\n\n".join(told(o) for o in where(argv[0])))
-    except (KeyError, OSError, ValueError) as e: sys.exit(f"rcid: {e.args[0] if isinstance(e, KeyError) else e}")
-
-if __name__ == "__main__" and "__file__" in globals(): main(sys.argv[1:])

@@ -30,6 +30,9 @@ figure { margin: 1rem 0; } img { max-width: 100%; background: #ffffff; border-ra
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .6rem .35rem 0; border-bottom: 1px solid var(--line); }
 td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
+@media (max-width: 40rem) {
+  table { font-size: .78rem; } td.number { white-space: normal; } th, td { padding-right: .3rem; }
+}
 ul.warnings li { color: var(--warn); } code, pre { font-size: .86rem; } pre { white-space: pre-wrap; }
 """
 

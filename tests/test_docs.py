@@ -1,0 +1,32 @@
+"""The documentation site and the way into it: what a reader meets first, and what is cut off nowhere."""
+
+import re, subprocess
+from pathlib import Path
+from conftest import ROOT
+from rcid.pipeline.docs import GUIDES, _place
+from rcid.pipeline.docs_look import CONF, CSS
+
+
+def test_the_guides_that_are_asked_for_first_are_there_and_stand_first():
+    guides = sorted((ROOT/"nbs"/"guides").glob("*.ipynb"), key=_place)
+    assert [g.stem for g in guides[: len(GUIDES)]] == list(GUIDES) and len(guides) > len(GUIDES)
+    assert sorted([Path("b.ipynb"), Path("index.ipynb")], key=_place)[0].name == "index.ipynb"
+
+
+def test_long_lines_are_broken_at_every_width():
+    everywhere = re.sub(r"@media[^{]*\{(?:[^{}]*\{[^{}]*\})*\s*\}", "", CSS)
+    assert "@media" in CSS and "@media" not in everywhere
+    rule = re.search(r"\.highlight pre, div\.cell_output pre \{([^}]*)\}", everywhere)[1]
+    assert "white-space: pre-wrap" in rule and "overflow-wrap: anywhere" in rule
+    assert "fit.js" in CONF.format(name="n", author="a", copyright="c", version="0")
+
+
+def test_setup_refuses_an_old_python_in_one_line(tmp_path):
+    for name in ("settings.ini", "setup.py", "pyproject.toml"): (tmp_path/name).write_text("", encoding="utf-8")
+    old = tmp_path/"python3.9"
+    old.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    old.chmod(0o755)
+    command = ["make", "-f", str(ROOT/"Makefile"), ".venv/.ready", f"PYTHON={old}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0 and not (tmp_path/".venv").exists()
+    assert f"rcid needs Python 3.11 or newer, and {old} is not: make setup PYTHON=python3.12" in done.stderr
