@@ -65,3 +65,24 @@ def test_imports_go_one_way(capfd):
     from importlinter.cli import lint_imports
     status = lint_imports(config_filename=str(ROOT/"pyproject.toml"), no_cache=True)
     assert status == 0, capfd.readouterr().out
+
+
+# what lies below the top level of transformers moves between its versions (the library was run on 5.17 and 5.23): a
+# family's own modules are asked through `get_adapter`, and nothing of them is imported
+DEEP = {
+    ("rcid/kv/latent.py", "transformers.modeling_outputs"),
+    ("rcid/models/lora_folder.py", "transformers.utils"),
+    ("rcid/models/tokenizers.py", "transformers.convert_slow_tokenizer"),
+    ("rcid/pipeline/command_line.py", "transformers.utils"),
+}
+
+
+def test_little_is_imported_from_below_the_top_of_transformers():
+    found = set()
+    for module in MODULES:
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level: names = [node.module]
+            where = module.relative_to(ROOT).as_posix()
+            found |= {(where, name) for name in names if name.startswith("transformers.")}
+    assert found == DEEP
