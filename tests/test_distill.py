@@ -1,6 +1,7 @@
 """One trainer for every method: it learns, it resumes bit for bit, and it touches nothing but the student."""
 import ast, json, shutil, sys
 from dataclasses import dataclass, fields, replace
+from functools import partial
 import pytest, torch
 from conftest import ROOT, run
 from rcid.causal import Site
@@ -24,6 +25,7 @@ from rcid.distill import (
 )
 from rcid.distill import teacher_cache
 from rcid.distill.method import Signals
+from rcid.distill.training import _hooks_outside
 from rcid.models import shrink
 
 SITES = (Site(0, "s2"), Site(1, "end"), Site(2, "end"))
@@ -246,6 +248,22 @@ def test_micro_batches_sum_up_to_the_batch(toy, method, kl_at):
         for a, b in zip(parts.history, whole.history): assert a == pytest.approx(b, abs=2e-5)
         other = parts.student.state_dict()
         assert all(torch.allclose(p, other[n], atol=2e-4) for n, p in whole.student.state_dict().items())
+
+
+def test_a_hook_is_outside_of_what_is_recomputed():
+    "Also where transformers hands over a layer's call with its hooks (5.17): the hook is gone by the backward pass."
+    layer, x = torch.nn.Linear(3, 3), torch.randn(2, 3)
+    def gradient(run):
+        layer.weight.grad, calls = None, []
+        hook = layer.register_forward_hook(lambda module, args, out: calls.append(1) or out * out.exp())
+        y = run(x)
+        hook.remove()
+        y.sum().backward()
+        assert len(calls) == 1 and "forward" not in vars(layer)
+        return layer.weight.grad
+    assert torch.equal(gradient(lambda x: _hooks_outside(partial(layer.__call__), x)), gradient(layer))
+    with pytest.raises(RuntimeError): _hooks_outside(partial(layer.__call__), torch.randn(2, 4))
+    assert "forward" not in vars(layer)
 
 
 @pytest.mark.parametrize("method", ("cka", "rcid_shuffled"))

@@ -33,6 +33,19 @@ def trainable(
     return found
 
 # %% ../../nbs/05_distill/09_training.ipynb #6e3eb0ce
+def _hooks_outside(call, *args):
+    "Checkpoints a layer: in the backward pass its hooks are not run again, and may be gone."
+    # transformers 5.17 gives the layer's call, hooks and all; later ones give its forward, which is all we want
+    layer, recomputed = getattr(call.func, "__self__", None), partial(checkpoint, use_reentrant=False)
+    if not isinstance(layer, nn.Module): return recomputed(call, *args)
+    forward, own = layer.forward, vars(layer).get("forward")
+    def once(*inputs, **named): return recomputed(partial(forward, **named), *inputs)
+    layer.forward = once
+    try: return call(*args)
+    finally:
+        if own is None: del layer.forward
+        else: layer.forward = own
+
 @contextmanager
 def training(
     model: nn.Module,
@@ -57,7 +70,7 @@ def training(
         if ours:                                     # `gradient_checkpointing_enable` would leave a hook
             for layer in a.layers:
                 layer.gradient_checkpointing = True
-                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+                layer._gradient_checkpointing_func = _hooks_outside
         if recompute:                                # only in training mode; dropout asks its own module
             for layer in a.layers: layer.training = True
         yield chosen
