@@ -4,7 +4,8 @@
     python tests/on_fake_device.py --all      every stage of the graph, and not one of each page (twice as long)
 
 The teachers that take minutes to train (`models`, `kv_base`) are those of the CPU; they are trained for a few steps on
-both devices in a second, small run. Then the ten lines of the README, the guide that measures models, every method."""
+both devices in a second, small run. Then the ten lines of the README, the guide that measures models, every method, and
+a teacher whose layers are on two devices."""
 import json, math, os, shutil, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -161,6 +162,11 @@ def every_method() -> int:
     return 1
 
 
+def several_devices() -> int:
+    run("a teacher on two devices", WORKSPACES/"device", str(HERE/"fakegpu"/"several_devices.py"))
+    return 1
+
+
 def main():
     began, done = time.time(), 0
     os.chdir(ROOT)
@@ -172,8 +178,9 @@ def main():
     done += graph("--all" in sys.argv[1:])
     done += taught()
     with ThreadPoolExecutor(2) as two:
-        for finished in [two.submit(check) for check in (own_lines, guide, every_method)]: done += finished.result()
-    print(f"{done} passed in {time.time() - began:.0f}s: metrics as on the CPU, README, guide, methods")
+        checks = own_lines, guide, every_method, several_devices
+        for finished in [two.submit(check) for check in checks]: done += finished.result()
+    print(f"{done} passed in {time.time() - began:.0f}s: metrics as on the CPU, README, guide, methods, two devices")
 
 
 if __name__ == "__main__": main()

@@ -155,7 +155,7 @@ def _parts_differ(model, pairs, seen) -> float:
         with write(model, {site: values[site]}): want.append(a.trunk(pairs.clean_ids, seen)[n, end].float())
     got = sweep(model, pairs.clean_ids, pairs.corrupt_ids, end, 0 * end, rows, slots=slots)[2]
     want = torch.cat(want)
-    return float(((a.final_norm(got).float() - want).norm(dim=-1) / want.norm(dim=-1)).max())
+    return float(((a.normed(got).float() - want).norm(dim=-1) / want.norm(dim=-1)).max())
 
 def why_not_restarted(
     model: nn.Module, pairs: ContrastiveDataset,
@@ -261,7 +261,7 @@ def _batch_effects(model, pairs, mode, layer, position, what, slots, asked, toke
     finals = sweep(model, base, source, pairs.answer_pos, first, runs[:, :3], tokens, work, **parts)
     every, run = torch.arange(len(pairs), device=device), runs[:, 0].to(device)
     ld_base, ld_source, ld_run = (
-        logit_difference(a, a.final_norm(final), pairs.correct_token_id[rows], pairs.wrong_token_id[rows])
+        logit_difference(a, a.normed(final), pairs.correct_token_id[rows], pairs.wrong_token_id[rows])
         for final, rows in zip(finals, (every, every, run))
     )
     # the last residual at the answer is the other run's

@@ -28,7 +28,9 @@ def logit_difference(adapter: ModelAdapter,
     correct: Int[Tensor, "batch"], wrong: Int[Tensor, "batch"] # token ids
 ) -> Float[Tensor, "batch"]:
     "`logit[correct] - logit[wrong]` in float32, from two rows of the LM head."
+    home = normed.device
     with in_memory(adapter.lm_head) as head:
+        normed, correct, wrong = (x.to(head.weight.device) for x in (normed, correct, wrong))
         if has_lora(head):                          # with LoRA at the head a logit is no row of its weight
             both, row = adapter.logits(normed).float(), torch.arange(len(normed), device=normed.device)
             ld = both[row, correct] - both[row, wrong]
@@ -38,6 +40,7 @@ def logit_difference(adapter: ModelAdapter,
             ld = (normed.float() * (head.weight[correct].float() - head.weight[wrong].float())).sum(-1)
             if head.bias is not None: ld = ld + (head.bias[correct] - head.bias[wrong]).float()
             if adapter.logit_divisor != 1: ld = ld / adapter.logit_divisor
+    ld = ld.to(home)
     if not bool(ld.isfinite().all()):
         raise FloatingPointError(
             f"{int((~ld.isfinite()).sum())} of {len(ld)} logit differences are NaN or infinite: the {adapter.family}"
@@ -105,10 +108,11 @@ def sweep(
     like = a.embed(base[:1, :1])
     rotations = a.rotations(like, torch.arange(seq, device=device)[None])
     rotations = {b: tuple(x[0] for x in both) for b, both in rotations.items()}            # each (seq, head_dim)
-    def empty(*size): return like.new_zeros(size)
+    def empty(*size, layer=None): # where a layer is, or the tokens are
+        return like.new_zeros(size, device=device if layer is None else a.devices[layer])
     def most(width): return 2**62 if work is None else max(work//row_bytes(a, width, seq), 1)
     # keys and values of the base run, a layer; one spare slot for the positions before a sentence
-    kv = [tuple(empty(n, seq + 1, a.n_kv_heads, a.head_dim) for _ in "kv") for _ in a.layers]
+    kv = [tuple(empty(n, seq + 1, a.n_kv_heads, a.head_dim, layer=m) for _ in "kv") for m in range(a.n_layers)]
     of_parts = torch.zeros(len(rows), dtype=torch.bool) if slots is None else slots.any(1)
     parts = PartRuns(a, rows[of_parts, 1].unique().tolist(), n, seq + 1, like) if of_parts.any() else None
 
@@ -116,14 +120,14 @@ def sweep(
         final = empty(n, a.d_model)
         for pair, width in plan(suffix, tokens, most):
             w = Window(pair, answer[pair], width, rotations, like)
-            to = w.pair[:, None], w.slots
             h = a.start(ids[w.pair[:, None], w.positions], w.positions) # (row, width, d_model)
             for m in range(a.n_layers):
-                past = w.before(kv[m])
+                past, there = w.before(kv[m]), w.on(a.devices[m])
+                to = there.pair[:, None], there.slots
                 if m < last:
                     h = w.run(a, m, h, past)
                     hidden[m][to] = h
-                else: final[w.pair] = w.run_last(a, h, past)
+                else: final[w.pair] = w.run_last(a, h, past).to(device)
                 if keep_kv:
                     for kept, x in zip(kv[m], past.own): kept[to] = x.transpose(1, 2) # (row, width, kv_head, head_dim)
             if parts: parts.keep(w)
@@ -132,11 +136,12 @@ def sweep(
     def put(some): # (row, d_model): the residuals of some rows of one layer, in which parts are the source run's
         pair, layer, at = rows[some].T
         m, w = int(layer[0]), Window(pair, at, 1, rotations, like)
+        w = w.on(a.devices[m-1]) if m else w     # where the residual is that enters the layer
         there = w.pair[:, None], w.positions
         h = hidden[m-1][there] if m else a.start(base[there], w.positions) # (row, 1, d_model)
-        return parts.patched(m, h, w, w.before(kv[m]), slots[some].to(device))
+        return parts.patched(m, h, w, w.before(kv[m]), slots[some]).to(device)
 
-    hidden = [empty(n, seq + 1, a.d_model) for _ in range(last)]
+    hidden = [empty(n, seq + 1, a.d_model, layer=m) for m in range(last)]
     with parts.watching() if parts else nullcontext():
         base_final = prefill(base, answer + 1, hidden, True)
         other = [h.clone() for h in hidden]
@@ -158,24 +163,25 @@ def sweep(
         entered = torch.bincount(layer, minlength=last).cumsum(0).tolist() # rows at work after each layer
         w = Window(pair, answer[pair], width, rotations, like)
         at = at.to(device)
-        h = empty(0, width, a.d_model)   # (row at work, width, d_model)
+        h = empty(0, width, a.d_model, layer=int(layer[0])) # (row at work, width, d_model)
         for m in range(int(layer[0]) + 1, last + 1):
-            new = slice(len(h), entered[m-1])
+            new, here = slice(len(h), entered[m-1]), w.on(a.devices[m-1])
             if new.start < new.stop:
-                pairs = w.pair[new]
-                fresh = hidden[m-1][pairs[:, None], w.slots[new]] # (new row, width, d_model)
-                each = torch.arange(len(fresh), device=device)
+                pairs = here.pair[new]
+                fresh = hidden[m-1][pairs[:, None], here.slots[new]] # (new row, width, d_model)
+                each = torch.arange(len(fresh), device=fresh.device)
                 for j in range(span):
-                    there = torch.minimum(at[new] + j, end[pairs])
+                    there = torch.minimum(at[new] + j, end[w.pair[new]]).to(fresh.device)
                     source_value = other[m-1][pairs, there]
                     if parts:
                         mine = block[new].to(device)
-                        source_value = torch.where(of_parts.to(device)[mine, None], value[mine], source_value)
-                    fresh[each, there - w.start[new]] = source_value
+                        whose, of_source = of_parts.to(device)[mine, None], value[mine]
+                        source_value = torch.where(whose.to(fresh.device), of_source.to(fresh.device), source_value)
+                    fresh[each, there - here.start[new]] = source_value
                 h = torch.cat([h, fresh])
             past = w.before(kv[m], len(h))
             if m < last: h = w.run(a, m, h, past)
-            else: final[block.to(device)] = w.run_last(a, h, past)
+            else: final[block.to(device)] = w.run_last(a, h, past).to(device)
     return base_final, source_final, final
 
 # %% ../../nbs/03_causal/03_engine.ipynb #2c336ff1
@@ -193,7 +199,7 @@ def restart_error(model: nn.Module,
     want = a.trunk(ids, attention_mask)[n, answer].float()
     got = sweep(model, ids, ids, answer, answer//2, rows)
     want = torch.cat([want, want, want[rows[:, 0]]])
-    distance = (a.final_norm(torch.cat(got)).float() - want).norm(dim=-1)
+    distance = (a.normed(torch.cat(got)).float() - want).norm(dim=-1)
     return float((distance/want.norm(dim=-1)).max())
 
 # %% ../../nbs/03_causal/03_engine.ipynb #42799641

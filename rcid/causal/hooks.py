@@ -105,12 +105,15 @@ def changing(
 # %% ../../nbs/03_causal/00_hooks.ipynb #c545b495
 @contextmanager
 def capture(model: nn.Module,
-    layers=None                                  # layer indices; None = all
+    layers=None,                                 # layer indices; None = all
+    home: bool = True                            # False: on each layer's own device, as its gradient is
 ):
     "Yields `{layer: Float[Tensor, 'batch seq d_model']}`, filled by each forward inside the block."
     adapter, hidden, handles = get_adapter(model), {}, []
     def keep(layer):
-        def hook(module, args, output): hidden[layer] = hidden_of(output)
+        def hook(module, args, output):
+            h = hidden_of(output)
+            hidden[layer] = h.to(adapter.home) if home else h
         return hook
     try:
         for l in range(adapter.n_layers) if layers is None else sorted(set(layers)):
@@ -141,7 +144,8 @@ def read(model: nn.Module,
     with changing(a, [(*w, keep(*w)) for w in wanted]): a.trunk(input_ids, attention_mask)
     batch, values = torch.arange(len(input_ids), device=input_ids.device), {}
     for s, t, (stream, columns) in zip(sites, where, streams):
-        whole = seen[s.layer, stream]            # (batch, seq, d_model), or (batch, seq, head * head_dim)
+        # (batch, seq, d_model), or (batch, seq, head * head_dim)
+        whole = seen[s.layer, stream].to(input_ids.device)
         values[s] = whole[..., columns] if t is None else whole[batch, t][..., columns]
     return values
 

@@ -39,7 +39,10 @@ class PartRuns:
     ):
         self.a, self.now = adapter, {}
         width = dict(heads=adapter.n_heads * adapter.head_dim, mlp=adapter.d_model)
-        self.kept = {(l, stream): like.new_zeros(n, seq, w) for l in layers for stream, w in width.items()}
+        self.kept = {}                           # (layer, stream) -> (pair, seq, width), on the layer's device
+        for l in layers:
+            for stream, wide in width.items():
+                self.kept[l, stream] = like.new_zeros(n, seq, wide, device=adapter.devices[l])
 
     def watching(self):
         "In the forwards inside this block the parts of the layers are seen."
@@ -51,8 +54,9 @@ class PartRuns:
     def keep(self, w: Window):
         "Writes down what was seen in a run of a window; of the last layer that is the answer only."
         for key, value in self.now.items():
-            slots = w.slots[:, -value.shape[1]:]
-            self.kept[key][w.pair[:, None], slots] = value
+            there = w.on(value.device)
+            slots = there.slots[:, -value.shape[1]:]
+            self.kept[key][there.pair[:, None], slots] = value
         self.now.clear()
 
     def patched(self,
@@ -63,7 +67,8 @@ class PartRuns:
         slots: Bool[Tensor, "row slot"]          # what is replaced, as in `slots_of`
     ) -> Float[Tensor, "row d_model"]:
         "The layer's output with the kept values in the slots."
-        there = w.pair[:, None], w.slots
+        w = w.on(self.a.devices[layer])
+        there, slots = (w.pair[:, None], w.slots), slots.to(w.pair.device)
         new = {stream: self.kept[layer, stream][there] for stream in ("heads", "mlp")}
         of_heads = slots[:, None, :-1].repeat_interleave(self.a.head_dim, -1)              # (row, 1, head * head_dim)
         def heads(z): return torch.where(of_heads, new["heads"], z)

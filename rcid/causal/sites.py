@@ -42,12 +42,13 @@ def attribution_effects(model: nn.Module, pairs: ContrastiveDataset,
             for i in range(0, len(p), batch_size):
                 b = p[i:i+batch_size]
                 corrupt = read(model, b.corrupt_ids, [Site(l) for l in layers], b.attention_mask)
-                with torch.enable_grad(), capture(model, layers) as clean: ld = run_logit_diff(model, b.clean_ids, b)
+                with torch.enable_grad(), capture(model, layers, home=False) as clean:
+                    ld = run_logit_diff(model, b.clean_ids, b)
                 gradient = dict(zip(layers, torch.autograd.grad(ld.sum(), [clean[l] for l in layers])))
                 every = {}                       # layer -> (pair, seq)
                 for l in layers:
-                    d = (clean[l].detach() - corrupt[Site(l)]).float()
-                    every[l] = (d * gradient[l].float()).sum(-1)
+                    d = (clean[l].detach().to(a.home) - corrupt[Site(l)]).float()
+                    every[l] = (d * gradient[l].to(a.home).float()).sum(-1)
                 estimates.append(_at_sites(every, sites, position[i : i + batch_size]))
     finally:
         handle.remove()
@@ -60,7 +61,7 @@ def _gradients_on_the_way(model, pairs, clean, corrupt, share: float) -> dict[in
     def on_the_way(layer):
         def hook(module, args, output):
             h, start = hidden_of(output), clean[Site(layer)]
-            value = start + share * (corrupt[Site(layer)] - start)
+            value = (start + share * (corrupt[Site(layer)] - start)).to(h.device)
             # the value is the way's, the gradient the layer's; frozen weights give no graph, so it begins at layer 0
             at[layer] = value + (h - h.detach()) if layer else value.requires_grad_()
             return with_hidden(output, at[layer])
@@ -68,7 +69,8 @@ def _gradients_on_the_way(model, pairs, clean, corrupt, share: float) -> dict[in
     try:
         for l in range(a.n_layers): handles.append(a.residual_site(l).register_forward_hook(on_the_way(l)))
         with torch.enable_grad(): ld = run_logit_diff(model, pairs.clean_ids, pairs)
-        return dict(zip(at, torch.autograd.grad(ld.sum(), list(at.values()))))
+        gradients = torch.autograd.grad(ld.sum(), list(at.values()))
+        return {layer: g.to(a.home) for layer, g in zip(at, gradients)}
     finally:
         for handle in handles: handle.remove()
 

@@ -6,6 +6,7 @@
 __all__ = ['KeysReady', 'PrefixCache', 'Window']
 
 # %% ../../nbs/03_causal/03_window.ipynb #a0f10052
+from copy import copy
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -53,6 +54,18 @@ class Window:
         seen = torch.where(j < self.past, (j < start).expand(-1, -1, width, -1), (own >= 0) & (own <= query))
         self.mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
         self.nearer = {}                                                  # masks of layers that see less far
+        self.elsewhere = {}                                               # device -> this window there
+
+    def on(self, device: torch.device) -> "Window":
+        "The same window for what is on this device: a layer, or its keys and values."
+        if device == self.start.device: return self
+        if device not in self.elsewhere:
+            there = self.elsewhere[device] = copy(self)
+            for name in ("pair", "start", "slots", "positions", "mask"):
+                setattr(there, name, getattr(self, name).to(device))
+            there.rotations = {base: tuple(x.to(device) for x in both) for base, both in self.rotations.items()}
+            there.nearer, there.elsewhere = {}, {}
+        return self.elsewhere[device]
 
     def mask_of(self, back: int | None) -> Tensor:
         "The mask of a layer whose queries see `back` tokens, their own among them; None: all before them."
@@ -67,7 +80,8 @@ class Window:
 
     def before(self, kv, n: int | None = None):
         "A cache with the keys and values before the first `n` rows."
-        return PrefixCache(tuple(x[self.pair[:n], :self.past].transpose(1, 2) for x in kv) if self.past else ())
+        pair = self.on(kv[0].device).pair[:n]
+        return PrefixCache(tuple(x[pair, :self.past].transpose(1, 2) for x in kv) if self.past else ())
 
     def run(self,
         adapter: ModelAdapter,
@@ -76,10 +90,10 @@ class Window:
         past: PrefixCache
     ) -> Float[Tensor, "row query d_model"]:
         "The layer's output for the first rows, at the last `query` positions of the window."
-        n, q = h.shape[:2]
-        mask = self.mask_of(adapter.window(layer))[:n, :, -q:] # (row or 1, 1, query, past + width)
-        rotation = tuple(x[:n, -q:] for x in self.rotations[adapter.bases[layer]])
-        return hidden_of(adapter.layers[layer](h, **adapter.inputs(mask, self.positions[:n, -q:], rotation, past)))
+        w, (n, q) = self.on(adapter.devices[layer]), h.shape[:2]
+        mask = w.mask_of(adapter.window(layer))[:n, :, -q:] # (row or 1, 1, query, past + width)
+        rotation = tuple(x[:n, -q:] for x in w.rotations[adapter.bases[layer]])
+        return hidden_of(adapter.layers[layer](h, **adapter.inputs(mask, w.positions[:n, -q:], rotation, past)))
 
     def run_last(self,
         adapter: ModelAdapter,

@@ -56,7 +56,7 @@ def _swept(model, pairs, sites, runs, span) -> Float[Tensor, "run 2 d_model"]:
         )
         final = torch.where(whole[:, None], of_source[pair.to(device)], of_base[pair.to(device)])
         final[again.to(device)] = of_runs
-        finals.append(a.final_norm(final))
+        finals.append(a.normed(final))
     return torch.stack(finals, 1)
 
 def _by_hooks(model, pairs, sites, runs, span) -> Float[Tensor, "run 2 d_model"]:

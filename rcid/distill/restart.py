@@ -49,12 +49,12 @@ def kept_run(
         if l == last and short:
             of_few = tuple(x.expand(len(pairs), -1, -1)[row, answers] for x in rotation)
             few = a.inputs(mask[row, 0, answers][:, None], at[row, answers], of_few, past)   # mask: (pair, 1, 2, both)
-            h = _asked(layer, h, h[row, answers], past, inputs, few)
+            h = _asked(layer, h, h.to(a.home)[row, answers], past, inputs, few)
         else:
             h = hidden_of(layer(h, **inputs))
-            residuals.append(h)
+            residuals.append(h.to(a.home))
         keys_values.append(past.own)
-    final = a.final_norm(h)
+    final = a.normed(h)
     if not short and not request.everywhere: final = final[row, answers]                   # (pair, 2, d_model)
     hidden = dict(enumerate(residuals))
     for b, both in rotations.items(): rotations[b] = tuple(x.expand(len(pairs), -1, -1) for x in both)
@@ -134,8 +134,9 @@ def exchanged(
         if l < last: h = hidden_of(a.layers[l](h, **all_inputs))
         else:
             few_inputs = a.inputs(mask[row, 0, some.answers][:, None], at_few, turned_few[a.bases[l]], past)
-            h = _asked(a.layers[l], h, h[row, some.answers], past, all_inputs, few_inputs) # (pair, 2, d_model)
-    return a.final_norm(h)
+            few = h.to(a.home)[row, some.answers]
+            h = _asked(a.layers[l], h, few, past, all_inputs, few_inputs)                  # (pair, 2, d_model)
+    return a.normed(h)
 
 # %% ../../nbs/05_distill/03b_restart.ipynb #87eee4f5
 def exchanged_by_hooks(

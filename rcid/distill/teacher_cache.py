@@ -77,8 +77,8 @@ def final_at(model: nn.Module,
     of_few = tuple(x.expand(len(ids), -1, -1)[row, columns] for x in rotation)
     sees = mask[row, 0, columns][:, None]        # (row, 1, few, seq)
     asked = a.inputs(sees, position_ids[row, columns], of_few, past)
-    few = last.forward(h[row, columns], **asked) # (row, few, d_model)
-    return a.final_norm(hidden_of(few))
+    few = last.forward(_at(h, columns), **asked) # (row, few, d_model)
+    return a.normed(hidden_of(few))
 
 # %% ../../nbs/05_distill/03_teacher_cache.ipynb #730f31d3
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def answer_columns(pairs: ContrastiveDataset, packed: Packed, both: bool) -> Int
     return torch.cat([clean, packed.corrupt.gather(1, clean)], 1) if both else clean
 
 def _at(h, columns): # (pair, column, d_model), (pair, few) -> (pair, few, d_model)
-    return h[torch.arange(len(h), device=h.device)[:, None], columns]
+    return h[torch.arange(len(h), device=h.device)[:, None], columns.to(h.device)]
 
 def told(
     pairs: ContrastiveDataset, request: SignalRequest, packed: Packed,

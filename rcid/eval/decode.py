@@ -50,7 +50,7 @@ def greedy_decode(
         if out.past_key_values is None:
             what = f"this {model.config.model_type} model returned no key-value cache"
             raise ValueError(f"greedy_decode: {what}: use a model with use_cache")
-        hidden = out.last_hidden_state[row, length - 1]                    # (batch, d_model)
+        hidden = out.last_hidden_state.to(row.device)[row, length - 1]     # (batch, d_model)
         new = []
         going = torch.ones_like(length, dtype=torch.bool)
         for step in range(max_new):
@@ -66,7 +66,7 @@ def greedy_decode(
                 past_key_values=out.past_key_values,
                 use_cache=True,
             )
-            hidden = out.last_hidden_state[:, -1]
+            hidden = out.last_hidden_state[:, -1].to(row.device)
     return [[t for t in text if t >= 0] for text in torch.stack(new, 1).tolist()]
 
 # %% ../../nbs/07_eval/07_decode.ipynb #89113497

@@ -56,10 +56,11 @@ def knock_out(
     p = checked(model, pairs)
     if role is not None: site_positions(model, p, [Site(layer, role)])   # the role and the layer are there
     seen = []
-    def keep(batch, output): seen.append(output[_places(batch, role)])
+    def keep(batch, output): seen.append(output[_places(batch, role).to(output.device)])
     before = _gaps(model, p, layer, batch_size, keep).mean()
     mean = torch.cat(seen).mean(0)                       # (d_model,)
-    def replace_by_mean(batch, output): return torch.where(_places(batch, role)[..., None], mean, output)
+    def replace_by_mean(batch, output):
+        return torch.where(_places(batch, role)[..., None].to(output.device), mean, output)
     after = _gaps(model, p, layer, batch_size, replace_by_mean).mean()
     return float(after / before) if before != 0 else float("nan")
 

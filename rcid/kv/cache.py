@@ -172,11 +172,12 @@ def forward_kv(
         model,
         getattr(out, "past_key_values", None),
         mask,
-        torch.stack([adapter.query_heads(l, caught[l]) for l in range(adapter.n_layers)], 1) if queries else None,
+        torch.stack([adapter.query_heads(l, caught[l].to(mask.device)) for l in range(adapter.n_layers)], 1)
+        if queries else None,
         pre_rope,
     )
     if check: check_finite(cache)
-    return out.last_hidden_state, cache
+    return out.last_hidden_state.to(input_ids.device), cache
 
 def cache_of(
     model: nn.Module,
@@ -201,7 +202,7 @@ def cache_of(
             )
     keep = mask.bool()[:, None, None, :, None]
     rope = rope_of(model) if pre_rope or raw_queries is not None else None
-    k, v = (torch.stack([getattr(l, part) for l in layers[:n]], 1) for part in ("keys", "values"))
+    k, v = (torch.stack([getattr(l, part).to(mask.device) for l in layers[:n]], 1) for part in ("keys", "values"))
     cache = KVCache(k, v, mask, pre_rope=False)
     if pre_rope: cache = cache.unrotated(rope)
     if raw_queries is not None:

@@ -78,7 +78,7 @@ class _Trunk(nn.Module):
             h = self.trunk[0](
                 inputs_embeds=x, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
             ).last_hidden_state[:, :-1]
-            h = self.thought(h, size).to(words.dtype)
+            h = self.thought(h.to(words.device), size).to(words.dtype)
             x = torch.where(at[..., None], nn.functional.pad(h, (0, 0, 1, 0)), words)
         return x
 
@@ -190,5 +190,5 @@ class LatentModel(nn.Module):
     def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False):
         from transformers.modeling_outputs import CausalLMOutputWithPast
         out = self.model(input_ids, attention_mask, position_ids, past_key_values, use_cache)
-        logits = get_adapter(self).logits(out.last_hidden_state)
+        logits = get_adapter(self).logits(out.last_hidden_state.to(input_ids.device))
         return CausalLMOutputWithPast(logits=logits, past_key_values=out.past_key_values)

@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 from ..align.tokens import byte_spans
-from ..core.hardware import pick_device
 from ..core.teacher_params import TeacherVariant
 from ..core.paths import read_json, sha256, write_json
 from ..distill.teacher_cache import code_hash
@@ -25,9 +24,10 @@ from ..data.pairs import prompt_ids
 from ..data.reasoning import CUE, Problem, ReasoningDataset, encode_problems
 from .cache import KVCache, forward_kv, load_kv, save_kv
 from .rope import Rope, rope_of
-from ..models.adapters import get_adapter
+from ..models.adapters import get_adapter, model_device
 from ..models.generation import plain_generation
 from ..models.load import load_model
+from ..models.spread import Devices, devices_for
 
 # %% ../../nbs/06_kv/13_recording.ipynb #5ffe0be1
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=dict(extra="forbid"))
@@ -48,7 +48,7 @@ class Teacher(TeacherVariant):
             return [self._draw(p, model, tokenizer) for p in styled]
 
     def _draw(self, p: Problem, model, tokenizer) -> Problem | None:
-        ids = torch.tensor(prompt_ids(tokenizer, [p.prompt + "\n"]), device=model.device)
+        ids = torch.tensor(prompt_ids(tokenizer, [p.prompt + "\n"]), device=model_device(model))
         with plain_generation(model, tokenizer):
             how = dict(do_sample=True, temperature=self.temperature, top_k=0, max_new_tokens=self.longest)
             out = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
@@ -98,22 +98,22 @@ def record_teacher(
     dtype: torch.dtype = torch.float16,   # on disk
     batch: int = 32,
     computed: str | None = "float32",     # dtype of the model; None: as the device likes it
-    device: str | None = None
+    device: Devices | None = None         # as in `load_model`
 ) -> Path:
     "Writes what a teacher says about every problem, or leaves a file that already does."
     path, note = Path(path), Path(path).with_suffix(".json")
-    key = _key(teacher, problems, layers and list(layers), queries, dtype, computed, pick_device(device), batch)
+    key = _key(teacher, problems, layers and list(layers), queries, dtype, computed, devices_for(device)[0], batch)
     if path.exists() and note.exists() and read_json(note)["key"] == key: return path
     model, tokenizer = load_model({"path": teacher.folder}, dtype=computed, device=device)
     read = teacher.read(problems, model, tokenizer)
     data = _tokenized(teacher, read, problems, tokenizer)
-    head = get_adapter(model).logits
+    head, home = get_adapter(model).logits, model_device(model)
     numbers = data.input_ids.gather(1, data.cue_pos[:, None] + 1).unique()   # the numbers that answer some problem
     parts, right = [], []
     for i in range(0, len(data), batch):
-        ids, mask = (t[i:i+batch].to(model.device) for t in (data.input_ids, data.attention_mask))
+        ids, mask = (t[i:i+batch].to(home) for t in (data.input_ids, data.attention_mask))
         final, cache = forward_kv(model, ids, mask, queries=queries, pre_rope=True)
-        row, cue = torch.arange(len(ids), device=model.device), data.cue_pos[i:i+batch].to(model.device)
+        row, cue = torch.arange(len(ids), device=home), data.cue_pos[i:i+batch].to(home)
         said = numbers[head(final[row, cue])[:, numbers].argmax(-1).cpu()]   # (row,)
         right.append(said == ids[row, cue + 1].cpu())
         parts.append((cache if layers is None else cache.layers(list(layers))).to("cpu").to(dtype))

@@ -68,7 +68,8 @@ def rope_of(model: nn.Module) -> Rope:
     width = a.head_dim if 2*half < a.head_dim else None
     if len(used) == len(every) and len(set(a.bases)) == 1:
         return Rope(used[0][0].detach().clone().float(), used[0][1], width)
-    still = torch.zeros(half, device=a.embed.weight.device), 1.0           # a layer without RoPE turns nothing
+    place = used[0][0].device if used else a.home
+    still = torch.zeros(half, device=place), 1.0                           # a layer without RoPE turns nothing
     every = [still if f is None else f for f in every]
     inv_freq = torch.stack([f.detach().float() for f, _ in every])         # (layer, half)
     return Rope(inv_freq, torch.tensor([s for _, s in every]), width)

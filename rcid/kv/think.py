@@ -55,7 +55,7 @@ def plain_thoughts(
     return Thoughts(final, cache if wish.cache else None, at_cue, words)
 
 def _normed(a: ModelAdapter, at_cue: Float[Tensor, "batch layer d_model"]) -> Float[Tensor, "batch layer d_model"]:
-    return torch.cat([at_cue[:, :-1], a.final_norm(at_cue[:, -1:])], 1)
+    return torch.cat([at_cue[:, :-1], a.normed(at_cue[:, -1:])], 1)
 
 # %% ../../nbs/06_kv/09b_think.ipynb #ba611de8
 class Part(NamedTuple):
@@ -97,8 +97,8 @@ def run_columns(
         finally:
             if hook: hook.remove()
         keys_values.append(cache.own)
-        residuals.append(x)
-    return Ran(a.final_norm(x), keys_values, residuals, asked)
+        residuals.append(x.to(a.home))
+    return Ran(a.normed(x), keys_values, residuals, asked)
 
 def _asking(a: ModelAdapter, layer: int, asked: list):
     def keep(module, args, out): asked.append(a.query_heads(layer, out))
@@ -194,7 +194,8 @@ def _cache(student, thought: ReasoningDataset, question: Ran, behind: Ran, wish:
     "Keys, values and queries before RoPE at the tokens of `thought`."
     mask = thought.attention_mask.bool()
     def at_tokens(of_question, of_places): # each a list by layer of (batch, head, column, head_dim)
-        both = [torch.stack(x, 1).permute(0, 3, 1, 2, 4) for x in (of_question, of_places)]
+        home = mask.device                                                     # a layer's may be elsewhere
+        both = [torch.stack([y.to(home) for y in x], 1).permute(0, 3, 1, 2, 4) for x in (of_question, of_places)]
         joined = _joined(*both, thought)                                       # (batch, seq, layer, head, head_dim)
         return joined.masked_fill(~mask[:, :, None, None, None], 0).permute(0, 2, 3, 1, 4)
     k, v = (at_tokens([kv[i] for kv in question.keys_values], [kv[i] for kv in behind.keys_values]) for i in (0, 1))

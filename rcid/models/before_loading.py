@@ -10,10 +10,11 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
-from ..core.hardware import free_memory, pick_device, pick_dtype
+from ..core.hardware import AUTO, free_memory, pick_device, pick_dtype
 from .adapters import get_adapter
 from .load import is_folder, refusal
 from .lora_folder import WEIGHTS, hub_lora, lora_base, lora_folder
+from .spread import room
 
 # %% ../../nbs/01_models/10_before_loading.ipynb #10be0004
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ BESIDE = 2**30           # bytes that a run needs beside the weights: residuals,
 def free_bytes(device: str | None = None) -> float | None:
     "Bytes that are free where the models will be; None where nothing says so."
     device = pick_device(device)
+    if device == AUTO: return sum(room().values())
     if device.startswith("cuda"): return torch.cuda.mem_get_info(device)[0]
     return free_memory() * 1e9 if device == "cpu" else None
 

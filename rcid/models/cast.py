@@ -22,7 +22,9 @@ def carry_rotary(source: nn.Module, target: nn.Module) -> nn.Module:
     "`target`, with RoPE's frequencies and scaling as they are in `source` now."
     old, new = get_adapter(source).rotary, get_adapter(target).rotary
     if old is None: return target                                          # learned positions are weights
-    for name, value in old.named_buffers(recurse=False): new.register_buffer(name, value.clone(), persistent=False)
+    home = get_adapter(target).home
+    for name, value in old.named_buffers(recurse=False):
+        new.register_buffer(name, value.to(home, copy=True), persistent=False)
     scalings = [name for name in vars(old) if name.endswith("attention_scaling")]          # one for each base
     for name in (*scalings, "max_seq_len_cached"):                         # the last one grows with what was seen
         if hasattr(old, name): setattr(new, name, getattr(old, name))

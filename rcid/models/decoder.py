@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from .families import Family
+from .weights import device_of
 
 # %% ../../nbs/01_models/00_decoder.ipynb #9ea82183
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}   # kinds of attention whose masks are made here
@@ -52,6 +53,16 @@ class ModelAdapter:
     embed_scale: float = 1.0                     # embeddings times this enter the first layer
     logit_divisor: float = 1.0
     logit_cap: float | None = None               # logits are cap * tanh(logits / cap)
+
+    @cached_property
+    def home(self) -> torch.device:
+        "Where the model takes its tokens, and where what it says comes back to, whatever device its last layer is on."
+        return device_of(self.embed)
+
+    @cached_property
+    def devices(self) -> list[torch.device]:
+        "By layer: where it computes. What enters a layer is moved there by accelerate's hooks; what it gives stays."
+        return [device_of(layer) for layer in self.layers]
 
     def residual_site(self,
         layer: int # 0 .. n_layers-1
@@ -175,7 +186,9 @@ class ModelAdapter:
     ) -> dict[str | None, tuple[Tensor, ...]]:
         "`(cos, sin)` by base of a layer; `()` for a model without RoPE."
         if self.rotary is None: return {None: ()}
-        return {b: self.rotary(h, position_ids, *([] if b is None else [b])) for b in set(self.bases)}
+        def turned(base): # back from where the rotary embedding is
+            return tuple(x.to(h.device) for x in self.rotary(h, position_ids, *([] if base is None else [base])))
+        return {b: turned(b) for b in set(self.bases)}
 
     def start(self,
         input_ids: Int[Tensor, "batch seq"],
@@ -184,7 +197,7 @@ class ModelAdapter:
         "The residual stream before the first layer."
         h = self.embed(input_ids)
         if self.embed_scale != 1: h = h * self.embed_scale
-        return h if self.places is None else h + self.places(position_ids)
+        return h if self.places is None else h + self.places(position_ids).to(h.device)
 
     def inputs(self,
         mask: Tensor,
@@ -226,10 +239,14 @@ class ModelAdapter:
             alike = list(masks) == [None] or self.kind(0) is None
             attention_mask = next(iter(masks.values())) if alike else {kinds[w]: m for w, m in masks.items()}
         inputs = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
-        return self.body(**inputs, use_cache=False).last_hidden_state
+        return self.body(**inputs, use_cache=False).last_hidden_state.to(input_ids.device)
+
+    def normed(self, h: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:
+        "Final hidden states of what the last layer gave: after the final norm, and back at `home`."
+        return self.final_norm(h).to(self.home)
 
     def logits(self, normed: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row vocab"]:
-        "The model's logits of final hidden states."
-        logits = self.lm_head(normed)
+        "The model's logits of final hidden states, on their device."
+        logits = self.lm_head(normed).to(normed.device)
         if self.logit_divisor != 1: logits = logits / self.logit_divisor
         return logits if self.logit_cap is None else torch.tanh(logits / self.logit_cap) * self.logit_cap

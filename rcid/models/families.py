@@ -129,7 +129,7 @@ def unlike(
         final = a.trunk(ids)
         wide = a.n_heads * a.head_dim
         if seen["heads"] != wide: return f"its heads are {seen['heads']} wide together, by its config {wide}"
-        if far(a.final_norm(seen["last"]), final): return f"{a.names.final_norm} of its last layer is no final state"
+        if far(a.normed(seen["last"]), final): return f"{a.names.final_norm} of its last layer is no final state"
         if far(a.logits(final), want): return "its logits are not those of its LM head"
         causal = torch.ones(2, 1, 6, 6, dtype=torch.bool, device=ids.device).tril()
         if far(a.trunk(ids, causal, torch.arange(6, device=ids.device).expand(2, 6)), final):

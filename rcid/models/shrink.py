@@ -41,7 +41,7 @@ def rebuilt(
     layers: list[int],       # the layer of `model` that each layer of the copy starts as; one may stand several times
     untie: bool = False      # an LM head that shares the embedding's weights gets its own
 ) -> nn.Module:
-    "A copy of `model` made of these of its layers, in eval mode and without its hooks; the original is untouched."
+    "A copy of `model` made of these of its layers, in eval mode, on one device, without its hooks."
     a = get_adapter(model)
     model = a.model                                                        # what peft has wrapped, if it has
     config = _config_of(model, layers)
@@ -56,7 +56,7 @@ def rebuilt(
         return [f"{of_layers}{place}.{rest}" for place in places.get(number, [])]
     state = {}
     for name, value in weights_of(model):
-        for new_name in new_names(name): state[new_name] = value.clone()
+        for new_name in new_names(name): state[new_name] = value.to(a.home, copy=True)
     if strange := sorted(set(state) ^ set(new.state_dict())):
         parts = ", ".join(strange[:3])
         raise ValueError(
@@ -68,7 +68,7 @@ def rebuilt(
         for new_name in new_names(name):
             if new_name in state: continue
             parent, _, leaf = new_name.rpartition(".")
-            new.get_submodule(parent).register_buffer(leaf, value.clone(), persistent=False)
+            new.get_submodule(parent).register_buffer(leaf, value.to(a.home, copy=True), persistent=False)
     tied = a.lm_head.weight is a.embed.weight or (a.embed.weight.is_meta and config.tie_word_embeddings)
     if tied and not untie: get_adapter(new).lm_head.weight = get_adapter(new).embed.weight
     new.generation_config = copy.deepcopy(model.generation_config)

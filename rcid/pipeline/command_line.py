@@ -41,7 +41,7 @@ def _add_options(parser: argparse.ArgumentParser):
     parser.add_argument("--unfiltered", action="store_true", help="also pairs that the teacher gets wrong")
     parser.add_argument("--out", default="", metavar="FILE", help="the page; the numbers are beside it as JSON")
     parser.add_argument("--dtype", help="float32 | bfloat16 | float16 (default: float32 on a CPU, else bfloat16)")
-    parser.add_argument("--device", help="cpu | cuda | cuda:1 ... (default: cuda where there is one)")
+    parser.add_argument("--device", help="cpu | cuda | cuda:1 ... | auto: all cards (default: cuda where there is one)")
     parser.add_argument("--batch", type=int, default=32, help="pairs at a time (default 32)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     parser.add_argument("--anyway", action="store_true", help="load although the memory does not seem to suffice")

@@ -1,4 +1,4 @@
-// A device that computes on the CPU but refuses what a real accelerator refuses: numpy(), and tensors of two devices in one operation.
+// Two devices that compute on the CPU but refuse what real accelerators refuse: numpy(), and tensors of two devices in one operation.
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/native/CPUFallback.h>
@@ -16,16 +16,22 @@
 using namespace at;
 constexpr auto P1 = c10::DeviceType::PrivateUse1;
 
+constexpr c10::DeviceIndex COUNT = 2;
+static thread_local c10::DeviceIndex now = 0;   // the device of this thread
+static c10::Device numbered(c10::Device d) { return c10::Device(P1, d.has_index() ? d.index() : now); }
+
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceType type() const override { return P1; }
-  c10::Device exchangeDevice(c10::Device d) const override { return c10::Device(P1, 0); }
-  c10::Device getDevice() const override { return c10::Device(P1, 0); }
-  void setDevice(c10::Device) const override {}
-  void uncheckedSetDevice(c10::Device) const noexcept override {}
-  c10::Stream getStream(c10::Device d) const override { return c10::Stream(c10::Stream::DEFAULT, c10::Device(P1, 0)); }
-  c10::Stream getDefaultStream(c10::Device d) const override { return c10::Stream(c10::Stream::DEFAULT, c10::Device(P1, 0)); }
-  c10::Stream exchangeStream(c10::Stream) const override { return c10::Stream(c10::Stream::DEFAULT, c10::Device(P1, 0)); }
-  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+  c10::Device exchangeDevice(c10::Device d) const override { auto old = getDevice(); setDevice(d); return old; }
+  c10::Device getDevice() const override { return c10::Device(P1, now); }
+  void setDevice(c10::Device d) const override {
+    TORCH_CHECK(numbered(d).index() < COUNT, "FAKEGPU: there is no device ", d);
+    now = numbered(d).index(); }
+  void uncheckedSetDevice(c10::Device d) const noexcept override { now = numbered(d).index(); }
+  c10::Stream getStream(c10::Device d) const override { return c10::Stream(c10::Stream::DEFAULT, numbered(d)); }
+  c10::Stream getDefaultStream(c10::Device d) const override { return c10::Stream(c10::Stream::DEFAULT, numbered(d)); }
+  c10::Stream exchangeStream(c10::Stream s) const override { return c10::Stream(c10::Stream::DEFAULT, s.device()); }
+  c10::DeviceIndex deviceCount() const noexcept override { return COUNT; }
   void record(void** event, const c10::Stream& stream, const c10::DeviceIndex device_index, const c10::EventFlag flag) const override {}
   void block(void* event, const c10::Stream& stream) const override {}
   bool queryEvent(void* event) const override { return true; }
@@ -34,7 +40,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
 
 struct Alloc final : c10::Allocator {
-  c10::DataPtr allocate(size_t n) override { void* p = c10::alloc_cpu(n ? n : 1); return {p, p, &c10::free_cpu, c10::Device(P1, 0)}; }
+  c10::DataPtr allocate(size_t n) override { void* p = c10::alloc_cpu(n ? n : 1); return {p, p, &c10::free_cpu, c10::Device(P1, now)}; }
   c10::DeleterFnPtr raw_deleter() const override { return &c10::free_cpu; }
   void copy_data(void* d, const void* s, std::size_t n) const override { std::memcpy(d, s, n); }
 };
@@ -56,11 +62,13 @@ static Tensor cpu_view(const Tensor& t) {
   if (!t.defined() || t.device().type() != P1) return t;
   return at::from_blob(t.data_ptr(), t.sizes(), t.strides(), t.options().device(kCPU).requires_grad(false));
 }
-static Tensor empty_mf(c10::IntArrayRef size, std::optional<ScalarType> dtype, std::optional<Layout>, std::optional<Device>, std::optional<bool>, std::optional<c10::MemoryFormat> mf) {
+static Tensor empty_mf(c10::IntArrayRef size, std::optional<ScalarType> dtype, std::optional<Layout>, std::optional<Device> device, std::optional<bool>, std::optional<c10::MemoryFormat> mf) {
+  c10::OptionalDeviceGuard there(device);
   constexpr c10::DispatchKeySet ks(c10::DispatchKey::PrivateUse1);
   return at::detail::empty_generic(size, &alloc, ks, c10::dtype_or_default(dtype), mf);
 }
-static Tensor empty_st(c10::IntArrayRef size, c10::IntArrayRef stride, std::optional<ScalarType> dtype, std::optional<Layout>, std::optional<Device>, std::optional<bool>) {
+static Tensor empty_st(c10::IntArrayRef size, c10::IntArrayRef stride, std::optional<ScalarType> dtype, std::optional<Layout>, std::optional<Device> device, std::optional<bool>) {
+  c10::OptionalDeviceGuard there(device);
   constexpr c10::DispatchKeySet ks(c10::DispatchKey::PrivateUse1);
   return at::detail::empty_strided_generic(size, stride, &alloc, ks, c10::dtype_or_default(dtype));
 }
@@ -81,16 +89,21 @@ static int64_t choice(const Tensor& q, const Tensor& k, const Tensor& v, const s
   return at::_fused_sdp_choice(cpu_view(q), cpu_view(k), cpu_view(v), m, dropout, causal, scale, gqa) == kFlash
     ? kOverrideable : 0; }
 namespace at::native { REGISTER_PRIVATEUSE1_DISPATCH(_fused_sdp_choice_stub, &choice) }
-static Tensor on_device(const Tensor& t) {
+static Tensor on_device(const Tensor& t, c10::Device device) {
   if (!t.defined()) return t;
-  auto d = at::empty_strided(t.sizes(), t.strides(), t.options().device(P1)); cpu_view(d).copy_(t); return d; }
+  auto d = at::empty_strided(t.sizes(), t.strides(), t.options().device(device)); cpu_view(d).copy_(t); return d; }
+static void same_device(const Tensor& q, std::initializer_list<Tensor> others) {
+  for (const Tensor& t : others) TORCH_CHECK(!t.defined() || t.device() == q.device(), "FAKEGPU: Expected all tensors"
+    " to be on the same device, but found at least two devices, ", q.device(), " and ", t.device(), "! (attention)"); }
 static std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt, c10::SymInt, Tensor, Tensor, Tensor> attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask, double dropout, bool causal,
     bool, std::optional<double> scale) {
+  same_device(q, {k, v, mask.has_value() ? *mask : Tensor()});
   std::optional<Tensor> m; if (mask.has_value() && mask->defined()) m = cpu_view(*mask);
   auto [out, sums] = at::_scaled_dot_product_flash_attention_for_cpu(
     cpu_view(q), cpu_view(k), cpu_view(v), dropout, causal, m, scale);
-  return {on_device(out), on_device(sums), Tensor(), Tensor(), q.size(2), k.size(2), Tensor(), Tensor(), Tensor()}; }
+  const auto d = q.device();
+  return {on_device(out, d), on_device(sums, d), Tensor(), Tensor(), q.size(2), k.size(2), Tensor(), Tensor(), Tensor()}; }
 static std::tuple<Tensor, Tensor, Tensor, Tensor> attention_back(
     const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, std::array<bool, 4>,
     const Tensor& out, const Tensor& sums, const Tensor&, const Tensor&, c10::SymInt, c10::SymInt, double dropout,
@@ -98,17 +111,22 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> attention_back(
   std::optional<Tensor> m; if (mask.defined()) m = cpu_view(mask);
   auto [gq, gk, gv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
     cpu_view(grad), cpu_view(q), cpu_view(k), cpu_view(v), cpu_view(out), cpu_view(sums), dropout, causal, m, scale);
-  return {on_device(gq), on_device(gk), on_device(gv), Tensor()}; }
+  const auto d = q.device();
+  return {on_device(gq, d), on_device(gk, d), on_device(gv, d), Tensor()}; }
 
 // What is against the devices of an operation's arguments, as CUDA sees it: tensors of both, numbers excepted.
 static void check_devices(const c10::OperatorHandle& op, const torch::jit::Stack& stack, size_t n) {
   static const std::set<std::string> loose = {
     "aten::index.Tensor", "aten::index_put_", "aten::index_put", "aten::_index_put_impl_", "aten::index.Tensor_out",
     "aten::_unsafe_index.Tensor", "aten::copy_", "aten::_to_copy", "aten::_local_scalar_dense", "aten::masked_scatter"};
-  bool mine = false, other = false, first_cpu = false;
+  bool mine = false, other = false, first_cpu = false, both = false;
+  c10::DeviceIndex number = 0;
   auto look = [&](const Tensor& t) {
     if (!t.defined()) return;
-    if (t.device().type() == P1) mine = true; else if (t.dim() > 0) other = true; };
+    if (t.device().type() == P1) {
+      both |= mine && t.device().index() != number;
+      mine = true; number = t.device().index();
+    } else if (t.dim() > 0) other = true; };
   int i = 0;
   for (const auto& v : torch::jit::last(stack, n)) {
     if (v.isTensor()) {
@@ -118,9 +136,11 @@ static void check_devices(const c10::OperatorHandle& op, const torch::jit::Stack
     else if (v.isList()) for (const c10::IValue& x : v.toListRef()) if (x.isTensor()) look(x.toTensor());
     ++i;
   }
-  if (!mine || !other) return;
   auto name = op.schema().name();
   if (!op.schema().overload_name().empty()) name += "." + op.schema().overload_name();
+  TORCH_CHECK(!both, "FAKEGPU: Expected all tensors to be on the same device, but found at least two devices, fakegpu:0"
+    " and fakegpu:1! (", name, ")");
+  if (!mine || !other) return;
   TORCH_CHECK(loose.count(name) && !first_cpu, "FAKEGPU: Expected all tensors to be on the same device, but found at"
     " least two devices, fakegpu:0 and cpu! (", name, ")");
 }
@@ -140,6 +160,17 @@ static c10::IValue on_cpu(const c10::IValue& v) {
   return v;
 }
 
+// Where an operation's result is: with its first tensor on a device, or where it is asked for.
+static c10::Device place_of(const std::vector<c10::IValue>& given) {
+  for (const c10::IValue& v : given) {
+    if (v.isTensor() && v.toTensor().defined() && v.toTensor().device().type() == P1) return v.toTensor().device();
+    if (v.isList()) for (const c10::IValue& x : v.toListRef())
+      if (x.isTensor() && x.toTensor().defined() && x.toTensor().device().type() == P1) return x.toTensor().device();
+  }
+  for (const c10::IValue& v : given) if (v.isDevice() && v.toDevice().type() == P1) return numbered(v.toDevice());
+  return c10::Device(P1, now);
+}
+
 // The CPU's kernel on the same memory and strides: the same numbers, to the last digit.
 static void boxed(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
@@ -147,6 +178,7 @@ static void boxed(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   check_devices(op, *stack, n);
   const auto begin = stack->size() - n;
   const std::vector<c10::IValue> given(stack->begin() + begin, stack->end());
+  const auto place = place_of(given);
   for (size_t i = 0; i < n; ++i) (*stack)[begin + i] = on_cpu(given[i]);
   op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
   const auto& returns = schema.returns();
@@ -154,9 +186,9 @@ static void boxed(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     auto& value = (*stack)[stack->size() - returns.size() + i];
     const auto* alias = returns[i].alias_info();
     if (!alias) {
-      if (value.isTensor()) value = on_device(value.toTensor());
+      if (value.isTensor()) value = on_device(value.toTensor(), place);
       else if (value.isTensorList()) {
-        c10::List<Tensor> out; for (const Tensor& t : value.toTensorVector()) out.push_back(on_device(t)); value = out; }
+        c10::List<Tensor> out; for (const Tensor& t : value.toTensorVector()) out.push_back(on_device(t, place)); value = out; }
       continue;
     }
     TORCH_CHECK(alias->isWrite(), "FAKEGPU: ", schema.name(), " is a view that this device does not know");
@@ -194,7 +226,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
     int64_t n = 1; for (auto x : size) n *= x;
     size_t bytes = (n + t.storage_offset()) * t.dtype().itemsize();
     auto* st = t.storage().unsafeGetStorageImpl();
-    if (st->nbytes() < bytes) { auto p = alloc.allocate(bytes); if (st->nbytes()) std::memcpy(p.get(), st->data(), st->nbytes()); st->set_data_ptr_noswap(std::move(p)); st->set_nbytes(bytes); }
+    if (st->nbytes() < bytes) { c10::DeviceGuard there(t.device()); auto p = alloc.allocate(bytes); if (st->nbytes()) std::memcpy(p.get(), st->data(), st->nbytes()); st->set_data_ptr_noswap(std::move(p)); st->set_nbytes(bytes); }
     impl->set_sizes_contiguous(size); return t; });
 }
 TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::makeFallthrough()); }

@@ -1,6 +1,6 @@
-"""Builds and loads the fake device: after `install()` the device 'fakegpu' exists in this process.
+"""Builds and loads the fake devices: after `install()` 'fakegpu' (`fakegpu:0`) and `fakegpu:1` exist in this process.
 
-It computes on the CPU and refuses what CUDA refuses: `.numpy()` of its tensors, tensors of two devices in an operation.
+They compute on the CPU and refuse what CUDA refuses: `.numpy()` of a tensor, tensors of two devices in an operation.
 torch calls `install` by itself in every process that finds `fakegpu.dist-info` (`announce`) on its path."""
 import hashlib, os, tempfile, types
 from pathlib import Path
@@ -24,7 +24,7 @@ def module(torch) -> types.ModuleType:
     "What torch asks a device for, as `torch.cuda` has it."
     said = types.ModuleType("torch.fakegpu")
     said.is_available = said.is_initialized = lambda: True
-    said.device_count = lambda: 1
+    said.device_count = lambda: 2
     said.current_device = lambda: 0
     said.set_device = said.synchronize = said.manual_seed = said.manual_seed_all = lambda *_: None
     said._is_in_bad_fork = lambda: False
