@@ -7,12 +7,16 @@ from types import SimpleNamespace
 import pytest, torch
 from rcid.core.paths import read_yaml
 from rcid.core.tensors import load_tensors
+from rcid.data.holdout import styled_problems
 from rcid.data.reasoning import encode_problems, word_problems
 from rcid.distill import DistillConfig, distill
 from rcid.kv import KV_METHODS, AttentionWeighting, KVMethod, KVObjective, KVShape, LatentModel, MapProjectionAligner
 from rcid.kv import Column, RegressionKVLoss, Warped, columns_of, kept_shards, load_shards, method_of, write_shards
-from rcid.kv.shards import shard_of
-from rcid.models import load_model, train_tokenizer
+from rcid.kv import KVFusion, Teacher, load_recording, make_fusion_targets, record_teacher, with_latents
+from rcid.kv import fusion_targets as fusing
+from rcid.kv.fusion_targets import closeness
+from rcid.kv.shards import filled, rows_of, shard_of
+from rcid.models import load_model, save_model, train_tokenizer
 
 N = 140                                          # problems: two shards and a part of one
 CONFIG = DistillConfig(steps=3, batch=16, lr=3e-3, log_every=1, seed=3)
@@ -192,6 +196,84 @@ def test_the_paper_scale_maps_queries_by_heads(root):
     assert method_of("kv_structured", kv).kv == KV_METHODS["kv_structured"].kv
     with pytest.raises(ValueError, match="unknown queries='mixed'"):
         MapProjectionAligner(KVShape(2, 1, 4, 2), KVShape(2, 1, 4, 2), queries="mixed")
+
+
+# several teachers
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """A student, 70 problems in its words and with places, and of two teachers what was recorded of each, in memory and
+    on disk. They are untrained and so missing everywhere; here each is there for some problems all the same."""
+    problems, folder = styled_problems(n=70, steps=(1,), operations="+-", largest=20), tmp_path_factory.mktemp("said")
+    def tokenizer(style, vocab): return train_tokenizer([p.styled(style).text for p in problems], vocab=vocab)
+    recorded = {True: {}, False: {}}
+    for name, style, layers, available in (("a", "words", 4, range(70)), ("b", "equation", 3, range(66, 70))):
+        words = tokenizer(style, 500)
+        model = load_model(dict(arch="qwen3", layers=layers, vocab=len(words), seed=layers), dtype="float32")[0]
+        save_model(model, words, folder/f"model-{name}")
+        teacher = Teacher(name=name, folder=str(folder/f"model-{name}"), style=style)
+        record_teacher(teacher, problems, folder/name)
+        for stream in (False, True):
+            said = load_recording(teacher, folder/name, words, stream=stream)
+            there = torch.tensor([i in available for i in range(70)])
+            mask = said.data.attention_mask.bool() & there[:, None]
+            recorded[stream][name] = replace(said, cache=replace(said.cache, mask=mask), available=there)
+    words = tokenizer("equation", 450)
+    spec = dict(arch="llama", layers=2, heads=2, kv_heads=2, vocab=len(words), seed=5)
+    student, own = load_model(spec, dtype="float32")[0], encode_problems([p.styled("equation") for p in problems], words)
+    return student, own, with_latents(own, 4, words.bos_token_id), recorded
+
+
+def test_what_a_teacher_said_is_read_from_disk_as_it_is_in_memory(several):
+    *_, recorded = several
+    for name, whole in recorded[False].items():
+        some = recorded[True][name].cache[[69, 3, 40]]
+        for part in ("k", "v", "q", "mask", "positions"):
+            assert torch.equal(getattr(some, part), getattr(whole.cache[[69, 3, 40]], part)), part
+        assert some.pre_rope and whole.key == recorded[True][name].key != ""
+
+
+@pytest.mark.parametrize("time", ("segment", "index", "kava", "random"))
+def test_targets_of_several_teachers_on_disk_are_those_in_memory(several, tmp_path, monkeypatch, time):
+    student, words, thought, recorded = several
+    how = dict(time=time, fit_steps=3)
+    whole = make_fusion_targets(student, words, thought, recorded[False], **how)
+    kept = make_fusion_targets(student, words, thought, recorded[True], **how, folder=tmp_path)
+    def never(*_): raise AssertionError("aligned a second time")
+    monkeypatch.setattr(fusing, "pretrain_aligner", never)
+    again = make_fusion_targets(student, words, thought, recorded[True], **how, folder=tmp_path)
+    for found in (kept, again):
+        for name, t in whole.targets.items():
+            assert isinstance(found.targets[name].k, Column) and torch.equal(found.targets[name].mask, t.mask)
+            for part in "kv": assert torch.equal(getattr(found.targets[name], part)[:], getattr(t, part)), (name, part)
+        assert torch.equal(found.features, whole.features)
+        for name, x in whole.prototypes.items(): assert torch.equal(found.prototypes[name], x)
+        assert closeness(student, found) == closeness(student, whole)
+    assert len(list(tmp_path.iterdir())) == 2 and kept.content_hash() == again.content_hash()
+    if time != "segment": return
+    config = DistillConfig(steps=3, batch=16, lr=1e-3, log_every=1)
+    curves = []
+    for targets in (whole, kept):
+        model = copy.deepcopy(student)
+        curves.append(distill(model, model, targets, KVFusion(fusion="govern"), config).history)
+    assert curves[0] == curves[1]
+
+
+def test_own_keys_are_computed_again_where_they_are_not_kept(several):
+    student, words, thought, _ = several
+    looked_up, computed = (fusing._own(student, thought, kept) for kept in (True, False))
+    for rows in fusing.batches_of(70):
+        for x, y in zip(looked_up(rows), computed(rows)): assert torch.equal(x, y)
+
+
+def test_whole_tensors_are_those_of_the_parts():
+    parts = made()
+    whole = filled(iter(parts), 10)
+    assert all(torch.equal(x, whole[name]) for name, x in joined(parts).items())
+    column = columns_of([shard_of(parts[0], 0, 4)])["k"]
+    assert torch.equal(rows_of(column, [2, 0]), rows_of(parts[0]["k"], [2, 0]))
+    with pytest.raises(ValueError, match="^filled: 8 of 10 problems: give all of them, in order$"):
+        filled(parts[:2], 10)
 
 
 MEMORY = """

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARD', 'OF_TOKENS', 'IN_16_BITS', 'format_of', 'shard_of', 'Column', 'columns_of', 'write_shards', 'load_shards',
-           'kept_shards']
+           'filled', 'rows_of', 'kept_shards']
 
 # %% ../../nbs/06_kv/10a_shards.ipynb #5a1d0003
 from dataclasses import dataclass
@@ -123,6 +123,21 @@ def load_shards(folder: str | Path) -> dict[str, Tensor | Column]:
     if not files: raise FileNotFoundError(f"no targets in {folder}: make them again")
     return columns_of([load_tensors(file) for file in files], str(folder))
 
+def filled(parts: Iterable[dict[str, Tensor]], problems: int) -> dict[str, Tensor]:
+    "The parts of all problems as whole tensors in memory, of which there is never a second copy."
+    whole, first = {}, 0
+    for part in parts:
+        for name, x in part.items():
+            if not first: whole[name] = torch.empty(problems, *x.shape[1:], dtype=x.dtype)
+            whole[name][first:first + len(x)] = x.detach()
+        first += len(x)
+    if first != problems: raise ValueError(f"filled: {first} of {problems} problems: give all of them, in order")
+    return whole
+
+def rows_of(x: Tensor | Column, rows, device: str | torch.device = "cpu") -> Tensor:
+    "Some rows of a whole tensor or of a column, on a device."
+    return x.at(rows, device) if isinstance(x, Column) else x[rows].to(device)
+
 def kept_shards(
     folder: str | Path | None,                   # where to keep them; None: in memory
     key: tuple,                                  # all that they depend on
@@ -130,10 +145,12 @@ def kept_shards(
     problems: int,
     dtype: torch.dtype | None = None
 ) -> dict[str, Tensor | Column]:
-    "Targets from `folder` if they are there and whole; else made, batch by batch, and written there."
+    """Targets from `folder` if they are there and whole; else made, batch by batch, and written there. Two processes may
+    do so at once: each writes a folder of its own, and the last one stays."""
     if folder is None: return columns_of([(t, meta) for _, t, meta in _numbered(parts(), problems, dtype)])
     path = Path(folder)/content_hash({}, key, dtype)[:24]
-    try: return load_shards(path)
-    except (FileNotFoundError, ValueError): pass                               # absent or damaged
-    write_shards(path, parts(), problems, dtype)
+    for _ in range(2):
+        try: return load_shards(path)
+        except (FileNotFoundError, ValueError): pass                           # absent, damaged, or just exchanged
+        write_shards(path, parts(), problems, dtype)
     return load_shards(path)
