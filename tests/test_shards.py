@@ -220,7 +220,8 @@ def several(tmp_path_factory):
             recorded[stream][name] = replace(said, cache=replace(said.cache, mask=mask), available=there)
     words = tokenizer("equation", 450)
     spec = dict(arch="llama", layers=2, heads=2, kv_heads=2, vocab=len(words), seed=5)
-    student, own = load_model(spec, dtype="float32")[0], encode_problems([p.styled("equation") for p in problems], words)
+    student, _ = load_model(spec, dtype="float32")
+    own = encode_problems([p.styled("equation") for p in problems], words)
     return student, own, with_latents(own, 4, words.bos_token_id), recorded
 
 

@@ -138,7 +138,8 @@ def make_fusion_targets(
             continue
         how = (layer_maps or {}).get(name), fit_steps, seed
         depends = h.key, time, how, words.content_hash(), thought.content_hash()
-        targets[name] = _kept(folder, depends, student, source, lambda: _projected(source, own, shape_of(student), *how))
+        def parts(): return _projected(source, own, shape_of(student), *how)
+        targets[name] = _kept(folder, depends, student, source, parts)
     if warped: targets = _through_z(warped, *own_kv(student, thought), z)
     features = [_pooled(own(rows)[1].cpu(), thought.attention_mask[rows].bool()) for rows in batches_of(len(thought))]
     prototypes = {name: _prototype(t) for name, t in targets.items()}

@@ -18,7 +18,7 @@ from ..core.tensors import content_hash, load_tensors, save_tensors
 
 # %% ../../nbs/06_kv/10a_shards.ipynb #5a1d0006
 SHARD = 64                                       # problems of a file, and of a batch of the teacher
-OF_TOKENS = ("k", "v", "q")                      # (problem, layer, head, seq, head_dim); the rest has an entry a problem
+OF_TOKENS = ("k", "v", "q")                      # (problem, layer, head, seq, head_dim); of the rest an entry a problem
 IN_16_BITS = (*OF_TOKENS, "hidden")              # the few that the teacher's own head reads stay as they are
 
 def format_of(teacher: nn.Module) -> torch.dtype | None:
@@ -145,8 +145,8 @@ def kept_shards(
     problems: int,
     dtype: torch.dtype | None = None
 ) -> dict[str, Tensor | Column]:
-    """Targets from `folder` if they are there and whole; else made, batch by batch, and written there. Two processes may
-    do so at once: each writes a folder of its own, and the last one stays."""
+    """Targets from `folder` if they are there and whole; else made, batch by batch, and written there. Two processes
+    may do so at once: each writes a folder of its own, and the last one stays."""
     if folder is None: return columns_of([(t, meta) for _, t, meta in _numbered(parts(), problems, dtype)])
     path = Path(folder)/content_hash({}, key, dtype)[:24]
     for _ in range(2):

@@ -121,7 +121,7 @@ def _step_seconds(tokens: float, student: Size, gpu: bool) -> float:
     return max(STEP, flops / GPU) if gpu else flops / CPU
 
 def read_of(t: Teachers, name: str) -> float:
-    "Numbers that a token leaves in what is recorded of a teacher: keys, values and queries of the layers that are used."
+    "Numbers that a token leaves in what is recorded of a teacher: keys, values and queries of the layers in use."
     spec, student = t.models[t.variants[name].model].spec, t.models["student"].spec
     size, theirs, ours = model_size(spec), shape_of_spec(spec), shape_of_spec(student)
     if size is None or ours is None: return 0.
