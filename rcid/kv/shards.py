@@ -129,7 +129,7 @@ def filled(parts: Iterable[dict[str, Tensor]], problems: int) -> dict[str, Tenso
     for part in parts:
         for name, x in part.items():
             if not first: whole[name] = torch.empty(problems, *x.shape[1:], dtype=x.dtype)
-            whole[name][first:first + len(x)] = x.detach()
+            whole[name][first:first + len(x)] = x.detach().cpu()
         first += len(x)
     if first != problems: raise ValueError(f"filled: {first} of {problems} problems: give all of them, in order")
     return whole

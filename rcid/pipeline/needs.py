@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IN_WHEELS', 'VOCAB', 'TOKENS', 'BENCH', 'STEP', 'GPU', 'CPU', 'KEPT', 'SHARD', 'COPIES', 'Size', 'size_of',
            'shape_of_spec', 'model_size', 'models_of', 'repositories', 'refused', 'Needs', 'read_of', 'alignments',
-           'needs_of', 'told', 'filled', 'missing_data']
+           'targets_of', 'needs_of', 'told', 'filled', 'missing_data']
 
 # %% ../../nbs/09_pipeline/08_needs.ipynb #4f7d92ba
 import os
@@ -136,6 +136,16 @@ def alignments(t: Teachers) -> set[tuple[str, str, str]]:
         found |= {(name, setting.time, setting.layer_map) for name in setting.teachers}
     return found
 
+def targets_of(p: Params, student: Size) -> list[float]:
+    "Bytes of the targets of each run of experiment 6 in 16 bits, the largest first."
+    from rcid.kv.methods import method_of                                 # needs torch, so only where it is asked for
+    each = []
+    for method in (method_of(name, p.kv) for name in p.kv.methods):
+        numbers = student.kv + student.queries if method.query_targets else student.kv if method.kv else 0
+        tokens = method.latents if method.kv and method.kv.places == "latents" else TOKENS["solution"]
+        each.append(2. * numbers * tokens * p.kv.data.n_train)
+    return sorted(each * len(p.kv.seeds), reverse=True)
+
 def needs_of(p: Params, gpu: bool, workers: int = 1) -> Needs:
     "What the whole pipeline of these params needs where stages run on GPUs, or on a CPU."
     sizes = {what: model_size(spec, teacher) for what, (spec, teacher) in models_of(p).items()}
@@ -164,7 +174,7 @@ def needs_of(p: Params, gpu: bool, workers: int = 1) -> Needs:
         "checkpoints": 12 * largest.trained * workers,
     }
     # on a GPU targets are in 16 bits on disk: those of experiment 6 while a student learns from them
-    if gpu: disk["targets"] = 2 * six_each * p.kv.data.n_train * workers + 2 * kept7
+    if gpu: disk["targets"] = sum(targets_of(p, six)[:workers]) + 2 * kept7
     pairs = [(size(f"{f} teacher"), students[f]) for f in p.families] + [(size("experiment 6 teacher"), six)]
     card = max(2 * t.weights + 4 * s.weights + 12 * s.trained for t, s in pairs) + KEPT
     whole = max((2 if gpu else 4) * t.weights + 4 * s.weights + (0 if gpu else 12 * s.trained) for t, s in pairs)
