@@ -1,96 +1,313 @@
-"""A checkpoint in several files is the same model, hashed whole, each file once; one without a file is refused."""
-import hashlib, json
+"""Targets on disk: what is read is what was made, losses are the same bit for bit, 16 bits round once, a shard that is
+missing or was changed is refused, and memory grows with the batch and not with the problems."""
+
+import copy, itertools, subprocess, sys
+from dataclasses import replace
+from types import SimpleNamespace
 import pytest, torch
-from rcid.core import paths, sha256
-from rcid.core.paths import CHECKSUMS, broken_checksums, write_checksums
+from rcid.core.paths import read_yaml
+from rcid.core.tensors import load_tensors
 from rcid.data.holdout import styled_problems
-from rcid.distill.teacher_cache import model_hash
-from rcid.kv import recording
-from rcid.kv.recording import Teacher
-from rcid.models import load_model, save_model, save_trained
+from rcid.data.reasoning import encode_problems, word_problems
+from rcid.distill import DistillConfig, distill
+from rcid.kv import KV_METHODS, AttentionWeighting, KVMethod, KVObjective, KVShape, LatentModel, MapProjectionAligner
+from rcid.kv import Column, RegressionKVLoss, Warped, columns_of, kept_shards, load_shards, method_of, write_shards
+from rcid.kv import KVFusion, Teacher, load_recording, make_fusion_targets, record_teacher, with_latents
+from rcid.kv import fusion_targets as fusing
+from rcid.kv.fusion_targets import closeness
+from rcid.kv.shards import filled, rows_of, shard_of
+from rcid.models import load_model, save_model, train_tokenizer
 
-SPEC = dict(arch="qwen3", layers=3)
-INDEX = "model.safetensors.index.json"
+N = 140                                          # problems: two shards and a part of one
+CONFIG = DistillConfig(steps=3, batch=16, lr=3e-3, log_every=1, seed=3)
 
+
+def made(n: int = 10, size: int = 4, seq: int = 6) -> list[dict[str, torch.Tensor]]:
+    "Batches of targets with holes in their mask, and one problem without any token."
+    g = torch.Generator().manual_seed(0)
+    mask = torch.rand(n, seq, generator=g) < .6
+    mask[1] = False
+    place = mask[:, None, None, :, None]
+    whole = {name: torch.randn(n, 2, heads, seq, 8, generator=g) * place for name, heads in (("k", 2), ("q", 4))}
+    whole |= dict(mask=mask, hidden=torch.randn(n, 2, 5, generator=g), final=torch.randn(n, 3, 5, generator=g))
+    return [{name: x[i:i + size] for name, x in whole.items()} for i in range(0, n, size)]
+
+
+def joined(parts):
+    return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+
+
+@pytest.mark.parametrize("rows", ([9, 0, 4, 3], [1], [5, 5, 5], slice(2, 7), slice(None), torch.tensor([8, 1, -1])))
+def test_rows_in_any_order_are_those_that_were_made(tmp_path, rows):
+    parts = made()
+    whole = joined(parts)
+    for kept in (kept_shards(None, (), lambda: parts, 10), kept_shards(tmp_path, (), lambda: parts, 10)):
+        assert sorted(kept) == sorted(whole)
+        for name, x in kept.items(): assert torch.equal(x[rows], whole[name][rows]), name
+        assert not any(x[rows].requires_grad for x in kept.values())
+
+
+def test_padding_is_not_kept():
+    parts = made()
+    tokens = int(joined(parts)["mask"].sum())
+    kept = kept_shards(None, (), lambda: parts, 10)
+    assert sum(len(x) for x in kept["k"].pieces) == tokens < 10 * 6
+    assert sum(x.nbytes for x in kept["q"].pieces) == tokens * 2 * 4 * 8 * 4
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_16_bits_round_once_and_are_read_as_they_were_made(tmp_path, dtype):
+    parts = made()
+    whole, kept = joined(parts), load_shards(write_shards(tmp_path/"t", parts, 10, dtype))
+    for name in ("k", "q", "hidden"):
+        assert {x.dtype for x in kept[name].pieces} == {dtype} and kept[name][:].dtype == torch.float32
+        assert torch.equal(kept[name][:], whole[name].to(dtype).float())
+    # the teacher's own head reads these
+    assert torch.equal(kept["final"][:], whole["final"])
+    half = sum(x.nbytes for x in kept["k"].pieces)
+    assert 2 * half == sum(x.nbytes for x in kept_shards(None, (), lambda: parts, 10)["k"].pieces)
+
+
+def test_numbers_that_do_not_fit_are_refused(tmp_path):
+    parts = made()
+    place = parts[1]["mask"].nonzero()[0]
+    parts[1]["k"][place[0], 0, 0, place[1], 0] = 1e5
+    with pytest.raises(ValueError, match=r"^targets: k of problems 4 to 7 does not fit torch.float16: keep them in bf"):
+        write_shards(tmp_path/"t", parts, 10, torch.float16)
+    assert list(tmp_path.iterdir()) == [], "nothing is left of it"
+    write_shards(tmp_path/"t", parts, 10, torch.bfloat16)
+
+
+def one_line(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("lost, first", ((0, 0), (1, 4), (2, 8)))
+def test_a_missing_shard_is_refused(tmp_path, lost, first):
+    folder = write_shards(tmp_path/"t", made(), 10)
+    sorted(folder.iterdir())[lost].unlink()
+    with pytest.raises(ValueError) as error: load_shards(folder)
+    assert one_line(error) == f"targets in {folder} lack problem {first} of 10: delete them and make them again"
+
+
+def test_a_folder_without_any_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"^no targets in {tmp_path}: make them again$"): load_shards(tmp_path)
+
+
+@pytest.mark.parametrize("how", ("truncated", "changed", "of another file"))
+def test_a_damaged_shard_is_refused_and_made_again(tmp_path, how):
+    parts = made()
+    kept_shards(tmp_path, (), lambda: parts, 10)
+    (folder,) = tmp_path.iterdir()
+    file = sorted(folder.iterdir())[1]
+    whole = file.read_bytes()
+    if how == "truncated": file.write_bytes(whole[:-40])
+    elif how == "changed": file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    else: file.write_bytes(sorted(folder.iterdir())[0].read_bytes())
+    with pytest.raises(ValueError) as error: load_shards(folder)
+    assert str(folder) in one_line(error) and "make" in one_line(error)
+    again = kept_shards(tmp_path, (), lambda: parts, 10)
+    assert torch.equal(again["k"][:], joined(parts)["k"]) and load_tensors(file)
+
+
+def test_a_teacher_that_stopped_early_leaves_no_targets():
+    with pytest.raises(ValueError, match="^targets in memory lack problem 8 of 10: "):
+        kept_shards(None, (), lambda: made()[:2], 10)
+    with pytest.raises(ValueError, match="^targets in memory lack problem 0 of 10: "):
+        columns_of([shard_of(made()[0], 4, 10)])
+
+
+# in training
 
 @pytest.fixture(scope="module")
-def made(): return load_model(SPEC, dtype="float32", device="cpu")
+def world():
+    problems = list(itertools.islice(word_problems("train", operations="+-", largest=9, style="equation"), N))
+    tokenizer = train_tokenizer([p.text for p in problems], vocab=500)
+    sizes = dict(vocab=len(tokenizer), d_mlp=64)
+    big = dict(arch="qwen3", layers=4, d_model=48, heads=4, kv_heads=4, head_dim=16, seed=1, **sizes)
+    small = dict(arch="llama", layers=2, d_model=32, heads=4, kv_heads=2, head_dim=8, seed=2, **sizes)
+    teacher, _ = load_model(big, dtype="float32", device="cpu")
+    def student(): return LatentModel(load_model(small, dtype="float32", device="cpu")[0], tokenizer.bos_token_id, 2)
+    return encode_problems(problems, tokenizer), teacher, student
 
 
-@pytest.fixture
-def shards(made, tmp_path):
-    "The model in files of 100 KB with an index, as a hub has a large one; without a list of checksums."
-    model, tokenizer = made
-    model.save_pretrained(tmp_path/"shards", max_shard_size="100KB")
-    tokenizer.save_pretrained(tmp_path/"shards")
-    assert len(files(tmp_path/"shards")) > 3 and (tmp_path/"shards"/INDEX).exists()
-    return tmp_path/"shards"
+METHODS = {
+    **{name: KV_METHODS[name] for name in ("kv_structured", "kv_flat", "kava", "kava_shuffled", "latent_kd", "codi")},
+    "all": KVMethod(a_kl=1., a_codi=10., kv=Warped(weighting=AttentionWeighting("teacher"), cka=.05, places="latents")),
+}
+
+@pytest.mark.parametrize("name", METHODS)
+def test_losses_on_streamed_targets_are_those_on_targets_in_memory(world, tmp_path, name):
+    data, teacher, student = world
+    method, curves = replace(METHODS[name], fit_steps=3, latents=3), []
+    for folder in (None, str(tmp_path), str(tmp_path)):
+        curves.append(distill(student(), teacher, data, method, replace(CONFIG, targets_dir=folder)).history)
+    assert curves[0] == curves[1] == curves[2] and len(curves[0]) == 1 + CONFIG.steps
+    (folder,) = tmp_path.iterdir()
+    assert len(list(folder.iterdir())) == 3, "64 problems a shard"
 
 
-def files(folder): return sorted(folder.glob("*.safetensors"))
+def test_a_teacher_in_16_bits_has_targets_in_16_bits(world, tmp_path):
+    data, teacher, student = world
+    method, read = replace(KV_METHODS["kv_structured"], fit_steps=2, latents=3), []
+    half = copy.deepcopy(teacher).to(torch.bfloat16)
+    for model, folder in ((half, None), (half, str(tmp_path))):
+        objective = KVObjective(method, student(), model, data, replace(CONFIG, targets_dir=folder))
+        objective.start()
+        assert objective.targets["k"].pieces[0].dtype == objective.targets["q"].pieces[0].dtype == torch.bfloat16
+        read.append(objective.target([3, 130], 12))
+    assert read[0].k.dtype == torch.float32 and all(torch.equal(a, b) for a, b in zip(*read))
+    exact = KVObjective(method, student(), half, data, CONFIG)
+    state = exact.start()
+    rows = [3, 130]
+    with torch.no_grad(): want = exact.align(state.aligner, exact.of_teacher(rows)[0], rows)
+    # one rounding, of a number that does not depend on what else is in the batch but for its last bits
+    assert torch.allclose(read[0].k, want.k[..., :12, :], rtol=2**-7, atol=1e-2)
 
 
-def teacher_in(folder): return Teacher(name="t", folder=str(folder))
+def test_queries_are_kept_only_where_a_loss_asks_for_them(world):
+    data, teacher, student = world
+    by_student = KVMethod(kv=Warped(loss=RegressionKVLoss(), weighting=AttentionWeighting("student")))
+    for method, asks in ((KV_METHODS["kv_structured"], True), (KV_METHODS["kv_mse"], False), (by_student, False)):
+        method = replace(method, fit_steps=1, latents=3)
+        objective = KVObjective(method, student(), teacher, data[:16], CONFIG)
+        state = objective.start()
+        assert ("q" in objective.targets) == ("q" in state.aligner.projectors) == asks == method.query_targets
+        assert objective.terms(torch.arange(4), 0, state)[1].isfinite()
 
 
-def load(folder): return load_model({"path": folder}, dtype="float32", device="cpu")[0]
+def test_flat_projectors_of_qwen2_leave_the_queries_out():
+    "28 layers of 28 query and 4 key heads onto 28 of 12 and 2: of 4.5 billion parameters 4.3 are those of queries."
+    def flat(heads_t, heads_s, dim): return (28 * heads_t * dim) * (28 * heads_s * dim)
+    assert 2 * flat(4, 2, 128) + flat(28, 12, 128) == 4_521_459_712 and 2 * flat(4, 2, 128) == 205_520_896
+    shapes, dim = (KVShape(28, 4, 4, 28), KVShape(28, 2, 4, 12)), 4
+    both = [MapProjectionAligner(*shapes, "flat", parts="kvq", queries=how) for how in (None, "structured")]
+    assert both[0].n_params == 2 * flat(4, 2, dim) + flat(28, 12, dim)
+    assert both[1].n_params == 2 * flat(4, 2, dim) + 28 * (12 * 28 + dim * dim)
 
 
-def test_the_same_model_in_one_file_and_in_several(made, shards, tmp_path):
-    whole = load(save_model(*made, tmp_path/"whole"))
-    assert len(files(tmp_path/"whole")) == 1
-    parts = load(shards)
-    assert model_hash(parts) == model_hash(whole)
-    for (name, one), two in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
-        assert torch.equal(one, two), name
+def test_the_paper_scale_maps_queries_by_heads(root):
+    own = read_yaml(root/"conf"/"scale"/"a100.yaml")["kv"]
+    kv = SimpleNamespace(variants=own["variants"], train=SimpleNamespace(latents=24, fit_steps=200))
+    method, named = method_of("kv_flat", kv), KV_METHODS["kv_flat"]
+    assert method.kv == replace(named.kv, projector=replace(named.kv.projector, queries="structured"))
+    assert method_of("kv_structured", kv).kv == KV_METHODS["kv_structured"].kv
+    with pytest.raises(ValueError, match="unknown queries='mixed'"):
+        MapProjectionAligner(KVShape(2, 1, 4, 2), KVShape(2, 1, 4, 2), queries="mixed")
 
 
-@pytest.mark.parametrize("which", (0, 1, -1, None))          # of the files; None: the index
-def test_every_file_is_in_the_hashes(shards, which):
-    write_checksums(shards)
-    problems, teacher = styled_problems(n=2, steps=(1,), operations="+-", largest=9), teacher_in(shards)
-    before = sha256(shards), recording._key(teacher, problems)
-    file = shards/INDEX if which is None else files(shards)[which]
-    content = bytearray(file.read_bytes())
-    content[-3] ^= 1                                         # one bit
-    file.write_bytes(content)
-    assert broken_checksums(shards) == [file.name]
-    assert all(x != y for x, y in zip(before, (sha256(shards), recording._key(teacher, problems))))
-    with pytest.raises(RuntimeError, match=f"could not load .*{file.name} does not match its SHA-256"): load(shards)
+# several teachers
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """A student, 70 problems in its words and with places, and of two teachers what was recorded of each, in memory and
+    on disk. They are untrained and so missing everywhere; here each is there for some problems all the same."""
+    problems, folder = styled_problems(n=70, steps=(1,), operations="+-", largest=20), tmp_path_factory.mktemp("said")
+    def tokenizer(style, vocab): return train_tokenizer([p.styled(style).text for p in problems], vocab=vocab)
+    recorded = {True: {}, False: {}}
+    for name, style, layers, available in (("a", "words", 4, range(70)), ("b", "equation", 3, range(66, 70))):
+        words = tokenizer(style, 500)
+        model = load_model(dict(arch="qwen3", layers=layers, vocab=len(words), seed=layers), dtype="float32")[0]
+        save_model(model, words, folder/f"model-{name}")
+        teacher = Teacher(name=name, folder=str(folder/f"model-{name}"), style=style)
+        record_teacher(teacher, problems, folder/name)
+        for stream in (False, True):
+            said = load_recording(teacher, folder/name, words, stream=stream)
+            there = torch.tensor([i in available for i in range(70)])
+            mask = said.data.attention_mask.bool() & there[:, None]
+            recorded[stream][name] = replace(said, cache=replace(said.cache, mask=mask), available=there)
+    words = tokenizer("equation", 450)
+    spec = dict(arch="llama", layers=2, heads=2, kv_heads=2, vocab=len(words), seed=5)
+    student, _ = load_model(spec, dtype="float32")
+    own = encode_problems([p.styled("equation") for p in problems], words)
+    return student, own, with_latents(own, 4, words.bos_token_id), recorded
 
 
-@pytest.mark.parametrize("listed", (True, False))
-def test_a_missing_file_is_one_line(shards, listed):
-    if listed: write_checksums(shards)
-    name = files(shards)[1].name
-    (shards/name).unlink()
-    with pytest.raises(RuntimeError, match=f"could not load .*{name}") as e: load(shards)
-    assert "\n" not in str(e.value)
-    assert broken_checksums(shards) == ([name] if listed else [])
+def test_what_a_teacher_said_is_read_from_disk_as_it_is_in_memory(several):
+    *_, recorded = several
+    for name, whole in recorded[False].items():
+        some = recorded[True][name].cache[[69, 3, 40]]
+        for part in ("k", "v", "q", "mask", "positions"):
+            assert torch.equal(getattr(some, part), getattr(whole.cache[[69, 3, 40]], part)), part
+        assert some.pre_rope and whole.key == recorded[True][name].key != ""
 
 
-def test_each_file_is_read_once(shards, monkeypatch):
-    "For all its hashes together: of the checkpoint, of the folder, of a recording."
-    write_checksums(shards)
-    seen, plain = [], hashlib.file_digest
-    monkeypatch.setattr(paths, "_hashes", {})
-    monkeypatch.setattr(paths.hashlib, "file_digest", lambda f, kind: seen.append(f.name) or plain(f, kind))
-    later = max(f.stat().st_ctime for f in shards.iterdir()) + 60
-    monkeypatch.setattr(paths.time, "time", lambda: later)
-    problems = styled_problems(n=2, steps=(1,), operations="+-", largest=9)
-    for _ in range(2):
-        load(shards)
-        sha256(shards)
-        recording._key(teacher_in(shards), problems)
-    assert sorted(seen) == sorted(str(f) for f in shards.iterdir())
+@pytest.mark.parametrize("time", ("segment", "index", "kava", "random"))
+def test_targets_of_several_teachers_on_disk_are_those_in_memory(several, tmp_path, monkeypatch, time):
+    student, words, thought, recorded = several
+    how = dict(time=time, fit_steps=3)
+    whole = make_fusion_targets(student, words, thought, recorded[False], **how)
+    kept = make_fusion_targets(student, words, thought, recorded[True], **how, folder=tmp_path)
+    def never(*_): raise AssertionError("aligned a second time")
+    monkeypatch.setattr(fusing, "pretrain_aligner", never)
+    again = make_fusion_targets(student, words, thought, recorded[True], **how, folder=tmp_path)
+    for found in (kept, again):
+        for name, t in whole.targets.items():
+            assert isinstance(found.targets[name].k, Column) and torch.equal(found.targets[name].mask, t.mask)
+            for part in "kv": assert torch.equal(getattr(found.targets[name], part)[:], getattr(t, part)), (name, part)
+        assert torch.equal(found.features, whole.features)
+        for name, x in whole.prototypes.items(): assert torch.equal(found.prototypes[name], x)
+        assert closeness(student, found) == closeness(student, whole)
+    assert len(list(tmp_path.iterdir())) == 2 and kept.content_hash() == again.content_hash()
+    if time != "segment": return
+    config = DistillConfig(steps=3, batch=16, lr=1e-3, log_every=1)
+    curves = []
+    for targets in (whole, kept):
+        model = copy.deepcopy(student)
+        curves.append(distill(model, model, targets, KVFusion(fusion="govern"), config).history)
+    assert curves[0] == curves[1]
 
 
-def test_what_training_changed_in_several_files(made, shards, tmp_path):
-    write_checksums(shards)
-    student, tokenizer = load(shards), made[1]
-    with torch.no_grad():
-        for layer in student.model.layers: layer.mlp.up_proj.weight += 0.1
-    save_trained(student, tokenizer, tmp_path/"student", shards)
-    assert model_hash(load(tmp_path/"student")) == model_hash(student)
-    told = json.loads((tmp_path/"student"/"base.json").read_text())
-    assert told["checksums"] == sha256(shards/CHECKSUMS)
+def test_own_keys_are_computed_again_where_they_are_not_kept(several):
+    student, words, thought, _ = several
+    looked_up, computed = (fusing._own(student, thought, kept) for kept in (True, False))
+    for rows in fusing.batches_of(70):
+        for x, y in zip(looked_up(rows), computed(rows)): assert torch.equal(x, y)
+
+
+def test_whole_tensors_are_those_of_the_parts():
+    parts = made()
+    whole = filled(iter(parts), 10)
+    assert all(torch.equal(x, whole[name]) for name, x in joined(parts).items())
+    column = columns_of([shard_of(parts[0], 0, 4)])["k"]
+    assert torch.equal(rows_of(column, [2, 0]), rows_of(parts[0]["k"], [2, 0]))
+    with pytest.raises(ValueError, match="^filled: 8 of 10 problems: give all of them, in order$"):
+        filled(parts[:2], 10)
+
+
+MEMORY = """
+import sys, torch
+from rcid.kv.shards import SHARD, load_shards, write_shards
+folder, problems = sys.argv[1], int(sys.argv[2])
+def own():
+    for line in open("/proc/self/status"):
+        if line.startswith("RssAnon"): return int(line.split()[1]) / 1024
+def batches():
+    for first in range(0, problems, SHARD):
+        k = torch.full((SHARD, 8, 4, 32, 32), 1. + first)             # 8 MB
+        yield dict(k=k, mask=torch.ones(SHARD, 32).bool())
+def watched(parts):
+    for part in parts:
+        seen.append(own())
+        yield part
+seen = [own()]
+write_shards(folder, watched(batches()), problems)
+print(max(seen) - seen[0])
+seen = [own()]
+k = load_shards(folder)["k"]
+for rows in torch.randperm(problems).split(16):
+    batch = k[rows]
+    assert batch[:, 0, 0, 0, 0].tolist() == (1. + rows // SHARD * SHARD).tolist()
+    seen.append(own())
+print(max(seen) - seen[0])
+"""
+
+def test_memory_does_not_grow_with_the_problems(tmp_path, root):
+    """384 MB of targets, of which some shards of 8 MB and a batch of 2 are in memory. Pages of mapped files are the
+    system's to drop: what is counted is the process's own memory."""
+    run = [sys.executable, "-c", MEMORY, str(tmp_path/"targets"), str(48 * 64)]
+    written, read = map(float, subprocess.run(run, cwd=root, check=True, capture_output=True, text=True).stdout.split())
+    assert sum(file.stat().st_size for file in (tmp_path/"targets").iterdir()) > 380e6
+    assert written < 150 and read < 24, (written, read)

@@ -481,7 +481,7 @@ def test_kv_targets_of_a_changed_teacher_are_its_own(thinking, tmp_path):
     def final(folder):
         objective = KVObjective(method, student(), teacher, data, replace(CONFIG, targets_dir=folder))
         objective.start()
-        return objective.targets["final"].clone()
+        return objective.targets["final"][:]
     plain = final(str(tmp_path))
     with hooked(teacher.model.layers[1].mlp, "hook"): fresh, got = final(None), final(str(tmp_path))
     assert torch.equal(got, fresh) and not torch.equal(got, plain) and torch.equal(final(str(tmp_path)), plain)
@@ -672,7 +672,7 @@ def test_the_kl_of_latent_kd_uses_the_temperature(thinking):
         logits = [
             (
                 get_adapter(objective.student).lm_head(final[i, a - 1 : e - 1]),
-                get_adapter(teacher).lm_head(objective.targets["final"][i, : e - a]),
+                get_adapter(teacher).lm_head(objective.targets["final"][[i]][0, : e - a]),
             )
             for i, (_, _, a, e) in enumerate(thought.segments.tolist())
         ]
@@ -702,7 +702,7 @@ def test_codi_reads_the_residual_before_the_final_norm(thinking):
     objective.start()
     with torch.no_grad(), capture(teacher) as hidden:
         final = get_adapter(teacher).trunk(data.input_ids, data.attention_mask)
-    at, last = torch.arange(len(data)), objective.targets["hidden"][:, -1]
+    at, last = torch.arange(len(data)), objective.targets["hidden"][:][:, -1]
     assert torch.allclose(last, hidden[get_adapter(teacher).n_layers - 1][at, data.cue_pos], atol=1e-5)
     assert torch.allclose(
         get_adapter(teacher).final_norm(last), final[at, data.cue_pos], atol=1e-4

@@ -336,8 +336,9 @@ def test_a_teacher_that_does_not_keep_the_text(folders, problems, tmp_path):
 
 def test_a_recording_that_was_changed_and_a_teacher_that_is_gone(folders, problems, tmp_path):
     teacher, path = Teacher(name="b", folder=str(folders["b"])), tmp_path/"b.safetensors"
-    whole = record_teacher(teacher, problems[:4], path).read_bytes()
-    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    (file,) = record_teacher(teacher, problems[:4], path).iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(ValueError, match="does not match its SHA-256"):
         load_recording(teacher, path, load(folders["b"])[1])
     with pytest.raises(FileNotFoundError, match="teacher gone: no weights"):

@@ -78,27 +78,33 @@ class MapProjectionAligner(nn.Module):
         init: str = "xavier",  # flat: xavier | orthogonal | identity
         frozen: bool = True,  # a target that can be trained away is no target: see `target_health`
         seed: int = 0,
+        queries: str | None = None,  # structured | flat: of the queries alone, none: as `mode` says
     ):
         super().__init__()
         if mode not in ("structured", "flat"):
             raise ValueError(f"MapProjectionAligner: unknown mode={mode!r}, use structured or flat")
+        if queries not in (None, "structured", "flat"):
+            raise ValueError(f"MapProjectionAligner: unknown queries={queries!r}, use structured or flat")
         if parts not in ("kv", "kvq"): raise ValueError(f"MapProjectionAligner: unknown parts={parts!r}, use kv or kvq")
         self.teacher, self.student, self.mode, self.warper = teacher, student, mode, warper
-        if layer_map is None and mode == "structured": layer_map = map_layers(student.n_layers, teacher.n_layers)
+        modes = dict(k=mode, v=mode, q=queries or mode)
+        # a flat matrix takes every teacher layer where no map was given
+        self.unmapped = [p for p in parts if modes[p] == "flat" and layer_map is None]
+        if layer_map is None and len(self.unmapped) < len(parts):
+            layer_map = map_layers(student.n_layers, teacher.n_layers)
         if layer_map is not None and len(layer_map) != student.n_layers:
             raise ValueError(
                 f"MapProjectionAligner: the layer map has {len(layer_map)} entries, the student {student.n_layers}"
                 " layers"
             )
         self.register_buffer("layers", None if layer_map is None else layer_matrix(layer_map, teacher.n_layers))
-        def projector(heads_t, heads_s, seed):
+        def projector(part, heads_t, heads_s, seed):
             if not heads_t or not heads_s:
                 raise ValueError("MapProjectionAligner: queries need n_heads of both models (KVShape)")
             d_t, d_s, l_s = teacher.head_dim, student.head_dim, student.n_layers
-            if mode == "flat":
-                return FlatProjector(
-                    teacher.n_layers if layer_map is None else l_s, heads_t, d_t, l_s, heads_s, d_s, init, frozen, seed
-                )
+            if modes[part] == "flat":
+                layers = teacher.n_layers if part in self.unmapped else l_s
+                return FlatProjector(layers, heads_t, d_t, l_s, heads_s, d_s, init, frozen, seed)
             return HeadwiseMapProjector(
                 heads_t, heads_s, d_t, d_s, l_s, share_dim_proj, init_uniform, None, frozen, seed
             )
@@ -108,7 +114,7 @@ class MapProjectionAligner(nn.Module):
             v=(teacher.n_kv_heads, student.n_kv_heads, seed + 1),
             q=(teacher.n_heads, student.n_heads, seed),
         )
-        self.projectors = nn.ModuleDict({p: projector(*heads[p]) for p in parts})
+        self.projectors = nn.ModuleDict({p: projector(p, *heads[p]) for p in parts})
 
     @property
     def n_params(self) -> int:
@@ -147,7 +153,7 @@ class MapProjectionAligner(nn.Module):
                     f"MapProjectionAligner: NaN or infinite {p} of the teacher in sample {i}, layer {l}: run the"
                     " teacher in float32 or bfloat16"
                 )
-            if self.layers is not None: x = self._map_layers(x)
+            if p not in self.unmapped: x = self._map_layers(x)
             new = mask
             if self.warper is not None: x, new = self.warper(x, source, target, lengths, seq)
             out[p] = self.projectors[p](x)

@@ -30,6 +30,8 @@ class Structured:
 @dataclass(frozen=True, config=PLAIN)
 class Flat:
     "One matrix for all layers, heads and dimensions: `FlatProjector`."
+    # of a model's queries such a matrix has billions of parameters: structured mixes their heads, layer by layer
+    queries: Literal["flat", "structured"] = "flat"
 
 
 @dataclass(frozen=True, config=PLAIN)
@@ -45,13 +47,20 @@ class Warped:
     warps = True
 
     @property
-    def attends(self) -> bool: # are queries needed, of both models?
-        if self.loss is None: return False
-        return self.weighting is not None or isinstance(self.loss, StructuralKVLoss) and self.loss.a_attn > 0
+    def attends(self) -> bool: # are queries of the student needed?
+        return self.loss is not None and (self.weighting is not None or self._compares_attention())
+
+    @property
+    def query_targets(self) -> bool: # are those of the teacher among the targets?
+        by_teacher = self.weighting is not None and self.weighting.source == "teacher"
+        return self.loss is not None and (by_teacher or self._compares_attention())
 
     @property
     def asks_teacher(self) -> bool: # are queries of the teacher needed?
-        return self.attends
+        return self.query_targets
+
+    def _compares_attention(self) -> bool:
+        return isinstance(self.loss, StructuralKVLoss) and self.loss.a_attn > 0
 
 
 @dataclass(frozen=True, config=PLAIN)
@@ -67,6 +76,7 @@ class Kept:
     warps = False
     weighting = None               # tokens that differ between heads have no attention of their own
     attends = False
+    query_targets = False
 
     @property
     def asks_teacher(self) -> bool:
@@ -107,6 +117,10 @@ class KVMethod(Method):
         return bool(self.kv and self.kv.attends)
 
     @property
+    def query_targets(self) -> bool:
+        return bool(self.kv and self.kv.query_targets)
+
+    @property
     def asks(self) -> bool: # does it need the teacher?
         return bool(self.kv or self.a_codi or self.a_kl)
 
@@ -126,11 +140,12 @@ class KVMethod(Method):
             shape_of(teacher),
             shape_of(student),
             "structured" if structured else "flat",
-            parts="kvq" if self.attends else "kv",
+            parts="kvq" if self.query_targets else "kv",
             warper=TimeWarper() if self.kv.warps else None,
             share_dim_proj=projector.share_dims if structured else True,
             init_uniform=projector.init_uniform if structured else True,
             seed=seed,
+            queries="structured" if structured else projector.queries,
         ).to(next(student.parameters()).device)
 
 # %% ../../nbs/06_kv/12_methods.ipynb #5f0fdaca

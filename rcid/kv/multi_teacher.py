@@ -22,6 +22,7 @@ from .cache import forward_kv
 from .fusion import Fused, Router, fuse, router_regulariser
 from .fusion_targets import FusionTargets
 from .losses import token_mean
+from .shards import rows_of
 from ..models.adapters import get_adapter
 
 # %% ../../nbs/06_kv/17_multi_teacher.ipynb #b6452df8
@@ -80,7 +81,7 @@ class FusionObjective(Objective):
 
     def _fused(self, rows, seq: int, part: str, own: Tensor | None, state: nn.Module | None = None) -> Fused:
         m, targets, to = self.method, self.fusion_targets, self.student.device
-        given = [getattr(t, part)[rows][..., :seq, :].to(to) for t in targets.targets.values()]
+        given = [rows_of(getattr(t, part), rows, to)[..., :seq, :] for t in targets.targets.values()]
         masks = [t.mask[rows][:, :seq].to(to) for t in targets.targets.values()]
         return fuse(
             given,

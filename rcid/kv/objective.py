@@ -6,6 +6,7 @@
 __all__ = ['KVState', 'KVObjective']
 
 # %% ../../nbs/06_kv/11_objective.ipynb #07c2cce8
+from typing import Iterator
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -18,7 +19,7 @@ from ..distill.losses import divergence
 from ..distill.config import DistillConfig
 from ..distill.cost import step_flops
 from ..distill.method import Objective
-from ..distill.teacher_cache import changed_by_hand, code_hash, computes_hash, kept_tensors, model_hash
+from ..distill.teacher_cache import changed_by_hand, code_hash, computes_hash, model_hash
 from ..distill.schedule import whole_batch
 from .aligner import AlignedKV, MapProjectionAligner, pretrain_aligner
 from .attention import kv_attention
@@ -30,6 +31,7 @@ from .losses import RegressionKVLoss, StructuralKVLoss, cka_loss, codi_deviation
 from .places import teacher_at_places
 from .project import HeadwiseMapProjector
 from .rope import rope_of
+from .shards import SHARD, Column, format_of, kept_shards
 from .shuffled import of_others
 from .think import Thoughts, Wish, thoughts, tokens_read
 from .warp import TimeWarper
@@ -107,7 +109,7 @@ class KVObjective(Objective):
 
     def inputs(self, cache: KVCache, rows) -> dict:
         "Arguments of the aligner, but for the padded length `seq`."
-        given = dict(k=cache.k, v=cache.v, mask=cache.mask, q=cache.q if self.method.attends else None)
+        given = dict(k=cache.k, v=cache.v, mask=cache.mask, q=cache.q if self.method.query_targets else None)
         if self.method.kv.warps: given |= dict(source=self.data[rows].segments, target=self.thought[rows].segments)
         return given
 
@@ -138,7 +140,7 @@ class KVObjective(Objective):
                 said = self.of_student(self.thought[rows].to(self.device))
             own = said.cache
             if m.kv:
-                student = (own.k, own.v, own.q) if m.attends else (own.k, own.v)
+                student = (own.k, own.v, own.q) if m.query_targets else (own.k, own.v)
                 examples.append((dict(self.inputs(cache, rows), seq=own.seq), student))
             if m.a_codi:
                 ours.append(said.at_cue)
@@ -151,46 +153,47 @@ class KVObjective(Objective):
         return state
 
     @torch.no_grad()
-    def _speak(self, state: KVState) -> dict[str, Tensor]:
-        "Targets of all problems, from `targets_dir` if they are there: keys and values in the student's shape."
+    def _speak(self, state: KVState) -> dict[str, Tensor | Column]:
+        """Targets of all problems, from `targets_dir` if they are there: keys and values in the student's shape, in 16
+        bits where the teacher computes in them."""
         fitted = state.state_dict()
         frozen = content_hash(fitted, layout(fitted))
         code = code_hash(
             KVObjective.of_teacher, type(self.method), teacher_at_places, MapProjectionAligner, HeadwiseMapProjector,
             KVCache, compress_kv, rope_of, TimeWarper, with_latents, map_layers, ReasoningDataset, capture, get_adapter,
+            kept_shards,
         )
         depends = (
             model_hash(self.teacher), computes_hash(self.teacher), self.data.content_hash(),
             self.thought.content_hash(), self.layers, repr(self.method), self.c.seed, frozen, code,
         )
         folder = None if changed_by_hand(self.teacher) else self.c.targets_dir
-        return kept_tensors(folder, depends, lambda: self._targets(state))
+        return kept_shards(folder, depends, lambda: self._targets(state), len(self.data), format_of(self.teacher))
 
-    def _targets(self, state: KVState) -> dict[str, Tensor]:
+    def _targets(self, state: KVState) -> Iterator[dict[str, Tensor]]:
+        "Batch by batch; keys, values and queries where they are compared."
         wide = self.thought.input_ids.shape[1]
         longest = int((self.data.segments[:, 3] - self.data.segments[:, 2]).max())
-        parts = []
-        for i in range(0, len(self.data), 64):
-            rows = list(range(i, min(i + 64, len(self.data))))
+        for i in range(0, len(self.data), SHARD):
+            rows = list(range(i, min(i + SHARD, len(self.data))))
             cache, extra = self.of_teacher(rows)
             if self.method.kv:
                 out = self.align(state.aligner, cache, rows)
-                more = wide - out.mask.shape[1]
-                extra |= dict(k=_padded(out.k, more), v=_padded(out.v, more), mask=F.pad(out.mask, (0, more)))
+                mask, more = out.mask, wide - out.mask.shape[1]
+                if self.method.kv.places == "latents":
+                    mask = mask & self.thought[rows].to(self.device).at("reasoning")
+                extra |= dict(k=_padded(out.k, more), v=_padded(out.v, more), mask=F.pad(mask, (0, more)))
                 if out.q is not None: extra["q"] = _padded(out.q, more)
             if "final" in extra: extra["final"] = _padded(extra["final"], longest - extra["final"].shape[1])
-            parts.append({name: x.cpu() for name, x in extra.items()})
-        return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+            yield extra
 
     # a step
 
     def target(self, rows, seq: int) -> AlignedKV:
         "The cached targets of some problems, at the places that are compared."
-        k, v, mask = (self.targets[n][rows].to(self.device) for n in ("k", "v", "mask"))
-        mask = mask[:, :seq]
-        if self.method.kv.places == "latents": mask = mask & self.thought[rows].to(self.device).at("reasoning")[:, :seq]
-        q = self.targets["q"][rows].to(self.device)[..., :seq, :] if "q" in self.targets else None
-        return AlignedKV(k[..., :seq, :], v[..., :seq, :], mask, q)
+        parts = [name for name in ("k", "v", "q") if name in self.targets]
+        read = {name: self.targets[name].at(rows, self.device)[..., :seq, :] for name in parts}
+        return AlignedKV(mask=self.targets["mask"][rows].to(self.device)[:, :seq], **read)
 
     def parts(
         self, rows: Int[Tensor, "batch"] | list[int], step: int, state: KVState | None, whole: list[int] | None = None
@@ -244,14 +247,14 @@ class KVObjective(Objective):
         return layer_deviation(target.k, target.mask), layer_deviation(target.v, target.mask)
 
     def _kl(self, a, student: Float[Tensor, "batch answer d_model"], rows) -> Float[Tensor, ""]:
-        teacher = self.targets["final"][rows][:, :student.shape[1]].to(self.device)
+        teacher = self.targets["final"].at(rows, self.device)[:, :student.shape[1]]
         real = (teacher != 0).any(-1)                                                             # (batch, answer)
         with torch.no_grad(): want = get_adapter(self.teacher).logits(teacher[real])[..., :self.vocab]
         said = a.logits(student[real])[..., :self.vocab]
         return divergence(said, want, temperature=self.c.temperature).mean()
 
     def _mapped(self, rows, state) -> Float[Tensor, "batch layer d_model"]: # CODI's targets in the student's space
-        centred = self.targets["hidden"][rows].to(self.device).float() - state.codi_mean_t
+        centred = self.targets["hidden"].at(rows, self.device).float() - state.codi_mean_t
         return torch.einsum("blt,lts->bls", centred, state.codi_w) + state.codi_mean_s
 
     def _share(self, rows, whole, first: int, last: int) -> float:
