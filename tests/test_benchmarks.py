@@ -104,7 +104,7 @@ def test_calibration_at_its_scale_has_its_settings_and_eight_plants_of_a_class(t
     run = json.loads((ROOT/"tests"/"benchmarks"/"calibrate.json").read_text())
     compose_params(tmp_path/"params.yaml", "scale=calibrate")
     now = json.loads(json.dumps(load_params(tmp_path/"params.yaml").calibrate.model_dump()))
-    assert run["settings"] == now, "the plants' settings changed after the run: run it again (tests/benchmarks/scale.py)"
+    assert run["settings"] == now, "settings of plants changed after the run: run it again (tests/benchmarks/scale.py)"
     c = run["calibration"]
     plants = Counter((p["architecture"], p["cls"]) for p in c["plants"])
     for architecture in ("qwen3", "llama"):
