@@ -1,0 +1,171 @@
+"""The graph of the scale `a100` to the PDF, on a hub of small checkpoints with the true structure: `.ci/run` calls this.
+
+    python tests/on_toy_hub.py            after `make test`, which fetches the Qwen and LLaMA 3 vocabularies
+
+Once with everything, and once on a hub that refuses LLaMA: then the paper has Qwen3 alone, and says so. Models, data
+sets and revisions are those of conf/; only sizes, steps and gates are not (`SMALLER`)."""
+import json, os, re, shutil, subprocess, sys, time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:0] = [str(HERE), str(ROOT)]
+os.environ.pop("RCID_ROOT", None)
+import toyhub
+from conftest import environment
+from fetch import fetched
+from rcid.core.paths import checkout_tables, read_json, read_yaml
+from rcid.pipeline.dvc import LOCK_HEAD, lock_blocks
+from rcid.pipeline.workspace import compose_params, make_workspace
+
+WORKSPACES = ROOT/".workspaces"
+HUB = WORKSPACES/"toyhub"
+SMALLER = ( # sizes, steps and gates of the scale; a key that conf/ does not have is refused
+    "tasks=[ioi,factual]",
+    "main_matrix.tasks=[ioi,factual]",
+    "main_matrix.methods=[standard_kd,rcid]",
+    "extra_matrix.tasks=[ioi]",
+    "extra_matrix.methods=[rcid]",
+    "seeds=[42]",
+    "lm.seq=32",
+    "data.n_train=24",
+    "data.n_val=16",
+    "data.n_test=16",
+    "data.corruptions={ioi:[s2_new],factual:[]}",
+    "sites.k=3",
+    "sites.spacing=1",
+    "sites.pairs=12",
+    "distill.steps=3",
+    "distill.batch=4",
+    "distill.log_every=2",
+    "distill.checkpoint_every=2",
+    "eval.bootstrap=200",
+    "eval.gate_accuracy=0",
+    "purity.pairs=60",
+    "purity.splits=1",
+    "kv.data.n_pretrain=8",
+    "kv.data.n_train=32",
+    "kv.data.n_val=6",
+    "kv.data.n_pairs=12",
+    "kv.data.max_new=12",
+    "kv.train.steps=2",
+    "kv.train.batch=4",
+    "kv.train.fit_steps=2",
+    "kv.train.log_every=2",
+    "kv.train.checkpoint_every=2",
+    "kv.methods=[latent_sft,kv_flat,kava]",
+    "kv.seeds=[42]",
+    "kv.k=3",
+    "kv.gate=0",
+    "teachers.run=[none,single_llama,fixed,govern]",
+    "teachers.problems=1200",
+    "teachers.n_train=24",
+    "teachers.pairs=12",
+    "teachers.cka_problems=8",
+    "teachers.sites=3",
+    "teachers.steps=2",
+    "teachers.batch=4",
+    "teachers.log_every=2",
+    "bench.tasks=[arc_challenge]",
+    "bench.limit=2",
+)
+OF_TINY = ("calibrate", "planted", "fused")    # their models are trained here at every scale: sizes and steps of `tiny`
+ALSO = ("data.filter=false",)                  # a gate that conf/scale/a100.yaml leaves at its default
+LLAMA = "meta-llama/"
+
+
+def leaves(tree, at: str) -> list[str]:
+    "Overrides that write what stands in a part of a scale."
+    if isinstance(tree, dict) and tree: return [x for key, value in tree.items() for x in leaves(value, f"{at}.{key}")]
+    return [f"++{at}={json.dumps(tree)}"]
+
+
+def overrides() -> tuple[str, ...]:
+    tiny = read_yaml(ROOT/"conf"/"scale"/"tiny.yaml")
+    return (*SMALLER, *(f"++{x}" for x in ALSO), *(x for part in OF_TINY for x in leaves(tiny[part], part)))
+
+
+def fail(where: str, why: str = ""): sys.exit(f"on_toy_hub: FAILED in {where}{': ' + why if why else ''}")
+
+
+def repro(where: str, folder: Path, address: str) -> str:
+    "What `make repro SCALE=a100` says when it runs in a workspace; the script ends where it fails."
+    home = dict(HF_HOME=str(WORKSPACES/"toyhub-home"), HF_ENDPOINT=address, HF_HUB_OFFLINE="0", HF_TOKEN="")
+    given = environment(folder, PIP_NO_INDEX="1", RCID_THREADS="1", OMP_NUM_THREADS="1", NO_PROXY="127.0.0.1", **home)
+    given.pop("RCID_DATA_DIR", None)                     # all comes from the hub
+    began = time.time()
+    command = [sys.executable, "-m", "rcid.pipeline", "--workers", "2", "--first", "pilot"]
+    done = subprocess.run(command, cwd=folder, env=given, capture_output=True, text=True)
+    if done.returncode: fail(where, f"exit {done.returncode}\n{done.stdout[-8000:]}\n{done.stderr[-4000:]}")
+    print(f"{where}: {time.time() - began:.0f} s, {done.stdout.count(chr(10) + 'ran ')} stages ran", flush=True)
+    return done.stdout
+
+
+def must(where: str, holds, what: str):
+    if not holds: fail(where, what)
+
+
+def has_paper(where: str, folder: Path):
+    must(where, (folder/"paper"/"main.pdf").read_bytes().startswith(b"%PDF"), "there is no PDF")
+    waiting = subprocess.run([sys.executable, "-m", "rcid.pipeline", "status"], cwd=folder, env=environment(folder),
+        capture_output=True, text=True).stdout
+    must(where, "stale" not in waiting, f"stages are left to do\n{waiting}")
+
+
+def whole(folder: Path, address: str):
+    "Everything, on a hub that opens every repository."
+    where = "the a100 graph"
+    said = repro(where, folder, address)
+    has_paper(where, folder)
+    ran = set(re.findall(r"(?m)^ran +(\S+)", said))
+    wanted = {name for name in lock_blocks((folder/"dvc.lock").read_text(encoding="utf-8"))}
+    must(where, wanted == ran, f"ran and recorded are not the same: {sorted(wanted ^ ran)}")
+    for family in ("qwen3", "llama"):
+        origin = read_json(folder/"metrics"/"models"/f"{family}.json")["origin"]
+        must(where, origin["kind"] == "hub" and len(origin["revision"]) == 40, f"{family} has no origin: {origin}")
+        must(where, read_json(folder/"metrics"/"pilot"/f"{family}.json")["passed"], f"{family} did not pass its pilot")
+    kv = {role: read_json(folder/"metrics"/"kv"/f"{role}.json")["vocab"] for role in ("teacher", "student")}
+    must(where, kv == dict(teacher=152064, student=151936), f"experiment 6 has other heads: {kv}")
+
+
+def refused(full: Path, folder: Path, address: str, refusals: list):
+    "The same where LLaMA's licence was not accepted; what Qwen3 alone has made is taken from the run before."
+    where = "the a100 graph without LLaMA"
+    blocks = lock_blocks((full/"dvc.lock").read_text(encoding="utf-8"))
+    lost = {name for name in blocks if name in ("models@llama", "kv_base@llama")}
+    for part in ("artifacts", "metrics", "runs", "paper/figures", "paper/tables"):
+        shutil.copytree(full/part, folder/part, dirs_exist_ok=True, copy_function=os.link)
+    for name in ("artifacts/models/llama", "artifacts/kv_base/llama", "metrics/models/llama.json",
+        "metrics/kv_base/llama.json", "runs/models/llama.ipynb", "runs/kv_base/llama.ipynb"):
+        shutil.rmtree(folder/name) if (folder/name).is_dir() else (folder/name).unlink()
+    kept = "".join(block for name, block in blocks.items() if name not in lost)
+    (folder/"dvc.lock").write_text(LOCK_HEAD + kept, encoding="utf-8")
+    said = repro(where, folder, address)
+    has_paper(where, folder)
+    must(where, "llama stopped at models, is not required, and is left out; the paper says so" in said, said[-3000:])
+    must(where, any(code == 401 for code, _ in refusals), "the hub was not asked for LLaMA")
+    p = read_yaml(folder/"params.yaml")
+    must(where, p["families"] == ["qwen3"] and p["left_out"] == {"llama": "models"}, f"params: {p['families']}")
+
+
+def main():
+    began = time.time()
+    os.chdir(ROOT)
+    vocabularies = dict(qwen=fetched("qwen3"), llama=fetched("llama3"))
+    if None in vocabularies.values():
+        print("left out: no Qwen and LLaMA 3 vocabularies here; `make test` fetches them where a registry answers")
+        return
+    checkout_tables()
+    for name in ("toyhub", "toyhub-home", "toy-a100", "toy-refused"): shutil.rmtree(WORKSPACES/name, ignore_errors=True)
+    folders = [make_workspace("a100", *overrides(), name=name) for name in ("toy-a100", "toy-refused")]
+    for folder in folders: shutil.copytree(ROOT/"data", folder/"data", dirs_exist_ok=True)
+    commits = toyhub.make(HUB, read_yaml(folders[0]/"params.yaml"), vocabularies)
+    print(f"the hub is built: {time.time() - began:.0f} s", flush=True)
+    with toyhub.serve(HUB, commits) as (address, _): whole(folders[0], address)
+    shutil.rmtree(WORKSPACES/"toyhub-home", ignore_errors=True)          # nothing was ever fetched
+    with toyhub.serve(HUB, commits, closed=(LLAMA,)) as (address, refusals):
+        refused(*folders, address, refusals)
+    print(f"2 passed in {time.time() - began:.0f}s: the paper of a100, and that without LLaMA")
+
+
+if __name__ == "__main__": main()
