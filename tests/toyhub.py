@@ -3,7 +3,7 @@
 Sharded safetensors, heads of 151,936, 152,064 and 128,256 logits, the norms, biases, RoPE scalings and tied heads of the
 paper's models, the real Qwen and LLaMA 3 vocabularies as these models ship them, gsm8k, WikiText and ARC as data sets of
 a few rows. `serve` answers as a hub does, also for a repository whose licence was not accepted."""
-import hashlib, json, shutil, threading
+import hashlib, json, random, shutil, threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
@@ -13,6 +13,8 @@ from urllib.parse import unquote, urlsplit
 WIDTH, LAYERS = 32, 4
 NO_SOURCE = {"gsm8k": "e" * 40, "arc": "a" * 40}         # commits of what conf/ asks for without naming a revision
 
+THINGS, WEATHER, DEEDS = (words.split() for words in ("river stone tree cloud field wind road hill",
+    "old cold dark wet green slow deep still", "rose fell turned stopped grew began ended passed"))
 LLAMA_ROPE = dict(rope_theta=500000.0, rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=8192)
 FAMILIES = { # what does not shrink
@@ -114,11 +116,10 @@ def gsm8k(part: str, n: int) -> list[dict]:
 
 
 def articles(n: int, seed: int) -> list[dict]:
-    "Lines of WikiText: a title between equals signs, and paragraphs."
-    from rcid.data import templated_sentences
-    told = templated_sentences(10 * n, seed=seed)
-    lines = [line for i in range(n) for line in (f" = Article {i} = \n", *(f" {s} \n" for s in told[10*i:10*i + 10]))]
-    return [dict(text=line) for line in lines]
+    "Lines of WikiText: a title between equals signs, and paragraphs, which name no entity of a test."
+    draw = random.Random(seed)
+    def said(): return f" The {draw.choice(THINGS)} was {draw.choice(WEATHER)} when it {draw.choice(DEEDS)} . \n"
+    return [dict(text=line) for i in range(n) for line in (f" = Article {i} = \n", *(said() for _ in range(10)))]
 
 
 def arc(n: int) -> list[dict]:
