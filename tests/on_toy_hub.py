@@ -15,7 +15,7 @@ import toyhub
 from conftest import environment
 from fetch import fetched
 from rcid.core.paths import checkout_tables, read_json, read_yaml
-from rcid.pipeline.dvc import LOCK_HEAD, lock_blocks
+from rcid.pipeline.dvc import LOCK_HEAD, Pipeline, lock_blocks
 from rcid.pipeline.workspace import make_workspace
 from rcid.report import label
 
@@ -72,7 +72,7 @@ SMALLER = ( # sizes, steps and gates of the scale; a key that conf/ does not hav
 )
 OF_TINY = ("calibrate", "planted", "fused")    # their models are trained here at every scale: sizes and steps of `tiny`
 ALSO = ("data.filter=false",)                  # a gate that conf/scale/a100.yaml leaves at its default
-LLAMA = "meta-llama/"
+LLAMA, OF_LLAMA = "meta-llama/", ("models@llama", "kv_base@llama")
 NOT_AT_A100 = {"real_students", "real"}        # whose students are cut out of a model that the scale does not have
 
 
@@ -130,18 +130,27 @@ def whole(folder: Path, address: str):
     must(where, kv == dict(teacher=152064, student=151936), f"experiment 6 has other heads: {kv}")
 
 
+def taken(full: Path, folder: Path):
+    "Puts into a workspace what the run before made without LLaMA, and its records: the rest was never there."
+    pipeline, lost = Pipeline(full), set(OF_LLAMA)
+    for name, parents in pipeline.parents.items():                       # in dependency order
+        if lost & set(parents): lost.add(name)
+    for name, stage in pipeline.stages.items():
+        for path in (Path(out.fs_path) for out in stage.outs):
+            there = folder/path.relative_to(pipeline.root)
+            if name in lost or there.exists(): continue
+            there.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir(): shutil.copytree(path, there, copy_function=os.link)
+            else: os.link(path, there)
+    blocks = lock_blocks((full/"dvc.lock").read_text(encoding="utf-8"))
+    kept = "".join(block for name, block in blocks.items() if name not in lost)
+    (folder/"dvc.lock").write_text(LOCK_HEAD + kept, encoding="utf-8")
+
+
 def refused(full: Path, folder: Path, address: str, refusals: list):
     "The same where LLaMA's licence was not accepted; what Qwen3 alone has made is taken from the run before."
     where = "the a100 graph without LLaMA"
-    blocks = lock_blocks((full/"dvc.lock").read_text(encoding="utf-8"))
-    lost = {name for name in blocks if name in ("models@llama", "kv_base@llama")}
-    for part in ("artifacts", "metrics", "runs", "paper/figures", "paper/tables"):
-        shutil.copytree(full/part, folder/part, dirs_exist_ok=True, copy_function=os.link)
-    for name in ("artifacts/models/llama", "artifacts/kv_base/llama", "metrics/models/llama.json",
-        "metrics/kv_base/llama.json", "runs/models/llama.ipynb", "runs/kv_base/llama.ipynb"):
-        shutil.rmtree(folder/name) if (folder/name).is_dir() else (folder/name).unlink()
-    kept = "".join(block for name, block in blocks.items() if name not in lost)
-    (folder/"dvc.lock").write_text(LOCK_HEAD + kept, encoding="utf-8")
+    taken(full, folder)
     said = repro(where, folder, address)
     has_paper(where, folder)
     must(where, "llama stopped at models, is not required, and is left out; the paper says so" in said, said[-3000:])
