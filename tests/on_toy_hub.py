@@ -1,4 +1,4 @@
-"""The graph of the scale `a100` to the PDF, on a hub of small checkpoints with the true structure: `.ci/run` calls this.
+"""The graph of the scale `a100` to the PDF, on a hub of small checkpoints of true structure: `.ci/run` calls this.
 
     python tests/on_toy_hub.py            after `make test`, which fetches the Qwen and LLaMA 3 vocabularies
 

@@ -1,8 +1,7 @@
-"""The hub of toys has the structure of the paper's models, and `on_toy_hub.py` changes what conf/ knows, but no model."""
+"""The hub of toys has the structure of the paper's models; `on_toy_hub.py` changes what conf/ knows, but no model."""
 import json, urllib.error, urllib.request
 import pytest
 import on_toy_hub, toyhub
-from conftest import ROOT
 from rcid.core.paths import read_yaml
 from rcid.pipeline.workspace import compose_params
 from rcid.report.budget import SHAPES

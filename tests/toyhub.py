@@ -1,8 +1,8 @@
 """A hub on this machine: checkpoints of the true structure with a few thousand weights beside true vocabularies.
 
-Sharded safetensors, heads of 151,936, 152,064 and 128,256 logits, the norms, biases, RoPE scalings and tied heads of the
-paper's models, the real Qwen and LLaMA 3 vocabularies as these models ship them, gsm8k, WikiText and ARC as data sets of
-a few rows. `serve` answers as a hub does, also for a repository whose licence was not accepted."""
+Sharded safetensors, heads of 151,936, 152,064 and 128,256 logits, the norms, biases, RoPE scalings and tied heads of
+the paper's models, the real Qwen and LLaMA 3 vocabularies as these models ship them, gsm8k, WikiText and ARC as data
+sets of a few rows. `serve` answers as a hub does, also for a repository whose licence was not accepted."""
 import hashlib, json, random, shutil, threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
