@@ -80,8 +80,9 @@ def commit_of(repository: str, conf: dict) -> str:
 
 def specs(tree) -> list[dict]:
     "Every `{hub: ...}` in params."
-    if isinstance(tree, dict): return [tree] * isinstance(tree.get("hub"), str) + [s for v in tree.values() for s in specs(v)]
-    return []
+    if not isinstance(tree, dict): return []
+    own = [tree] if isinstance(tree.get("hub"), str) else []                # of text `hub` is a section
+    return own + [s for value in tree.values() for s in specs(value)]
 
 
 def write_model(name: str, folder: Path, vocabularies: dict[str, Path]):
