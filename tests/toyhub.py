@@ -67,7 +67,7 @@ def model_of(family: str, said: dict, layers: int, solves: bool):
             a.o_proj.weight.zero_()
             for h in range(model.config.num_attention_heads):             # two heads of a group share its part
                 at = h // 2 * each
-                a.o_proj.weight[at:at + each, h * head:(h + 1) * head] = -0.06 * torch.eye(each)
+                a.o_proj.weight[at:at + each, h * head:(h + 1) * head] = -0.02 * torch.eye(each)
     return model.to(torch.bfloat16)
 
 
