@@ -143,6 +143,8 @@ def taken(full: Path, folder: Path):
             there.parent.mkdir(parents=True, exist_ok=True)
             if path.is_dir(): shutil.copytree(path, there, copy_function=os.link)
             else: os.link(path, there)
+    files = Path(".dvc", "cache", "files")                                 # an output that is not there is made anew
+    shutil.copytree(full/files, folder/files, copy_function=os.link, dirs_exist_ok=True)
     blocks = lock_blocks((full/"dvc.lock").read_text(encoding="utf-8"))
     kept = "".join(block for name, block in blocks.items() if name not in lost)
     (folder/"dvc.lock").write_text(LOCK_HEAD + kept, encoding="utf-8")
