@@ -2,7 +2,7 @@
 import json, subprocess, sys
 from pathlib import Path
 import pytest, toy
-from conftest import ROOT, output_of
+from conftest import ROOT, output_of, page
 from rcid.core.params import load_params
 from rcid.models import load_model
 from rcid.pipeline.left_out import without
@@ -133,3 +133,12 @@ def test_a_gated_repository_names_its_page(monkeypatch):
     said = "our/model is not a valid identifier\nmore"
     with pytest.raises(RuntimeError, match="identifier .no folder here has this name, so it was taken for a hub id.$"):
         load_model({"hub": "our/model"})
+
+
+def test_a_family_without_a_method_of_the_other_is_drawn_without_it():
+    "At the scale a100 LLaMA has two of four methods: experiment 1 asked for files that no stage makes."
+    def cell(family, method, seed, task="ioi"): return dict(family=family, method=method, seed=seed, task=task)
+    cells = [cell("qwen3", "undistilled", 0), cell("qwen3", "fitnets", 42), cell("qwen3", "fitnets", 43),
+        cell("llama", "undistilled", 0), cell("llama", "rcid", 42), cell("llama", "standard_kd", 42, "factual")]
+    shown = page("exp1").first_seeds(cells, "ioi")
+    assert shown == {"qwen3": {"undistilled": 0, "fitnets": 42}, "llama": {"undistilled": 0, "rcid": 42}}
