@@ -6,7 +6,7 @@ from rcid.causal import Site, all_sites, causal_effects, score_sites, select_sit
 from rcid.core import embedded, load_params, read_json, sha256, atomic_file, atomic_folder, write_json
 from rcid.core.paths import data_dir, workspace_path
 from rcid.pipeline.workspace import compose_params, make_workspace
-from rcid.data import load_pairs
+from rcid.data import general_text, load_pairs
 from rcid.data.pairs import Row, build_pairs
 from rcid.distill import DistillConfig, distill
 from rcid.models import byte_tokenizer, common_vocab, get_adapter, load_model, save_model, shrink
@@ -301,6 +301,15 @@ def test_missing_and_broken_files(tmp_path, monkeypatch):
     refused(FileNotFoundError, "holds no dataset 'wikitext2'", data_dir, "wikitext2")
     monkeypatch.delenv("RCID_DATA_DIR")
     refused(FileNotFoundError, "needs RCID_DATA_DIR", data_dir, "wikitext2")
+
+
+def test_text_of_which_nothing_is_left(tmp_path):
+    "Not an empty list, at which a page stops with an index that is out of range."
+    (tmp_path/"wiki.valid.raw.txt").write_text(" = A village = \n Alice and France met . \n")
+    (tmp_path/"wiki.test.raw.first_half.txt").write_text(" \n")
+    refused(ValueError, "1 documents for 'train'.*each names an entity of the test", general_text, "train", "path",
+        str(tmp_path))
+    refused(ValueError, "0 documents for 'test'.*give another", general_text, "test", "path", str(tmp_path))
 
 
 @pytest.mark.parametrize("path", ("../outside", "/etc/passwd", "a/../../b"))

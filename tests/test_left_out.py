@@ -2,11 +2,13 @@
 import json, subprocess, sys
 from pathlib import Path
 import pytest, toy
-from conftest import ROOT, output_of
+from conftest import ROOT, output_of, page
 from rcid.core.params import load_params
+from rcid.core.paths import read_yaml
 from rcid.models import load_model
 from rcid.pipeline.left_out import without
 from rcid.pipeline.workspace import compose_params
+from rcid.report.paper import keys_used
 
 SCALES = sorted(f.stem for f in (ROOT/"conf"/"scale").glob("*.yaml"))
 STAGES = """
@@ -133,3 +135,20 @@ def test_a_gated_repository_names_its_page(monkeypatch):
     said = "our/model is not a valid identifier\nmore"
     with pytest.raises(RuntimeError, match="identifier .no folder here has this name, so it was taken for a hub id.$"):
         load_model({"hub": "our/model"})
+
+
+def test_a_family_without_a_method_of_the_other_is_drawn_without_it():
+    "At the scale a100 LLaMA has two of four methods: experiment 1 asked for files that no stage makes."
+    def cell(family, method, seed, task="ioi"): return dict(family=family, method=method, seed=seed, task=task)
+    cells = [cell("qwen3", "undistilled", 0), cell("qwen3", "fitnets", 42), cell("qwen3", "fitnets", 43),
+        cell("llama", "undistilled", 0), cell("llama", "rcid", 42), cell("llama", "standard_kd", 42, "factual")]
+    shown = page("exp1").first_seeds(cells, "ioi")
+    assert shown == {"qwen3": {"undistilled": 0, "fitnets": 42}, "llama": {"undistilled": 0, "rcid": 42}}
+
+
+def test_the_paper_asks_for_no_family_by_name():
+    "Without LLaMA there is no sentence on LLaMA: a claim of that name stopped the paper."
+    scales = [read_yaml(ROOT/"conf"/"scale"/f"{scale}.yaml") for scale in SCALES]
+    families = {family for scale in scales for family in scale.get("models", {})}
+    assert families == {"llama", "qwen3"}
+    assert [key for key in keys_used(ROOT/"paper") if families & set(key.split("."))] == []

@@ -230,6 +230,14 @@ def test_cka_map_finds_the_layers_that_are_the_same(recorded, student):
     )
 
 
+def test_layers_of_a_teacher_that_has_no_problem_right():
+    "Not a word about batches of a CKA: it is the teacher who has nothing to say."
+    k, nobody = torch.zeros(3, 1, 2, 4, 8), torch.zeros(3, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="none of these problems right.*train it longer, or leave it out") as e:
+        layer_cka_at_places((k, k), (k, k), nobody)
+    assert "\n" not in str(e.value)
+
+
 @pytest.mark.parametrize("time", TIMES)
 @pytest.mark.parametrize("projection", ("structured", "zspace"))
 def test_every_alignment_gives_targets(time, projection, recorded, student, folders):

@@ -83,7 +83,10 @@ def general_text(
         known = "'path' and 'hub', and 'samples', which the stage `text` draws"
         raise ValueError(f"general text has no source {source!r}: there are {known}")
     docs = [d for d in text.split("\n = ") if d.strip()]
-    return docs if split == "test" else without_test_entities(docs)
+    kept = docs if split == "test" else without_test_entities(docs)
+    if kept: return kept
+    why = "each names an entity of the test: give a larger one" if docs else "give another (lm.path, or lm.hub)"
+    raise ValueError(f"general text: {len(docs)} documents for {split!r}, of which none is left to read; {why}")
 
 # %% ../../nbs/02_data/03_corpus.ipynb #3a671314
 def pack_blocks(texts: list[str], tokenizer, seq: int) -> Int[Tensor, "block seq"]:

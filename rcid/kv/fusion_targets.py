@@ -56,6 +56,9 @@ def layer_cka_at_places(
 ) -> Float[Tensor, "layer_s layer_t"]:
     """Debiased CKA between keys and values (k, v) of every student and teacher layer, at the places of `mask`: no
     shared tokenizer is needed."""
+    if not mask.any():
+        why = "the teacher has none of these problems right, so there is nothing to compare its layers by"
+        raise ValueError(f"layer_cka_at_places: {why}: train it longer, or leave it out")
     t, s = _rows(*teacher, mask), _rows(*student, mask)
     return torch.stack([torch.stack([linear_cka(a, b) for b in t]) for a in s])
 
