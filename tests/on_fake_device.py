@@ -1,4 +1,4 @@
-"""The tiny graph on a device that refuses what a GPU refuses, with the numbers of the CPU: `.ci/run` calls this.
+"""The tiny graph on a device that refuses what a GPU refuses, with the numbers of the CPU.
 
     python tests/on_fake_device.py            after `make test`, whose workspace holds the CPU's numbers
     python tests/on_fake_device.py --all      every stage of the graph, and not one of each page (twice as long)
@@ -28,7 +28,7 @@ FOLDERS = ("data", "artifacts/models", "artifacts/kv_base", *(f"{part}/{name}" f
     for name in ("models", "kv_base")))  # where these results and what they need lie
 ONE_OF_EACH = (                          # with what they need, every page that runs a model
     "pilot@qwen3", "baseline@qwen3-ioi", "evaluate@qwen3-ioi-rcid-42", "evaluate_extra@qwen3-factual-rcid-42",
-    "probe@qwen3-ioi", "calibrate",
+    "probe@qwen3-ioi", "calibrate", "real_plan",
     "planted@qwen3-early_late", "real@released-ioi", "kv_baseline", "kv_distill@kava-42", "kv_distill@kv_structured-42",
     "kv_diagnose", "kv_teachers@llama_prompted", "kv_fuse@learnable-42", "bench@learnable-42", "fused@first_early-0")
 # pages that only read numbers
