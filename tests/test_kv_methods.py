@@ -22,6 +22,7 @@ from rcid.kv import ABLATIONS, ablate_places, answer_texts, answered, method_of,
 from rcid.kv import StructuralKVLoss, AttentionWeighting, Warped, forward_kv, kv_method, with_latents
 from rcid.kv import ThoughtProjector, load_latent, save_latent
 from rcid.models import load_model, save_model, train_tokenizer
+from rcid.models.adapters import model_device
 
 CONFIG = DistillConfig(steps=8, batch=8, lr=3e-3, log_every=1, checkpoint_every=4, seed=0)
 SMALL = {n: replace(m, fit_steps=4, latents=4) for n, m in KV_METHODS.items()}
@@ -369,6 +370,24 @@ def test_places_that_are_ablated_say_something_else(world):
         assert torch.equal(v1[0, :, n:], v[1, :, n:]) and torch.allclose(k1[2], k[2], atol=1e-5)
         same_place = run.places.at[0, 0] == run.places.at[1, 0]
         assert same_place == torch.allclose(k1[0, :, n:], k[1, :, n:], atol=1e-5), "keys are turned to where they stand"
+
+
+def test_problems_go_to_the_student_and_its_mode_stays(world):
+    "A stage's problems are on the CPU, its student is not; dropout is off while places are read."
+    tokenizer, data, _, student = world
+    model, short, asked = student(), with_latents(data[:6], 4, tokenizer.bos_token_id), []
+
+    class Elsewhere:
+        def to(self, device):
+            asked.append(device)
+            return short
+
+    from rcid.kv.ablation import run_places
+    expected = run_places(model.eval(), short)
+    found = run_places(model.train(), Elsewhere())
+    assert model.training and asked == [model_device(model)]
+    for layer, own in zip(found.keys_values, expected.keys_values):
+        for x, y in zip(layer, own): assert torch.equal(x, y)
 
 
 def test_another_problems_teacher_is_never_the_own_one(world):

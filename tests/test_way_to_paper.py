@@ -383,6 +383,16 @@ def cases_of_exp2b():
     for n in (1, 2): say.students_sentence(n, n, 7, n)
 
 
+def test_a_table_of_one_student_does_not_say_everything_twice():
+    "With one student and one task, its comparisons are those over all."
+    table = page("exp2b").real_tests
+    over = [real_test("nearer", "others"), real_test("nearer", "trained")]
+    one, two = ([real_test("nearer", m, (cut, "ioi")) for m in ("others", "trained")] for cut in ("even", "early"))
+    assert table(over + one) == table(over) and table(over + one).count("all &") == 2
+    both = table(over + one + two)
+    assert both.count("all &") == 2 and "even, " in both and "early, " in both
+
+
 def test_the_real_claim_is_of_the_chosen_method_over_all_students():
     "Neither a contrast that was asked for before it nor a single student speaks for it."
     say, record = page("exp2b"), real_record({"route": True}, "equal")

@@ -8,12 +8,12 @@ __all__ = ['ABLATIONS', 'PlacesRun', 'run_places', 'others_of', 'ablated', 'answ
 # %% ../../nbs/06_kv/09c_ablation.ipynb #10252cac
 from typing import NamedTuple
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from ..data.reasoning import ReasoningDataset, extract_number, number
 from .latent import LatentModel
 from .rope import rope_of, rotate_keys, unrotate_keys
-from .think import Part, one_run, part_of, run_columns
+from .think import Part, one_run, part_of, run_columns, up_to_itself
 from ..models.adapters import get_adapter, model_device
 from ..models.generation import end_tokens
 from ..models.modes import evaluating
@@ -36,10 +36,10 @@ def run_places(student: LatentModel, thought: ReasoningDataset) -> PlacesRun:
         question, places = part_of(thought, torch.zeros_like(asks), asks), part_of(thought, asks, answers)
         n, m = question.ids.shape[1], places.ids.shape[1]
         x = a.start(question.ids, question.at)
-        ran = run_columns(a, x, question.at, question.real[:, None] & _before(n, n, x.device))
+        ran = run_columns(a, x, question.at, question.real[:, None] & up_to_itself(n, n, x.device))
         last = ran.final[torch.arange(len(x), device=x.device), asks - 1][:, None]
         inputs = marked = a.start(places.ids, places.at)
-        sees = torch.cat([question.real[:, None].expand(-1, m, -1), _before(m, m, x.device).expand(len(x), -1, -1)], 2)
+        sees = torch.cat([question.real[:, None].expand(-1, m, -1), up_to_itself(m, m, x.device).expand(len(x), -1, -1)], 2)
         key_at, size = torch.cat([question.at, places.at], 1), student.model.size()
         for _ in range(student.model.iterations + 1):
             behind = run_columns(a, inputs, places.at, sees, ran.keys_values, key_at)
@@ -48,9 +48,6 @@ def run_places(student: LatentModel, thought: ReasoningDataset) -> PlacesRun:
             inputs = torch.where(places.ids[..., None] == student.model.latent_id, inputs, marked)
         both = [tuple(torch.cat(kv, 2) for kv in zip(*layer)) for layer in zip(ran.keys_values, behind.keys_values)]
         return PlacesRun(question, places, both)
-
-def _before(queries: int, keys: int, device) -> Bool[Tensor, "query key"]:
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 def others_of(answers: list[str]) -> list[int]:
     "For each problem the next one, round and round, that has another answer."
@@ -106,7 +103,7 @@ def answer_texts(
         row = torch.arange(len(ids), device=ids.device)
         for _ in range(max_new):
             at = cue.at[:, :1] + torch.arange(ids.shape[1], device=ids.device)
-            own = _before(ids.shape[1], ids.shape[1], ids.device).expand(len(ids), -1, -1)
+            own = up_to_itself(ids.shape[1], ids.shape[1], ids.device).expand(len(ids), -1, -1)
             sees = torch.cat([seen[:, None].expand(-1, ids.shape[1], -1), own], 2)
             ran = run_columns(a, a.start(ids, at), at, sees, kv, torch.cat([before, at], 1))
             token = a.logits(ran.final[row, length - 1]).argmax(-1)

@@ -20,7 +20,7 @@ from ..causal.mediation import Mediation
 from ..data.other_numbers import Changed
 from ..data.reasoning import ReasoningDataset, encode_problems
 from .latent import LatentModel, with_latents
-from .think import Part, one_run, part_of, run_columns
+from .think import Part, one_run, part_of, run_columns, up_to_itself
 from ..models.adapters import get_adapter, model_device
 from ..models.decoder import ModelAdapter
 from ..models.modes import evaluating
@@ -80,13 +80,10 @@ class Patch(NamedTuple):
     source: list[Round]                          # of the other problems
     depths: list[int]
 
-def _below(queries: int, keys: int, device) -> Tensor:
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-
 def _behind(a: ModelAdapter, x: Tensor, at: Tensor, question: Question, past: list, past_at: Tensor):
     "Columns behind a question and some places."
     width, before = x.shape[1], past_at.shape[1]
-    own = _below(width, before + width, x.device).expand(len(x), -1, -1)
+    own = up_to_itself(width, before + width, x.device).expand(len(x), -1, -1)
     sees = torch.cat([question.part.real[:, None].expand(-1, width, -1), own], 2)
     keys_values = [_joined(*kv) for kv in zip(question.keys_values, past)]
     return run_columns(a, x, at, sees, keys_values, torch.cat([question.part.at, past_at, at], 1))
@@ -113,7 +110,7 @@ class Thinker:
         asks = data.segments[:, 1]
         part = part_of(data, torch.zeros_like(asks), asks)
         n, x = part.ids.shape[1], self.a.start(part.ids, part.at)
-        ran = run_columns(self.a, x, part.at, part.real[:, None] & _below(n, n, x.device))
+        ran = run_columns(self.a, x, part.at, part.real[:, None] & up_to_itself(n, n, x.device))
         return Question(part, ran.keys_values, ran.final[torch.arange(len(x), device=x.device), asks - 1][:, None])
 
     def think(self,
