@@ -39,7 +39,8 @@ def run_places(student: LatentModel, thought: ReasoningDataset) -> PlacesRun:
         ran = run_columns(a, x, question.at, question.real[:, None] & up_to_itself(n, n, x.device))
         last = ran.final[torch.arange(len(x), device=x.device), asks - 1][:, None]
         inputs = marked = a.start(places.ids, places.at)
-        sees = torch.cat([question.real[:, None].expand(-1, m, -1), up_to_itself(m, m, x.device).expand(len(x), -1, -1)], 2)
+        own = up_to_itself(m, m, x.device).expand(len(x), -1, -1)
+        sees = torch.cat([question.real[:, None].expand(-1, m, -1), own], 2)
         key_at, size = torch.cat([question.at, places.at], 1), student.model.size()
         for _ in range(student.model.iterations + 1):
             behind = run_columns(a, inputs, places.at, sees, ran.keys_values, key_at)
