@@ -411,6 +411,7 @@ def test_help_has_examples_that_parse(command, capsys):
     shown = [line.split("(needs")[0].split() for line in text.splitlines()]
     lines = [words for words in shown if words[:2] == ["rcid", command]]
     assert e.value.code == 0 and len(lines) >= 3
+    assert f"rcid-{command}.html" in " ".join(text.split())             # where the page is without --out
     for words in lines: assert parser().parse_args(words[1:]).command == command
 
 
