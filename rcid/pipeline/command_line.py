@@ -18,7 +18,7 @@ EXAMPLES = {
   rcid compare ./teacher ./student --pairs my.jsonl
   rcid compare ./teacher ./lora-student                            (needs the base that it names)
 
-a line of my.jsonl (roles are optional):
+a line of my.jsonl (roles are optional, and group, a name that pairs which belong together share):
   {"clean": "The capital of France is", "corrupt": "The capital of Poland is",
    "answer": " Paris", "wrong": " Warsaw", "roles": {"relation": "The capital"}}
 
@@ -30,7 +30,7 @@ interrupted: each with one line that says what to do""",
   rcid map ./teacher --pairs my.jsonl""",
 }
 
-KINDS = "kinds of change, as s2,names; one that is not there is answered by all (default: the classic one)"
+KINDS = "kinds of change, as s2,names; a wrong name is answered by the list of all (default: the classic one)"
 WRITES = "the page, with its numbers beside it as JSON (default rcid-compare.html or rcid-map.html, here)"
 
 def _add_options(parser: argparse.ArgumentParser):
@@ -39,7 +39,7 @@ def _add_options(parser: argparse.ArgumentParser):
     parser.add_argument("--task", default="ioi", choices=tasks, help="what the sentences ask (default ioi)")
     parser.add_argument("--facts", default="", choices=("lama", "counterfact", "lre"), help="public facts")
     parser.add_argument("--pairs", default="", metavar="FILE", help="pairs of your own, JSON lines, instead of a task")
-    parser.add_argument("--kinds", default="", metavar="KINDS", help=KINDS)
+    parser.add_argument("--kinds", default="", help=KINDS)
     parser.add_argument("-n", type=int, default=256, help="pairs that are read (default 256)")
     parser.add_argument("--unfiltered", action="store_true", help="also pairs that the teacher gets wrong")
     parser.add_argument("--out", default="", metavar="FILE", help=WRITES)
