@@ -60,12 +60,17 @@ def answer(key: str) -> str:
     shown = [f"{name:32}{text if len(text) <= 200 else text[:200] + ' ...'}" for name, text in found.items()]
     return "\n".join([f"{key} is printed by (ask for one of these keys)", *shown])
 
-def main(argv: list[str]):
-    "`python -m rcid.pipeline.asked KEY`, or without a key the list of all keys."
+def main(argv: list[str]) -> int:
+    "`python -m rcid.pipeline.asked KEY`, or without a key the list of all keys; 2 where nothing is called so."
     key = argv[0] if argv else ""
-    if key in ("-h", "--help"): return print(USAGE)
+    if key in ("-h", "--help"):
+        print(USAGE)
+        return 0
     try: print(answer(key) if key else "\n".join(f"{k:44}{f}" for k, f in all_keys().items()))
-    except (OSError, ValueError) as e: sys.exit(f"rcid: {e}")
+    except (OSError, ValueError) as e:
+        print(f"rcid: {e}", file=sys.stderr)
+        return 2
+    return 0
 
 # %% ../../nbs/09_pipeline/10b_asked.ipynb #5d0d0011
-if __name__ == "__main__" and "__file__" in globals(): main(sys.argv[1:])
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main(sys.argv[1:]))

@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         return launch(argv[1:])
     if argv[:1] == ["where"]:
         from rcid.pipeline.asked import main as where
-        return where(argv[1:]) or 0
+        return where(argv[1:])
     args = parser().parse_args(argv)
     try: _measured(args)
     except KeyboardInterrupt:
