@@ -109,7 +109,8 @@ def test_a_number_is_answered_by_the_keys_that_print_it(key, capsys):
 
 
 def test_a_number_that_nothing_prints_is_one_line(capsys):
-    assert refused_key("123456.789", capsys) == "rcid: no sentence and no table prints 123456.789: give it as it is printed, or a key"
+    said = refused_key("123456.789", capsys)
+    assert said == "rcid: no sentence and no table prints 123456.789: give it as it is printed, or a key"
 
 
 def test_a_wrong_cell_is_told_what_its_metrics_file_holds(capsys):
