@@ -22,7 +22,7 @@ from rcid.kv import ABLATIONS, ablate_places, answer_texts, answered, method_of,
 from rcid.kv import StructuralKVLoss, AttentionWeighting, Warped, forward_kv, kv_method, with_latents
 from rcid.kv import ThoughtProjector, load_latent, save_latent
 from rcid.models import load_model, save_model, train_tokenizer
-from rcid.models.adapters import model_device
+from rcid.models.adapters import get_adapter, model_device
 
 CONFIG = DistillConfig(steps=8, batch=8, lr=3e-3, log_every=1, checkpoint_every=4, seed=0)
 SMALL = {n: replace(m, fit_steps=4, latents=4) for n, m in KV_METHODS.items()}
@@ -373,9 +373,9 @@ def test_places_that_are_ablated_say_something_else(world):
 
 
 def test_problems_go_to_the_student_and_its_mode_stays(world):
-    "A stage's problems are on the CPU, its student is not; dropout is off while places are read."
+    "A stage's problems are on the CPU, its student is not; it is in eval mode while its places are read."
     tokenizer, data, _, student = world
-    model, short, asked = student(), with_latents(data[:6], 4, tokenizer.bos_token_id), []
+    model, short, asked, modes = student(), with_latents(data[:6], 4, tokenizer.bos_token_id), [], []
 
     class Elsewhere:
         def to(self, device):
@@ -384,8 +384,9 @@ def test_problems_go_to_the_student_and_its_mode_stays(world):
 
     from rcid.kv.ablation import run_places
     expected = run_places(model.eval(), short)
+    get_adapter(model).layers[0].register_forward_pre_hook(lambda layer, _: modes.append(layer.training))
     found = run_places(model.train(), Elsewhere())
-    assert model.training and asked == [model_device(model)]
+    assert model.training and asked == [model_device(model)] and modes and not any(modes)
     for layer, own in zip(found.keys_values, expected.keys_values):
         for x, y in zip(layer, own): assert torch.equal(x, y)
 
