@@ -67,6 +67,14 @@ def test_no_link_is_tracked(tracked):
     assert "/.venv" in (ROOT/".gitignore").read_text(encoding="utf-8").splitlines(), "ignored, also where it is a link"
 
 
+def test_the_lock_names_living_stages_alone():
+    "DVC keeps what it once ran: a stage that a change of params took away would look like a result of today."
+    from dvc.repo import Repo
+    living = {stage.addressing.split(":")[-1] for stage in Repo(ROOT).index.stages}
+    locked = yaml.load((ROOT/"dvc.lock").read_text(encoding="utf-8"))["stages"]
+    assert locked and sorted(set(locked) - living) == [], "take these entries out of dvc.lock"
+
+
 def test_params_are_the_default_scale(tmp_path):
     compose_params(tmp_path/"params.yaml", f"scale={DEFAULT_SCALE}")
     assert yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8")) == yaml.load(
