@@ -1,5 +1,5 @@
 """What the tests share: the repository, tiny random models, IOI pairs, and one finished tiny workspace."""
-import ast, json, os, shutil, subprocess, sys
+import ast, json, os, shutil, subprocess, sys, time
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -82,6 +82,26 @@ def page(name: str) -> ModuleType:
         if cell["cell_type"] == "code" and defines(source):
             exec(compile(source, f"{name}.ipynb, cell {cell['id']}", "exec"), vars(module))
     return module
+
+
+@pytest.fixture
+def at_once(root):
+    "Runs a program in several processes that wait for one another, and gives what each of them said."
+    def run(program: str, n: int, folder: Path, *args: str) -> list[str]:
+        """The program is given `args` and its number; it makes `folder/ready-NUMBER`, then waits for `folder/go`."""
+        start = dict(cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        all_ = [subprocess.Popen([sys.executable, "-c", program, *args, str(i)], **start) for i in range(n)]
+        try:
+            while not all((folder/f"ready-{i}").exists() for i in range(n)):
+                assert all(p.poll() is None for p in all_), [p.communicate()[0] for p in all_ if p.poll() is not None]
+                time.sleep(.05)
+            (folder/"go").touch()
+            said = [p.communicate(timeout=120)[0] for p in all_]
+        finally:
+            for p in all_: p.kill()
+        assert all(p.returncode == 0 for p in all_), said
+        return said
+    return run
 
 
 def code_of(notebook: Path) -> list[str]:

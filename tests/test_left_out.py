@@ -1,8 +1,8 @@
 """A family that is not required and stops at a gate: the others run to the end, in one command."""
 import json, subprocess, sys
 from pathlib import Path
-import pytest, toy
-from conftest import ROOT, output_of, page
+import numpy as np, pytest, toy
+from conftest import ROOT, code_of, output_of, page
 from rcid.core.params import load_params
 from rcid.core.paths import read_yaml
 from rcid.models import load_model
@@ -144,6 +144,23 @@ def test_a_family_without_a_method_of_the_other_is_drawn_without_it():
         cell("llama", "undistilled", 0), cell("llama", "rcid", 42), cell("llama", "standard_kd", 42, "factual")]
     shown = page("exp1").first_seeds(cells, "ioi")
     assert shown == {"qwen3": {"undistilled": 0, "fitnets": 42}, "llama": {"undistilled": 0, "rcid": 42}}
+
+
+def test_a_family_of_which_no_method_is_shown_has_no_row():
+    "`KeyError: 'llama'`, where the figures of experiment 1 showed none of its methods."
+    exp1, asked = page("exp1"), []
+    def read_effects(family, task, *student):
+        asked.append((family, *student))
+        return {"trained": np.full((4, 2), float(len(student)))}
+    exp1.read_effects = read_effects
+    shown = exp1.first_seeds([dict(family="qwen3", method="rcid", seed=42, task="ioi"),
+                              dict(family="llama", method="crd", seed=42, task="ioi")], "ioi")
+    effects = exp1.effects_shown(shown, ["llama", "qwen3"], "ioi")
+    assert list(effects) == ["qwen3"] and asked == [("qwen3",), ("qwen3", "rcid", 42)]
+    site = [(0, "end"), (1, "end")]
+    assert len(exp1.effect_scatter(effects, {"llama": site, "qwen3": site}).axes) == 1
+    source = "".join(code_of(ROOT/"nbs"/"experiments"/"exp1.ipynb"))
+    assert "shown[family]" not in source, "and the routes are drawn without them"
 
 
 def test_the_paper_asks_for_no_family_by_name():

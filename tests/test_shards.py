@@ -1,8 +1,9 @@
 """Targets on disk: what is read is what was made, losses are the same bit for bit, 16 bits round once, a shard that is
 missing or was changed is refused, and memory grows with the batch and not with the problems."""
 
-import copy, itertools, subprocess, sys
+import copy, itertools, json, os, shutil, subprocess, sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 import pytest, torch
 from rcid.core.paths import read_yaml
@@ -13,10 +14,15 @@ from rcid.distill import DistillConfig, distill
 from rcid.kv import KV_METHODS, AttentionWeighting, KVMethod, KVObjective, KVShape, LatentModel, MapProjectionAligner
 from rcid.kv import Column, RegressionKVLoss, Warped, columns_of, kept_shards, load_shards, method_of, write_shards
 from rcid.kv import KVFusion, Teacher, load_recording, make_fusion_targets, record_teacher, with_latents
-from rcid.kv import fusion_targets as fusing
+from rcid.kv import fusion_targets as fusing, places, shards
+from rcid.kv.compress import compress_kv
 from rcid.kv.fusion_targets import closeness
-from rcid.kv.shards import filled, rows_of, shard_of
+from rcid.kv.recording import KeptCache
+from rcid.kv.shards import NOTE, filled, rows_of, shard_of
+from rcid.kv.warp import TimeWarper
 from rcid.models import load_model, save_model, train_tokenizer
+from rcid.pipeline import needs
+from rcid.pipeline.dvc import LEFTOVER
 
 N = 140                                          # problems: two shards and a part of one
 CONFIG = DistillConfig(steps=3, batch=16, lr=3e-3, log_every=1, seed=3)
@@ -33,11 +39,17 @@ def made(n: int = 10, size: int = 4, seq: int = 6) -> list[dict[str, torch.Tenso
     return [{name: x[i:i + size] for name, x in whole.items()} for i in range(0, n, size)]
 
 
+def folders(kept):
+    "Of targets, without the locks beside them."
+    return sorted(folder for folder in kept.iterdir() if folder.is_dir())
+
+
 def joined(parts):
     return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
 
-@pytest.mark.parametrize("rows", ([9, 0, 4, 3], [1], [5, 5, 5], slice(2, 7), slice(None), torch.tensor([8, 1, -1])))
+@pytest.mark.parametrize("rows", ([9, 0, 4, 3], [1], [5, 5, 5], slice(2, 7), slice(None), torch.tensor([8, 1, -1]),
+    6, -1, torch.tensor(3), [], slice(0, 0)))
 def test_rows_in_any_order_are_those_that_were_made(tmp_path, rows):
     parts = made()
     whole = joined(parts)
@@ -78,6 +90,34 @@ def test_numbers_that_do_not_fit_are_refused(tmp_path):
     write_shards(tmp_path/"t", parts, 10, torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("what", ("nan", "inf"))
+def test_what_is_no_number_is_not_said_to_need_more_bits(tmp_path, dtype, what):
+    parts = made()
+    place = parts[1]["mask"].nonzero()[0]
+    parts[1]["k"][place[0], 0, 0, place[1], 0] = float(what)
+    named = dict(nan="NaN", inf="inf")[what]
+    for folder in (tmp_path/"t", None):
+        with pytest.raises(ValueError, match=f"^targets: k of problems 4 to 7 holds {named}: the teacher ") as error:
+            kept_shards(folder, (), lambda: parts, 10, dtype)
+        one_line(error)
+    assert folders(tmp_path/"t") == []
+
+
+def test_no_problems_and_batches_without_any(tmp_path):
+    for folder in (None, tmp_path):
+        said = "targets in memory are of no problem" if folder is None else "no targets in"
+        with pytest.raises((ValueError, FileNotFoundError), match=f"^{said}") as error:
+            kept_shards(folder, (), lambda: [], 0)
+        one_line(error)
+    with pytest.raises(ValueError, match="^filled: no problem"): filled([], 0)
+    parts, nothing = made(), {name: x[:0] for name, x in made()[0].items()}
+    with_gaps = [nothing, parts[0], nothing, {}, *parts[1:], nothing]
+    for folder in (None, tmp_path):
+        kept = kept_shards(folder, ("gaps",), lambda: with_gaps, 10)
+        assert torch.equal(kept["k"][:], joined(parts)["k"]) and torch.equal(kept["mask"], joined(parts)["mask"])
+
+
 def one_line(error) -> str:
     text = str(error.value)
     assert "\n" not in text
@@ -100,7 +140,7 @@ def test_a_folder_without_any_is_refused(tmp_path):
 def test_a_damaged_shard_is_refused_and_made_again(tmp_path, how):
     parts = made()
     kept_shards(tmp_path, (), lambda: parts, 10)
-    (folder,) = tmp_path.iterdir()
+    (folder,) = folders(tmp_path)
     file = sorted(folder.iterdir())[1]
     whole = file.read_bytes()
     if how == "truncated": file.write_bytes(whole[:-40])
@@ -110,6 +150,67 @@ def test_a_damaged_shard_is_refused_and_made_again(tmp_path, how):
     assert str(folder) in one_line(error) and "make" in one_line(error)
     again = kept_shards(tmp_path, (), lambda: parts, 10)
     assert torch.equal(again["k"][:], joined(parts)["k"]) and load_tensors(file)
+
+
+@pytest.mark.parametrize("what", ("thesis.tex", ".hidden", "model-00001-of-00002.safetensors", "chapter"))
+def test_a_folder_that_holds_anything_else_is_not_replaced(tmp_path, what):
+    folder = tmp_path/"mine"
+    folder.mkdir()
+    (folder/what).mkdir() if what == "chapter" else (folder/what).write_text("years of work")
+    asked = []
+    def parts():
+        asked.append(True)
+        yield from made()
+    for _ in range(2):                                             # without shards, then beside them
+        with pytest.raises(ValueError) as error: write_shards(folder, parts(), 10)
+        assert one_line(error) == f"{folder} holds {what} beside shards and stays: name a folder of its own"
+        assert (folder/what).exists() and not asked, "and nothing was computed for it"
+        (folder/"00000000.safetensors").write_bytes(b"")
+    file = tmp_path/"thesis.pdf"
+    file.write_text("years of work")
+    with pytest.raises(ValueError, match="thesis.pdf is no folder: name another one"): write_shards(file, parts(), 10)
+    assert file.read_text() == "years of work"
+
+
+def test_a_folder_of_shards_is_replaced_with_its_note(tmp_path):
+    folder = write_shards(tmp_path/"t", made(), 10, of="one", note=lambda: dict(key="one"))
+    assert json.loads((folder/NOTE).read_text()) == dict(key="one")
+    assert load_shards(folder, "one") and load_shards(folder)
+    with pytest.raises(ValueError) as error: load_shards(folder, "two")
+    assert one_line(error).startswith(f"{folder/'00000000.safetensors'} does not belong to the {NOTE} beside it: ")
+    shards = sorted(folder.glob("*.safetensors"))
+    other = write_shards(tmp_path/"u", made(), 10, of="two")
+    shutil.copy(other/shards[1].name, shards[1])                   # the same problems, of another teacher
+    with pytest.raises(ValueError, match=f"{shards[1].name} does not belong"): load_shards(folder, "one")
+    write_shards(folder, made(), 10)
+    assert len(list(folder.iterdir())) == 3, "the note was of the others"
+
+
+AT_ONCE = """
+import sys, time
+from pathlib import Path
+import torch
+from rcid.kv.shards import kept_shards
+folder, keys = Path(sys.argv[1]), int(sys.argv[2])
+def parts():
+    print("made")
+    for i in range(4):
+        time.sleep(.01)
+        yield dict(k=torch.full((2, 1, 1, 3, 4), float(i)), mask=torch.ones(2, 3).bool())
+(folder/f"ready-{sys.argv[3]}").touch()
+while not (folder/"go").exists(): time.sleep(.001)
+for key in range(keys):
+    k = kept_shards(folder/"kept", (key,), parts, 8)["k"]
+    assert k[:][:, 0, 0, 0, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+"""
+
+def test_processes_that_ask_at_once(tmp_path, root, at_once):
+    "Two stages of a node: they exchanged each other's folder, and one failed."
+    said = at_once(AT_ONCE, 3, tmp_path, str(tmp_path), "16")
+    assert "".join(said).count("made") == 16, "each was made by one, and the others waited"
+    assert len(folders(tmp_path/"kept")) == 16
+    left = [path.name for path in (tmp_path/"kept").iterdir() if not path.is_dir()]
+    assert all(LEFTOVER.fullmatch(name) for name in left), "DVC does not see the locks"
 
 
 def test_a_teacher_that_stopped_early_leaves_no_targets():
@@ -145,7 +246,7 @@ def test_losses_on_streamed_targets_are_those_on_targets_in_memory(world, tmp_pa
     for folder in (None, str(tmp_path), str(tmp_path)):
         curves.append(distill(student(), teacher, data, method, replace(CONFIG, targets_dir=folder)).history)
     assert curves[0] == curves[1] == curves[2] and len(curves[0]) == 1 + CONFIG.steps
-    (folder,) = tmp_path.iterdir()
+    (folder,) = folders(tmp_path)
     assert len(list(folder.iterdir())) == 3, "64 problems a shard"
 
 
@@ -196,6 +297,10 @@ def test_the_paper_scale_maps_queries_by_heads(root):
     assert method_of("kv_structured", kv).kv == KV_METHODS["kv_structured"].kv
     with pytest.raises(ValueError, match="unknown queries='mixed'"):
         MapProjectionAligner(KVShape(2, 1, 4, 2), KVShape(2, 1, 4, 2), queries="mixed")
+
+
+def test_the_pipeline_counts_with_the_same_shards():
+    assert needs.SHARD == shards.SHARD
 
 
 # several teachers
@@ -250,7 +355,7 @@ def test_targets_of_several_teachers_on_disk_are_those_in_memory(several, tmp_pa
         assert torch.equal(found.features, whole.features)
         for name, x in whole.prototypes.items(): assert torch.equal(found.prototypes[name], x)
         assert closeness(student, found) == closeness(student, whole)
-    assert len(list(tmp_path.iterdir())) == 2 and kept.content_hash() == again.content_hash()
+    assert len(folders(tmp_path)) == 2 and kept.content_hash() == again.content_hash()
     if time != "segment": return
     config = DistillConfig(steps=3, batch=16, lr=1e-3, log_every=1)
     curves = []
@@ -258,6 +363,58 @@ def test_targets_of_several_teachers_on_disk_are_those_in_memory(several, tmp_pa
         model = copy.deepcopy(student)
         curves.append(distill(model, model, targets, KVFusion(fusion="govern"), config).history)
     assert curves[0] == curves[1]
+
+
+CHANGES = {                                      # of what a place reads, without a word to `make_fusion_targets`
+    "compress": ("crop", "compress_kv", partial(compress_kv, crop="last")),
+    "warp": ("segment", "TimeWarper", partial(TimeWarper, smoothness=dict(prompt=3., reasoning=3., answer=3.))),
+    "available": ("segment", None, None),
+}
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_kept_targets_are_of_all_that_they_depend_on(several, tmp_path, monkeypatch, what):
+    "They were found again after a change of settings, or of the problems that a teacher is there for."
+    student, words, thought, recorded = several
+    time, name, new = CHANGES[what]
+    how, whole, some = dict(time=time, fit_steps=1), *({"a": recorded[stream]["a"]} for stream in (False, True))
+    def targets(): return make_fusion_targets(student, words, thought, some, **how, folder=tmp_path).targets["a"]
+    first = targets()
+    if name: monkeypatch.setattr(places, name, new)
+    else:
+        there = torch.arange(70) > 9
+        whole, some = ({"a": replace(x["a"], available=there)} for x in (whole, some))
+    fresh = make_fusion_targets(student, words, thought, whole, **how).targets["a"]
+    for _ in range(2): second = targets()
+    assert len(folders(tmp_path)) == 2
+    assert torch.equal(second.k[:], fresh.k) and torch.equal(second.mask, fresh.mask)
+    assert not (torch.equal(second.k[:], first.k[:]) and torch.equal(second.mask, first.mask))
+
+
+def test_kept_targets_are_of_the_code_that_makes_them(several, tmp_path, monkeypatch):
+    student, words, thought, recorded = several
+    asked = []
+    monkeypatch.setattr(fusing, "code_hash", lambda *made_by: asked.append(made_by) or str(len(asked)))
+    how = dict(recorded={"a": recorded[True]["a"]}, fit_steps=1, folder=tmp_path)
+    for _ in range(2): make_fusion_targets(student, words, thought, **how)
+    assert {TimeWarper, compress_kv, KeptCache, kept_shards, make_fusion_targets} <= set(asked[0])
+    assert len(folders(tmp_path)) == 2, "other code, other targets"
+
+
+def test_kept_targets_go_with_the_last_page_that_needs_them(root, tmp_path, monkeypatch):
+    "On a node with GPUs they filled its disk."
+    sources = {}
+    for name in ("kv_fuse", "exp7"):
+        cells = json.loads((root/"nbs"/"experiments"/f"{name}.ipynb").read_text())["cells"]
+        sources[name] = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code").splitlines()
+    (kept,) = (line for line in sources["kv_fuse"] if line.startswith("folder = "))
+    (removed,) = (line for line in sources["exp7"] if "rmtree" in line)
+    found = {}
+    exec(kept, dict(large=True), found)
+    monkeypatch.chdir(tmp_path)
+    os.makedirs(f"{found['folder']}/0123")
+    os.makedirs("artifacts/targets/others")
+    for _ in range(2): exec(removed, dict(shutil=shutil))          # once there is nothing: nothing happens
+    assert os.listdir("artifacts/targets") == ["others"] and sources["exp7"][-1] == removed
 
 
 def test_own_keys_are_computed_again_where_they_are_not_kept(several):

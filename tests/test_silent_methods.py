@@ -466,6 +466,15 @@ def test_another_attention_kernel_or_number_format_is_another_file(toy, tmp_path
     assert files() == 3
 
 
+def test_a_teacher_that_says_nan_is_not_said_to_need_more_bits(toy):
+    teacher, pairs = toy
+    teacher = copy.deepcopy(teacher)
+    with torch.no_grad(): teacher.model.norm.weight[0] = torch.nan
+    with pytest.raises(ValueError, match=r"^the teacher's hidden states hold NaN or inf \(pairs 0 to 31\): it") as e:
+        teacher_targets(teacher, pairs, SignalRequest(), dtype=torch.bfloat16)
+    assert "\n" not in str(e.value)
+
+
 def test_hooks_of_the_libraries_do_not_count(toy, tmp_path):
     teacher, pairs = toy
     teacher = copy.deepcopy(teacher)

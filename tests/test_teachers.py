@@ -1,7 +1,7 @@
 """Several teachers: one in memory at a time, missing ones have no weight, order does not matter, and what is
 compared cost the same."""
 
-import copy, gc, json, weakref
+import copy, gc, json, shutil, weakref
 import pytest, torch
 from rcid.align import map_layers
 from rcid.core import load_params, read_json
@@ -16,6 +16,7 @@ from rcid.kv.places import TIMES, place_matrices
 from rcid.kv.fusion_targets import FusionTargets, layer_cka_at_places, make_fusion_targets, own_kv
 from rcid.kv.multi_teacher import KVFusion, routing
 from rcid.kv.recording import TeacherRecording, Teacher, record_teacher, load_recording
+from rcid.kv.shards import NOTE
 from rcid.models import load_model, save_model, train_tokenizer
 
 FUSIONS = ("fixed", "similarity", "learnable", "govern")
@@ -344,13 +345,109 @@ def test_a_teacher_that_does_not_keep_the_text(folders, problems, tmp_path):
 
 def test_a_recording_that_was_changed_and_a_teacher_that_is_gone(folders, problems, tmp_path):
     teacher, path = Teacher(name="b", folder=str(folders["b"])), tmp_path/"b.safetensors"
-    (file,) = record_teacher(teacher, problems[:4], path).iterdir()
+    (file,) = record_teacher(teacher, problems[:4], path).glob("*.safetensors")
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(ValueError, match="does not match its SHA-256"):
         load_recording(teacher, path, load(folders["b"])[1])
     with pytest.raises(FileNotFoundError, match="teacher gone: no weights"):
         record_teacher(Teacher(name="gone", folder=str(tmp_path/"nothing")), problems, tmp_path/"x.safetensors")
+
+
+def one_line(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def test_recordings_whose_names_differ_after_a_dot(folders, problems, tmp_path):
+    "`Llama-3.1` and `Llama-3.2` had one note: RoPE, availability and problems of one were those of the other."
+    said = {}
+    for name, model in (("Llama-3.1", "a"), ("Llama-3.2", "b")):
+        t = Teacher(name=name, folder=str(folders[model]), before="" if model == "a" else "Think. ")
+        said[name] = t, record_teacher(t, problems[:6 if model == "a" else 4], tmp_path/name)
+    heard = {name: load_recording(t, path, load(t.folder)[1]) for name, (t, path) in said.items()}
+    one, two = heard.values()
+    assert len(one.available) == len(one.data) == 6 and len(two.available) == len(two.data) == 4
+    assert one.rope.head_dim == 24 and two.rope.head_dim == 8 and one.key != two.key
+    assert two.data.problems[0].prompt.startswith("Think. ") and not one.data.problems[0].prompt.startswith("Think. ")
+    assert sorted(f.name for f in tmp_path.iterdir() if f.is_dir()) == ["Llama-3.1", "Llama-3.2"]
+    assert not list(tmp_path.glob("*.json")) and all((path/NOTE).exists() for _, path in said.values())
+
+
+def test_a_note_of_another_recording(folders, problems, tmp_path):
+    teacher = Teacher(name="b", folder=str(folders["b"]))
+    tokenizer = load(folders["b"])[1]
+    path = record_teacher(teacher, problems[:4], tmp_path/"one")
+    other = record_teacher(teacher, problems[4:8], tmp_path/"two")
+    own = (path/NOTE).read_text()
+    shutil.copy(other/NOTE, path/NOTE)
+    with pytest.raises(ValueError) as error: load_recording(teacher, path, tokenizer)
+    assert "00000000.safetensors does not belong to the note.json beside it: delete" in one_line(error)
+    note = json.loads(own)
+    for change in (dict(available=note["available"][:3]), dict(problems=note["problems"][:3])):
+        (path/NOTE).write_text(json.dumps(note | change))
+        with pytest.raises(ValueError) as error: load_recording(teacher, path, tokenizer)
+        assert f"{path}: note.json and shards are of [3, 4] problems: delete it and record it again" == one_line(error)
+    (path/NOTE).write_text("{}")
+    with pytest.raises(ValueError, match="does not belong to the note.json") as error:
+        load_recording(teacher, path, tokenizer)
+    one_line(error)
+    (path/NOTE).unlink()
+    with pytest.raises(FileNotFoundError, match="note.json is missing") as error:
+        load_recording(teacher, path, tokenizer)
+    one_line(error)
+    record_teacher(teacher, problems[:4], path)                    # what has no note is recorded again
+    assert (path/NOTE).read_text() == own and len(load_recording(teacher, path, tokenizer).data) == 4
+
+
+def test_a_recording_replaces_nothing_but_a_recording(folders, problems, tmp_path, monkeypatch):
+    def never(*_, **__): raise AssertionError("a teacher was loaded for nothing")
+    (tmp_path/"mine").mkdir()
+    (tmp_path/"mine"/"thesis.tex").write_text("years of work")
+    monkeypatch.setattr(recording_module, "load_model", never)
+    teacher = Teacher(name="b", folder=str(folders["b"]))
+    with pytest.raises(ValueError, match="mine holds thesis.tex beside shards and stays") as error:
+        record_teacher(teacher, problems[:4], tmp_path/"mine")
+    one_line(error)
+    assert (tmp_path/"mine"/"thesis.tex").read_text() == "years of work"
+    with pytest.raises(ValueError, match="^teacher b: no problems to record"): record_teacher(teacher, [], tmp_path/"x")
+
+
+RECORD = """
+import sys, time
+from pathlib import Path
+from rcid.data.holdout import styled_problems
+from rcid.kv import recording
+from rcid.kv.recording import Teacher, load_recording, record_teacher
+folder, teacher = Path(sys.argv[1]), Teacher(name="b", folder=sys.argv[2])
+plain = recording.load_model
+def counted(*args, **how):
+    print("loaded")
+    return plain(*args, **how)
+recording.load_model = counted
+problems = styled_problems(n=40, steps=(1,), operations="+-", largest=20)
+(folder/f"ready-{sys.argv[3]}").touch()
+while not (folder/"go").exists(): time.sleep(.001)
+path = record_teacher(teacher, problems, folder/"said.3")
+tokenizer = plain({"path": teacher.folder}, dtype="float32", device="cpu")[1]
+assert len(load_recording(teacher, path, tokenizer).data) == 40
+"""
+
+def test_processes_that_record_at_once(folders, tmp_path, at_once):
+    said = at_once(RECORD, 2, tmp_path, str(tmp_path), str(folders["b"]))
+    assert "".join(said).count("loaded") == 1, "one recorded, the other waited"
+    assert [f.name for f in tmp_path.iterdir() if f.is_dir()] == ["said.3"]
+
+
+def test_a_recording_is_read_by_numbers_too(folders, problems, tmp_path):
+    teacher = Teacher(name="b", folder=str(folders["b"]))
+    path = record_teacher(teacher, problems[:6], tmp_path/"b")
+    far, near = (load_recording(teacher, path, load(folders["b"])[1], stream=stream).cache for stream in (True, False))
+    for row in (4, -1, torch.tensor(2)):
+        some, same = far[row], near[[int(row)]]
+        assert torch.equal(some.k, same.k) and torch.equal(some.mask, same.mask) and len(some) == 1
+        assert torch.equal(some.positions, same.positions)
 
 
 def test_a_time_alignment_that_is_not_there(recorded, student):

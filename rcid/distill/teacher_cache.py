@@ -264,11 +264,11 @@ def teacher_targets(
                 signals = hidden_signals(teacher, pairs[i : i + batch_size].to(device), request)
                 part = {k: v.cpu() if dtype is None else v.cpu().to(dtype) for k, v in signals.items()}
                 parts.append(part)
-                if dtype is not None and not all(v.isfinite().all() for v in part.values()):
-                    raise ValueError(
-                        f"the teacher's hidden states do not fit {dtype} (pairs {i} to {i+batch_size-1}): keep them in"
-                        " bfloat16 or float32"
-                    )
+                if dtype is None or all(v.isfinite().all() for v in part.values()): continue
+                what = f"do not fit {dtype} (pairs {i} to {i+batch_size-1}): keep them in bfloat16 or float32"
+                if not all(v.isfinite().all() for v in signals.values()):
+                    what = f"hold NaN or inf (pairs {i} to {i+batch_size-1}): it has diverged: mend it, not the format"
+                raise ValueError(f"the teacher's hidden states {what}")
         def joined(k): # batches can have unequal numbers of columns from the first change on
             wide, padded = max(p[k].shape[1] for p in parts), []
             for p in parts:

@@ -15,17 +15,22 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from ..align.cka import linear_cka
 from ..align.layers import map_layers
+from ..align.tokens import byte_spans
 from ..core.tensors import content_hash, layout
 from ..data.reasoning import ReasoningDataset
 from ..distill.teacher_cache import code_hash, computes_hash, model_hash
 from .aligner import AlignedKV, KVShape, MapProjectionAligner, pretrain_aligner, shape_of
 from .cache import KVCache, forward_kv
+from .compress import compress_kv
 from .fusion import teacher_prototype
 from .places import Places, place_matrices
 from .project import HeadwiseMapProjector
 from .recording import KeptCache, TeacherRecording
+from .rope import rope_of
 from .shards import SHARD, Column, filled, kept_shards, rows_of
+from .warp import TimeWarper
 from .zspace import fit_zspace
+from ..models.adapters import get_adapter
 
 # %% ../../nbs/06_kv/16_fusion_targets.ipynb #d45818eb
 @dataclass(eq=False)
@@ -216,15 +221,18 @@ def _projected(
 
 
 def _kept(folder, depends: tuple, student, source: _AtPlaces, parts: Callable) -> AlignedKV:
-    "In memory, or in shards: in 16 bits where the teacher computed in them."
+    """In memory, or in shards: in 16 bits where the teacher computed in them. They depend on the recording (its key),
+    on where its tokens are read and for which problems (however warped or compressed), and on the code of it all."""
     if folder is None or not depends[0] or not isinstance(source.cache, KeptCache):
         return AlignedKV(**filled(parts(), len(source.mask)))
     code = code_hash(
-        make_fusion_targets, place_matrices, MapProjectionAligner, HeadwiseMapProjector, forward_kv, kept_shards
+        make_fusion_targets, place_matrices, byte_spans, compress_kv, TimeWarper, KeptCache, rope_of, map_layers,
+        MapProjectionAligner, HeadwiseMapProjector, forward_kv, kept_shards, ReasoningDataset, get_adapter,
     )
+    places = dict(matrix=source.matrix, mask=source.mask)
     made = source.cache.k.made
     half = made if made in (torch.bfloat16, torch.float16) else None
-    depends = *depends, model_hash(student), computes_hash(student), code
+    depends = *depends, content_hash(places, layout(places)), model_hash(student), computes_hash(student), code
     return AlignedKV(**kept_shards(folder, depends, parts, len(source.mask), half))
 
 

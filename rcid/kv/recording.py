@@ -16,7 +16,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from ..align.tokens import byte_spans
 from ..core.teacher_params import TeacherVariant
-from ..core.paths import read_json, sha256, write_json
+from ..core.paths import read_json, sha256
 from ..distill.teacher_cache import code_hash
 from ..core.tensors import content_hash
 from ..data.holdout import StyledProblem, part_hash
@@ -24,7 +24,7 @@ from ..data.pairs import prompt_ids
 from ..data.reasoning import CUE, Problem, ReasoningDataset, encode_problems
 from .cache import KVCache, forward_kv, positions_of
 from .rope import Rope, rope_of
-from .shards import Column, load_shards, write_shards
+from .shards import NOTE, Column, check_replaceable, load_shards, locked, write_shards
 from ..models.adapters import get_adapter, model_device
 from ..models.generation import plain_generation
 from ..models.load import load_model
@@ -70,7 +70,8 @@ class KeptCache:
     def __len__(self) -> int: return len(self.mask)
 
     def __getitem__(self, rows) -> KVCache:
-        "Rows: a slice, list or tensor."
+        "Rows: a number (a batch of one, as of a `KVCache`), slice, list or tensor."
+        rows = torch.arange(len(self))[rows].reshape(-1)
         k, v, q = (x if x is None else x[rows].float() for x in (self.k, self.v, self.q))
         return KVCache(k, v, self.mask[rows], q=q, pre_rope=True, positions=positions_of(self.text[rows]))
 
@@ -95,7 +96,8 @@ def _key(teacher: Teacher, problems, *how) -> str:
     hashes = [(f.name, sha256(f)) for f in files]
     used = replace(teacher, name="", folder="", model="")
     code = code_hash(
-        record_teacher, forward_kv, rope_of, encode_problems, byte_spans, get_adapter, load_model, write_shards
+        record_teacher, forward_kv, rope_of, encode_problems, byte_spans, get_adapter, load_model, write_shards,
+        plain_generation,
     )
     return content_hash({}, used, hashes, part_hash(problems), how, code)
 
@@ -109,10 +111,13 @@ def _tokenized(teacher: Teacher, read, problems, tokenizer) -> ReasoningDataset:
     return encode_problems(whole, tokenizer)
 
 
-@torch.no_grad()
+def _is_recorded(path: Path, key: str) -> bool:
+    try: return read_json(path/NOTE).get("key") == key
+    except FileNotFoundError: return False
+
 def record_teacher(
     teacher: Teacher, problems: Sequence[StyledProblem],
-    path: str | Path,              # a folder of shards; what was read goes beside it as JSON
+    path: str | Path,              # a folder of its own: shards, and what was read as a note
     layers: Sequence[int] | None = None,  # the ones to write; None: all
     queries: bool = True,
     dtype: torch.dtype = torch.float16,   # on disk
@@ -121,9 +126,20 @@ def record_teacher(
     device: Devices | None = None         # as in `load_model`
 ) -> Path:
     "Writes what a teacher says about every problem, a batch a shard, or leaves a folder that already has it."
-    path, note = Path(path), Path(path).with_suffix(".json")
+    if not len(problems): raise ValueError(f"teacher {teacher.name}: no problems to record: give one at least")
+    path = Path(path)
     key = _key(teacher, problems, layers and list(layers), queries, dtype, computed, devices_for(device)[0], batch)
-    if path.exists() and note.exists() and read_json(note)["key"] == key: return path
+    if _is_recorded(path, key): return path
+    with locked(path):
+        if _is_recorded(path, key): return path  # by another process, while this one waited
+        check_replaceable(path)                  # before a large teacher is loaded
+        _record(teacher, problems, path, key, layers, queries, dtype, batch, computed, device)
+        gc.collect()
+    return path
+
+
+@torch.no_grad()
+def _record(teacher: Teacher, problems, path: Path, key: str, layers, queries, dtype, batch, computed, device):
     model, tokenizer = load_model({"path": teacher.folder}, dtype=computed, device=device)
     read = teacher.read(problems, model, tokenizer)
     data = _tokenized(teacher, read, problems, tokenizer)
@@ -140,29 +156,27 @@ def record_teacher(
             if layers is not None: cache = cache.layers(list(layers))
             part = dict(k=cache.k, v=cache.v, mask=cache.mask)
             yield part if cache.q is None else part | dict(q=cache.q)
-    write_shards(path, batches(), len(data), dtype)
-    available = torch.cat(right) & torch.tensor([p is not None for p in read])
-    write_json(
-        note,
-        dict(
+    def note():
+        return dict(
             key=key,
-            available=available,
+            available=torch.cat(right) & torch.tensor([p is not None for p in read]),
             rope=vars(rope_of(model)),
             tokens=data.content_hash(),
             problems=[tuple(p) for p in data.problems],
-        ),
-    )
-    del model
-    gc.collect()
-    return path
+        )
+    write_shards(path, batches(), len(data), dtype, key, note)
 
 def load_recording(
     teacher: Teacher, path: str | Path, tokenizer,
     stream: bool = False           # True: what is read stays on disk, and `cache[rows]` reads some of it
 ) -> TeacherRecording:
     "What `record_teacher` wrote, in float32; refuses a folder that was changed."
-    note = read_json(Path(path).with_suffix(".json"))
-    kept, data = load_shards(path), encode_problems([Problem(*p) for p in note["problems"]], tokenizer)
+    note = read_json(Path(path)/NOTE)
+    kept = load_shards(path, note.get("key", ""))
+    counts = {len(kept["mask"]), len(note["problems"]), len(note["available"])}
+    if len(counts) > 1:
+        raise ValueError(f"{path}: {NOTE} and shards are of {sorted(counts)} problems: delete it and record it again")
+    data = encode_problems([Problem(*p) for p in note["problems"]], tokenizer)
     if data.content_hash() != note.get("tokens", data.content_hash()):
         raise ValueError(
             f"teacher {teacher.name}: {path} was recorded through another tokenizer: pass that of the teacher's folder"
