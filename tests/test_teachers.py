@@ -407,7 +407,7 @@ def test_a_recording_replaces_nothing_but_a_recording(folders, problems, tmp_pat
     (tmp_path/"mine"/"thesis.tex").write_text("years of work")
     monkeypatch.setattr(recording_module, "load_model", never)
     teacher = Teacher(name="b", folder=str(folders["b"]))
-    with pytest.raises(ValueError, match="mine holds thesis.tex beside shards and stays") as error:
+    with pytest.raises(ValueError, match="mine holds thesis.tex, not written by rcid") as error:
         record_teacher(teacher, problems[:4], tmp_path/"mine")
     one_line(error)
     assert (tmp_path/"mine"/"thesis.tex").read_text() == "years of work"

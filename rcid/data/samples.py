@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from ..core.paths import broken_checksums, read_json, write_checksums, atomic_folder, write_json
+from ..core.paths import atomic_folder, broken_checksums, check_ours, read_json, write_checksums, write_json
 from .corpus import general_text, without_test_entities
 from ..models.adapters import model_device
 from ..models.modes import evaluating
@@ -80,6 +80,7 @@ def healing_text(
 
 def save_text(texts: dict[str, list[str]], folder: str | Path):
     "Writes `train.json` and `test.json` with their hashes."
+    check_ours(folder)
     with atomic_folder(folder) as new:
         for split, docs in texts.items(): write_json(new/f"{split}.json", docs)
         write_checksums(new)

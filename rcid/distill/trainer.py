@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..align.procrustes import map_angle
 from ..core.hardware import in_bf16
 from ..data.pairs import ContrastiveDataset
-from .checkpoint import load_checkpoint, restore, save_checkpoint
+from .checkpoint import check_checkpoints, load_checkpoint, restore, save_checkpoint
 from .config import DistillConfig, plan_signals
 from .cost import budget_steps
 from .method import Method, Objective, Signals
@@ -53,6 +53,7 @@ def distill(
 ) -> DistillResult:
     "Distils `teacher` into `student` with one method; stops with FloatingPointError at a loss that is not finite."
     check_apart(teacher, student)
+    if config.checkpoint_dir: check_checkpoints(Path(config.checkpoint_dir))
     with ExitStack() as guards:          # whatever ends the run, both models are their owner's again
         if teacher is not student: guards.enter_context(evaluating(teacher))
         trained = guards.enter_context(training(student, config.train_embeddings, config.checkpoint_gradients))

@@ -16,7 +16,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from ..align.tokens import byte_spans
 from ..core.teacher_params import TeacherVariant
-from ..core.paths import read_json, sha256
+from ..core.paths import check_ours, read_json, sha256
 from ..distill.teacher_cache import code_hash
 from ..core.tensors import content_hash
 from ..data.holdout import StyledProblem, part_hash
@@ -24,7 +24,7 @@ from ..data.pairs import prompt_ids
 from ..data.reasoning import CUE, Problem, ReasoningDataset, encode_problems
 from .cache import KVCache, forward_kv, positions_of
 from .rope import Rope, rope_of
-from .shards import NOTE, Column, check_replaceable, load_shards, locked, write_shards
+from .shards import NOTE, SHARDS, Column, load_shards, locked, write_shards
 from ..models.adapters import get_adapter, model_device
 from ..models.generation import plain_generation
 from ..models.load import load_model
@@ -132,7 +132,7 @@ def record_teacher(
     if _is_recorded(path, key): return path
     with locked(path):
         if _is_recorded(path, key): return path  # by another process, while this one waited
-        check_replaceable(path)                  # before a large teacher is loaded
+        check_ours(path, SHARDS)                # before a large teacher is loaded
         _record(teacher, problems, path, key, layers, queries, dtype, batch, computed, device)
         gc.collect()
     return path

@@ -8,7 +8,7 @@ __all__ = ['THINKS', 'PROJECTOR', 'save_latent', 'load_latent']
 # %% ../../nbs/06_kv/09e_saved.ipynb #61b184ae
 from pathlib import Path
 import torch
-from ..core.paths import atomic_folder, read_json, write_checksums, write_json
+from ..core.paths import atomic_folder, check_ours, read_json, write_checksums, write_json
 from ..core.tensors import load_tensors, save_tensors
 from .latent import LatentModel
 from .thought import ThoughtProjector
@@ -22,6 +22,7 @@ def save_latent(student: LatentModel, tokenizer, folder: str | Path, base: str |
     "A folder with what training changed in the checkpoint `base`, and how the student thinks, whole or not at all."
     thinks, projector = student.model, student.model.projector
     told = dict(latent_id=thinks.latent_id, iterations=thinks.iterations, thought=student.kind_of_thought)
+    check_ours(folder)
     with atomic_folder(folder) as new:
         write_trained(student.plain[0], tokenizer, new, base)
         write_json(new/THINKS, told | dict(marks=thinks.marks, width=projector and projector.up.out_features))

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from ..core.hardware import pick_dtype
-from ..core.paths import CHECKSUMS, atomic_folder, broken_checksums, read_json, sha256, workspace_path
+from ..core.paths import CHECKSUMS, atomic_folder, broken_checksums, check_ours, read_json, sha256
+from ..core.paths import workspace_path
 from ..core.paths import write_checksums, write_json
 from .cast import cast
 from .lora_folder import check_named, hub_lora, lora_base, lora_folder, put_on
@@ -24,6 +25,7 @@ from .wheels import fetch_from_wheel
 def save_model(model: nn.Module, tokenizer, folder: str | Path) -> Path:
     "Writes model (of one with LoRA only that) and tokenizer as safetensors, whole or not at all, with hashes."
     check_named(model)
+    check_ours(folder)
     with atomic_folder(folder) as new:
         model.save_pretrained(new, safe_serialization=True)
         if tokenizer is not None: tokenizer.save_pretrained(new)
@@ -239,6 +241,7 @@ def write_trained(model: nn.Module, tokenizer, folder: Path, base: str | Path):
 
 def save_trained(model: nn.Module, tokenizer, folder: str | Path, base: str | Path) -> Path:
     "A folder with what training changed in the checkpoint `base` (as `save_model` wrote it), whole or not at all."
+    check_ours(folder)
     with atomic_folder(folder) as new: write_trained(model, tokenizer, new, base)
     return Path(folder)
 
