@@ -1,5 +1,5 @@
 """What the tests share: the repository, tiny random models, IOI pairs, and one finished tiny workspace."""
-import ast, json, os, shutil, subprocess, sys, time
+import ast, json, os, shutil, signal, subprocess, sys, time
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -31,6 +31,23 @@ def run(folder: Path, *command: str, timeout: int = 1500, **more: str) -> subpro
     return subprocess.run(
         command, cwd=folder, env=environment(folder, **more), capture_output=True, text=True, timeout=timeout
     )
+
+
+def finished(command: list, folder: Path, env: dict, limit: float, grace: float = 60) -> subprocess.CompletedProcess:
+    "The finished command; after `limit` seconds it is interrupted, ends what it started, and is a TimeoutError."
+    process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try: said = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        try: said = process.communicate(timeout=grace)
+        except subprocess.TimeoutExpired as e:                       # what it started may hold its pipes
+            process.kill()
+            process.wait()
+            said = [(x or b"").decode(errors="replace") for x in (e.stdout, e.stderr)]
+        end = f"{said[0][-8000:]}\n{said[1][-4000:]}"
+        why = "it hangs, or needs a larger LIMIT on this machine"
+        raise TimeoutError(f"not done after {limit:g} s: {why}\n{end}") from None
+    return subprocess.CompletedProcess(command, process.returncode, *said)
 
 
 def output_of(done: subprocess.CompletedProcess) -> str:

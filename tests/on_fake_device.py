@@ -6,7 +6,7 @@
 The teachers that take minutes to train (`models`, `kv_base`) are those of the CPU; they are trained for a few steps on
 both devices in a second, small run. Then the ten lines of the README, the guide that measures models, every method, and
 a teacher whose layers are on two devices."""
-import json, math, os, shutil, subprocess, sys, time
+import json, math, os, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,12 +16,13 @@ sys.path[:0] = [str(HERE), str(HERE/"fakegpu"), str(ROOT)]
 os.environ.pop("RCID_ROOT", None)
 os.environ.pop("RCID_DEVICE", None)
 import fakegpu
-from conftest import TINY, environment
+from conftest import TINY, environment, finished
 from rcid.core.paths import checkout_tables
 from rcid.pipeline.dvc import LOCK_HEAD, lock_blocks
 from rcid.pipeline.workspace import make_workspace
 
 WORKSPACES = ROOT/".workspaces"
+LIMIT = 4 * 3600                         # seconds of one command
 NEAR = 1e-5                              # relative, or absolute below 1
 TAKEN = ("models@", "kv_base@")          # stages whose results are the CPU's
 FOLDERS = ("data", "artifacts/models", "artifacts/kv_base", *(f"{part}/{name}" for part in ("metrics", "runs")
@@ -46,7 +47,8 @@ def run(where: str, folder: Path, *command: str, device: bool = True) -> str:
     given = environment(folder, PIP_NO_INDEX="1", HF_HUB_OFFLINE="1", RCID_THREADS="1", OMP_NUM_THREADS="1")
     if device: given |= dict(RCID_DEVICE="fakegpu", RCID_FAKEGPU=str(WORKSPACES/"fakegpu"))
     began = time.time()
-    done = subprocess.run([sys.executable, *command], cwd=folder, env=given, capture_output=True, text=True)
+    try: done = finished([sys.executable, *command], folder, given, LIMIT)
+    except TimeoutError as e: fail(where, str(e))
     if done.returncode: fail(where, f"exit {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}")
     print(f"{where}: {time.time() - began:.0f} s", flush=True)
     return done.stdout

@@ -4,7 +4,7 @@
 
 Once with everything, and once on a hub that refuses LLaMA: then the paper has Qwen3 alone, and says so. Models, data
 sets and revisions are those of conf/; only sizes, steps and gates are not (`SMALLER`)."""
-import json, os, shutil, subprocess, sys, time
+import json, os, shutil, sys, time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -12,7 +12,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(ROOT)]
 os.environ.pop("RCID_ROOT", None)
 import toyhub
-from conftest import environment
+from conftest import environment, finished
 from fetch import fetched
 from rcid.core.paths import checkout_tables, read_json, read_yaml
 from rcid.pipeline.dvc import LOCK_HEAD, Pipeline, lock_blocks
@@ -21,6 +21,7 @@ from rcid.report import label
 
 WORKSPACES = ROOT/".workspaces"
 HUB = WORKSPACES/"toyhub"
+LIMIT = 4 * 3600                               # seconds of one run of the graph
 SMALLER = ( # sizes, steps and gates of the scale; a key that conf/ does not have is refused
     "tasks=[ioi,factual]",
     "main_matrix.tasks=[ioi,factual]",
@@ -98,7 +99,8 @@ def repro(where: str, folder: Path, address: str) -> str:
     given.pop("RCID_DATA_DIR", None)                     # all comes from the hub
     began = time.time()
     command = [sys.executable, "-m", "rcid.pipeline", "--workers", "2", "--first", "pilot"]
-    done = subprocess.run(command, cwd=folder, env=given, capture_output=True, text=True)
+    try: done = finished(command, folder, given, LIMIT)
+    except TimeoutError as e: fail(where, str(e))
     if done.returncode: fail(where, f"exit {done.returncode}\n{done.stdout[-8000:]}\n{done.stderr[-4000:]}")
     print(f"{where}: {time.time() - began:.0f} s, {done.stdout.count(chr(10) + 'ran ')} stages ran", flush=True)
     return done.stdout
@@ -110,8 +112,8 @@ def must(where: str, holds, what: str):
 
 def has_paper(where: str, folder: Path):
     must(where, (folder/"paper"/"main.pdf").read_bytes().startswith(b"%PDF"), "there is no PDF")
-    waiting = subprocess.run([sys.executable, "-m", "rcid.pipeline", "status"], cwd=folder, env=environment(folder),
-        capture_output=True, text=True).stdout
+    try: waiting = finished([sys.executable, "-m", "rcid.pipeline", "status"], folder, environment(folder), 600).stdout
+    except TimeoutError as e: fail(f"{where}, status", str(e))
     must(where, "stale" not in waiting, f"stages are left to do\n{waiting}")
 
 

@@ -151,6 +151,19 @@ def test_kernels_are_operations_that_are_no_views():
     assert sum(kernels.done.values()) == 3
 
 
+def test_what_launches_nothing_is_no_kernel():
+    "Memory that is reserved, a number that the host reads, a view, a record of the profiler."
+    x = torch.ones(2, 3)
+    with _Kernels() as kernels:
+        torch.empty(3), torch.empty_like(x), x.new_empty(2), torch.empty_strided((2, 3), (3, 1))
+        x.detach(), x.t(), x.reshape(6), x[0].expand(4, 3)
+        x[0, 0].item(), bool(x[0, 0])
+        with torch.profiler.record_function("step"): pass
+    assert not sum(kernels.done.values()) and len(kernels.done) > 7, kernels.done
+    with _Kernels() as kernels, torch.inference_mode(): x.exp().sum().item()
+    assert sum(kernels.done.values()) == 2, kernels.done
+
+
 def test_a_layer_more_is_so_many_kernels_more(pairs, tokenizers):
     teacher = narrow_model("Qwen/Qwen3-8B", len(tokenizers["qwen3"]))
     few, c = pairs["qwen3"]["equal"], DistillConfig(batch=4, bf16=True)

@@ -21,6 +21,8 @@ from rcid.kv import KV_METHODS, Kept, KVObjective, KVMethod, LatentModel, Mercat
 from rcid.kv import ABLATIONS, ablate_places, answer_texts, answered, method_of, think
 from rcid.kv import StructuralKVLoss, AttentionWeighting, Warped, forward_kv, kv_method, with_latents
 from rcid.kv import ThoughtProjector, load_latent, save_latent
+from rcid.kv.ablation import run_places
+from rcid.kv.inside import Thinker
 from rcid.models import load_model, save_model, train_tokenizer
 from rcid.models.adapters import get_adapter, model_device
 
@@ -359,7 +361,7 @@ def test_places_that_are_ablated_say_something_else(world):
     "Only the places change, and keys are turned to where they then stand."
     tokenizer, data, _, student = world
     model, short = student(), with_latents(data[:6], 4, tokenizer.bos_token_id)
-    from rcid.kv.ablation import ablated, run_places
+    from rcid.kv.ablation import ablated
     run = run_places(model, short)
     own, zeroed = (ablated(model, run, how, []) for how in ("none", "zeroed"))
     n = run.question.ids.shape[1]
@@ -372,6 +374,20 @@ def test_places_that_are_ablated_say_something_else(world):
         assert same_place == torch.allclose(k1[0, :, n:], k[1, :, n:], atol=1e-5), "keys are turned to where they stand"
 
 
+def test_places_that_are_ablated_are_those_that_are_traced(world):
+    "The question bit for bit; a place to rounding, as a tracer leaves out those that no longer change."
+    tokenizer, data, _, student = world
+    model, short = student().eval(), with_latents(data[:6], 4, tokenizer.bos_token_id)
+    run, thinker = run_places(model, short), Thinker(model, 4, tokenizer.bos_token_id)
+    with torch.no_grad():
+        question = thinker.read(short)
+        places = thinker.think(question, run.places)[-1]
+    for both, *parts in zip(run.keys_values, question.keys_values, places.keys_values, strict=True):
+        for x, asked, thought in zip(both, *parts, strict=True):
+            n = asked.shape[2]
+            assert torch.equal(x[:, :, :n], asked) and torch.allclose(x[:, :, n:], thought, atol=1e-5)
+
+
 def test_problems_go_to_the_student_and_its_mode_stays(world):
     "A stage's problems are on the CPU, its student is not; it is in eval mode while its places are read."
     tokenizer, data, _, student = world
@@ -382,7 +398,6 @@ def test_problems_go_to_the_student_and_its_mode_stays(world):
             asked.append(device)
             return short
 
-    from rcid.kv.ablation import run_places
     expected = run_places(model.eval(), short)
     get_adapter(model).layers[0].register_forward_pre_hook(lambda layer, _: modes.append(layer.training))
     found = run_places(model.train(), Elsewhere())

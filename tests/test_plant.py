@@ -113,6 +113,15 @@ def test_skipped_attention_is_closed_attention(toy):
     assert model_hash(train(True)) == model_hash(train(False))
 
 
+def test_skipping_leaves_a_forward_of_its_owner(toy):
+    "accelerate puts one on a module that it moves."
+    model = fresh(toy[0], 3)
+    attention, other = (get_adapter(model).attention(l) for l in (0, 1))
+    attention.forward = own = attention.forward
+    with skipping(model, [0, 1]): assert attention.forward is not own
+    assert vars(attention)["forward"] is own and "forward" not in vars(other)
+
+
 def test_skipping_ends_with_an_error(toy):
     model = fresh(toy[0], 0)
     with pytest.raises(RuntimeError, match="stop"), skipping(model, [0, 1]), gated(model, {2: 0.5}):

@@ -1,16 +1,22 @@
 """A training moves what it is to move and gives both models back as they came: dtype, modes, frozen weights, hooks."""
 import copy, itertools, json, math
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 import pytest, torch
 from accelerate import cpu_offload
 from conftest import ROOT
 from rcid.causal import Site
+from rcid.causal.mediation import mediation
+from rcid.causal.sites import attribution_effects, integrated_effects
 from rcid.data import load_pairs
 from rcid.data.reasoning import encode_problems, word_problems
 from rcid.distill import DistillConfig, SignalRequest, distill, model_hash, plain_distill, teacher_targets
 from rcid.distill import train_language
-from rcid.kv import LatentModel, kv_method
+from rcid.eval.behaviour import behaviour
+from rcid.eval.heads import head_map
+from rcid.eval.knockout import knock_out
+from rcid.kv import LatentModel, forward_kv, kv_method
 from rcid.models import byte_tokenizer, load_model, shrink
 
 CONFIG = DistillConfig(sites=(Site(0, "s2"), Site(1, "end"), Site(2, "end")), layer_map={0: 0, 1: 0, 2: 1, 3: 1},
@@ -71,7 +77,15 @@ def state(model):
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()]
     recomputes = [getattr(m, "gradient_checkpointing", False) for m in model.modules()]
     buffers, modes = [(n, b.dtype) for n, b in model.named_buffers()], [m.training for m in model.modules()]
-    return parameters, buffers, modes, hooks, recomputes
+    return parameters, buffers, modes, hooks, recomputes, attributes(model)
+
+
+def attributes(model):
+    "What hangs on each module, functions and settings too, and all settings of its config."
+    own = [{name: len(x) if isinstance(x, dict) else x for name, x in vars(m).items() if name != "config"}
+           for m in model.modules()]
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    return own, [(c.to_dict(), c._attn_implementation) for c in configs]
 
 
 # sixteen bits
@@ -242,6 +256,22 @@ def test_a_stale_gradient_is_no_part_of_the_training(toy, words):
     assert model_hash(stale) == model_hash(clean) and all(p.grad is None for p in stale.parameters())
 
 
+@pytest.mark.parametrize("trip", (None, KeyboardInterrupt), ids=("whole", "stopped"))
+def test_recomputing_leaves_nothing_on_the_layers(toy, words, trip):
+    "Neither the flag nor the function that recomputes, whatever ends the training."
+    fresh, off = start("rcid", toy, words), start("rcid", toy, words)
+    off.gradient_checkpointing_enable()
+    off.gradient_checkpointing_disable()                                   # leaves a function of its owner's
+    def probe(model, step):
+        if trip and step: raise trip
+        return {}
+    for student in (fresh, off):
+        before = state(student)
+        with pytest.raises(trip) if trip else nullcontext():
+            distill(student, *toy, "rcid", replace(CONFIG, checkpoint_gradients=True), probe=probe)
+        assert state(student) == before
+
+
 def test_recomputing_that_the_owner_turned_on_stays_on(toy, words):
     for asked in (False, True):
         student = start("rcid", toy, words)
@@ -259,6 +289,30 @@ def test_recomputing_switches_no_dropout_on(toy, words):
         return s
     again = learn("rcid", student(), toy, words, replace(CONFIG, checkpoint_gradients=True))
     assert again == pytest.approx(learn("rcid", student(), toy, words), abs=1e-6)
+
+
+# reading
+
+
+READINGS = {
+    "mediation": lambda model, pairs: mediation(model, pairs),
+    "heads": lambda model, pairs: head_map(model, pairs),
+    "behaviour": lambda model, pairs: behaviour(model, model, pairs),
+    "attribution": lambda model, pairs: attribution_effects(model, pairs),
+    "integrated": lambda model, pairs: integrated_effects(model, pairs, steps=2),
+    "knock_out": lambda model, pairs: knock_out(model, pairs, 0),
+    "cache": lambda model, pairs: forward_kv(model, pairs.clean_ids, pairs.attention_mask),
+    "places": lambda model, pairs: LatentModel(model, 5, 1)(pairs.clean_ids),
+}
+
+@pytest.mark.parametrize("name", READINGS)
+def test_a_reading_leaves_nothing_on_a_model(toy, name):
+    model, pairs = copy.deepcopy(toy[0]).train(), toy[1][:4]
+    model.model.layers[1].eval()
+    model.lm_head.requires_grad_(False)
+    before = state(model)
+    READINGS[name](model, pairs)
+    assert state(model) == before
 
 
 # the teacher

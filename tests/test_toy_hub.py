@@ -1,7 +1,8 @@
 """The hub of toys has the structure of the paper's models; `on_toy_hub.py` changes what conf/ knows, but no model."""
-import json, urllib.error, urllib.request
+import json, os, sys, urllib.error, urllib.request
 import pytest
 import on_toy_hub, toyhub
+from conftest import finished
 from rcid.core.paths import read_yaml
 from rcid.pipeline.workspace import compose_params
 from rcid.report.budget import SHAPES
@@ -91,3 +92,27 @@ def test_it_answers_as_a_hub_does(hub):
 def test_the_tree_of_a_repository(hub):
     with urllib.request.urlopen(f"{hub[0]}/api/models/Qwen/a/tree/main?recursive=True") as answer:
         assert [(e["type"], e["path"]) for e in json.load(answer)] == [("file", "config.json")]
+
+
+HANGS = """
+import time
+print("began", flush=True)
+try: time.sleep(60)
+except KeyboardInterrupt: print("ended what it started", flush=True)
+"""
+
+def test_a_run_that_hangs_is_ended_with_a_line(tmp_path, monkeypatch):
+    "It is interrupted first: what it started ends with it."
+    monkeypatch.setattr(on_toy_hub, "LIMIT", 2)
+    monkeypatch.setattr(on_toy_hub, "environment", lambda folder, **more: {**os.environ, "PYTHONPATH": str(tmp_path)})
+    (tmp_path/"rcid").mkdir()
+    (tmp_path/"rcid"/"pipeline.py").write_text(HANGS)
+    with pytest.raises(SystemExit, match="FAILED in the graph: not done after 2 s: it hangs, or needs a larger") as e:
+        on_toy_hub.repro("the graph", tmp_path, "http://127.0.0.1:1")
+    assert "began\nended what it started" in str(e.value)
+
+
+def test_a_run_that_does_not_want_to_end_is_ended_too(tmp_path):
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('on', flush=True); time.sleep(60)"
+    with pytest.raises(TimeoutError, match="(?s)not done after 2 s.*on"):
+        finished([sys.executable, "-c", deaf], tmp_path, dict(os.environ), 2, grace=1)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from ..causal.effects import first_difference, why_not_restarted
 from ..causal.engine import sweep
 from ..causal.hooks import Site
+from ..causal.part_runs import PartRuns
 from ..data.pairs import ContrastiveDataset
 from .config import DistillConfig
 from .restart import exchanged_by_hooks
 from .schedule import batch_rows
-from .teacher_cache import changed_by_hand, code_hash, computes_hash, kept_tensors, model_hash
+from .teacher_cache import COMPUTES, changed_by_hand, code_hash, computes_hash, kept_tensors, model_hash
 from ..models.adapters import get_adapter, model_device
 from ..models.modes import evaluating
 
@@ -107,7 +108,8 @@ class PatchTargets:
         if c.targets_dir is None or changed_by_hand(teacher): self.kept = make()["patched"]
         else:
             computes = model_hash(teacher), computes_hash(teacher)
-            drawn = runs.tolist(), [tuple(s) for s in sites], span, code_hash(sweep, patched_finals, exchanged_by_hooks)
+            code = code_hash(*COMPUTES, sweep, PartRuns, patched_finals, exchanged_by_hooks)
+            drawn = runs.tolist(), [tuple(s) for s in sites], span, code
             self.kept = kept_tensors(c.targets_dir, (*computes, pairs.content_hash(), *drawn), make)["patched"]
 
     def finals(self,

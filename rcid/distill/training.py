@@ -46,6 +46,8 @@ def _hooks_outside(call, *args):
         if own is None: del layer.forward
         else: layer.forward = own
 
+_RECOMPUTING = dict(gradient_checkpointing=True, _gradient_checkpointing_func=_hooks_outside)  # on every layer
+
 @contextmanager
 def training(
     model: nn.Module,
@@ -60,6 +62,7 @@ def training(
     before = [(p, p.dtype, p.requires_grad) for p in model.parameters()]
     modes, moved = [(m, m.training) for m in model.modules()], {id(p) for p in chosen.values()}
     ours = recompute and not a.recomputes
+    layers = [{name: x for name, x in vars(layer).items() if name in _RECOMPUTING} for layer in a.layers]
     lora = moved <= {id(p) for p in lora_parameters(model).values()}       # it casts what it reads: the base can stay
     try:
         for p, dtype, _ in before:
@@ -68,15 +71,15 @@ def training(
             if short and not (lora and id(p) not in moved): p.data = p.data.float()
             p.requires_grad_(id(p) in moved)
         if ours:                                     # `gradient_checkpointing_enable` would leave a hook
-            for layer in a.layers:
-                layer.gradient_checkpointing = True
-                layer._gradient_checkpointing_func = _hooks_outside
+            for layer in a.layers: vars(layer).update(_RECOMPUTING)
         if recompute:                                # only in training mode; dropout asks its own module
             for layer in a.layers: layer.training = True
         yield chosen
     finally:
         if ours:
-            for layer in a.layers: layer.gradient_checkpointing = False
+            for layer, own in zip(a.layers, layers, strict=True):
+                for name in _RECOMPUTING: vars(layer).pop(name, None)
+                vars(layer).update(own)              # an owner who switched it off again has left a function there
         for m, mode in modes: m.training = mode
         for p, dtype, wanted in before:
             p.grad = None

@@ -99,12 +99,15 @@ def open_attention(model: nn.Module, layers: Iterable[int]) -> nn.Module:
 def skipping(model: nn.Module, layers: Iterable[int]):
     "Inside the block, attention of these (closed) layers is not computed: its output is zero anyway."
     attentions = [get_adapter(model).attention(l) for l in layers]
+    own = [vars(attention).get("forward") for attention in attentions]         # accelerate puts one there
     def nothing(hidden_states, **more): return torch.zeros_like(hidden_states), None
     try:
         for attention in attentions: attention.forward = nothing
         yield
     finally:
-        for attention in attentions: vars(attention).pop("forward", None)
+        for attention, forward in zip(attentions, own, strict=True):
+            vars(attention).pop("forward", None)
+            if forward is not None: attention.forward = forward
 
 # %% ../../nbs/07_eval/16_planting.ipynb #6bd5479d
 @contextmanager

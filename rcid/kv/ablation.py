@@ -13,7 +13,7 @@ from torch import Tensor
 from ..data.reasoning import ReasoningDataset, extract_number, number
 from .latent import LatentModel
 from .rope import rope_of, rotate_keys, unrotate_keys
-from .think import Part, one_run, part_of, run_columns, up_to_itself
+from .think import Part, one_run, part_of, read_question, run_behind, run_columns, up_to_itself
 from ..models.adapters import get_adapter, model_device
 from ..models.generation import end_tokens
 from ..models.modes import evaluating
@@ -33,22 +33,15 @@ def run_places(student: LatentModel, thought: ReasoningDataset) -> PlacesRun:
     thought = thought.to(model_device(student))
     with evaluating(student):
         a, (_, asks, answers, _) = get_adapter(student), thought.segments.T
-        question, places = part_of(thought, torch.zeros_like(asks), asks), part_of(thought, asks, answers)
-        n, m = question.ids.shape[1], places.ids.shape[1]
-        x = a.start(question.ids, question.at)
-        ran = run_columns(a, x, question.at, question.real[:, None] & up_to_itself(n, n, x.device))
-        last = ran.final[torch.arange(len(x), device=x.device), asks - 1][:, None]
+        question, places, size = read_question(a, thought), part_of(thought, asks, answers), student.model.size()
         inputs = marked = a.start(places.ids, places.at)
-        own = up_to_itself(m, m, x.device).expand(len(x), -1, -1)
-        sees = torch.cat([question.real[:, None].expand(-1, m, -1), own], 2)
-        key_at, size = torch.cat([question.at, places.at], 1), student.model.size()
         for _ in range(student.model.iterations + 1):
-            behind = run_columns(a, inputs, places.at, sees, ran.keys_values, key_at)
-            h = student.model.thought(torch.cat([last, behind.final[:, :-1]], 1), size).to(x.dtype)
+            behind = run_behind(a, inputs, places, question.part, question)
+            h = student.model.thought(torch.cat([question.last, behind.final[:, :-1]], 1), size).to(marked.dtype)
             inputs = h * a.embed_scale if a.embed_scale != 1 else h
             inputs = torch.where(places.ids[..., None] == student.model.latent_id, inputs, marked)
-        both = [tuple(torch.cat(kv, 2) for kv in zip(*layer)) for layer in zip(ran.keys_values, behind.keys_values)]
-        return PlacesRun(question, places, both)
+        layers = zip(question.keys_values, behind.keys_values, strict=True)
+        return PlacesRun(question.part, places, [tuple(torch.cat(kv, 2) for kv in zip(*layer)) for layer in layers])
 
 def others_of(answers: list[str]) -> list[int]:
     "For each problem the next one, round and round, that has another answer."

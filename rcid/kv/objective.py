@@ -19,7 +19,7 @@ from ..distill.losses import divergence
 from ..distill.config import DistillConfig
 from ..distill.cost import step_flops
 from ..distill.method import Objective
-from ..distill.teacher_cache import changed_by_hand, code_hash, computes_hash, model_hash
+from ..distill.teacher_cache import COMPUTES, changed_by_hand, code_hash, computes_hash, model_hash
 from ..distill.schedule import whole_batch
 from .aligner import AlignedKV, MapProjectionAligner, pretrain_aligner
 from .attention import kv_attention
@@ -160,7 +160,7 @@ class KVObjective(Objective):
         frozen = content_hash(fitted, layout(fitted))
         code = code_hash(
             KVObjective.of_teacher, type(self.method), teacher_at_places, MapProjectionAligner, HeadwiseMapProjector,
-            KVCache, compress_kv, rope_of, TimeWarper, with_latents, map_layers, ReasoningDataset, capture, get_adapter,
+            KVCache, compress_kv, rope_of, TimeWarper, with_latents, map_layers, ReasoningDataset, *COMPUTES,
             kept_shards,
         )
         depends = (
