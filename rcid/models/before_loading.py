@@ -49,7 +49,8 @@ def _config(spec: str):
     try: return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as e:
         # what is most often wrong comes first: a misspelt folder, and not that a hub was not reached
-        taken = "" if is_folder(spec) else f"no folder here has this name{_near(spec)}, so it was taken for a hub id; it "
+        absent = f"no folder here has this name{_near(spec)}, so it was taken for a hub id; it "
+        taken = "" if is_folder(spec) else absent
         raise ValueError(f"{spec}: {taken}could not be read as a model: {str(e).splitlines()[0]}") from None
 
 def _refusal(spec: str, config) -> str:
