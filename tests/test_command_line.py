@@ -54,6 +54,11 @@ def test_a_comparison_is_one_page_and_its_numbers(folders, tmp_path, capsys):
         assert f"<h2>{heading}</h2>" in text
     said = capsys.readouterr()
     assert "route D, same place" in said.out and "GiB needed" in said.err and "64/64 pairs" in said.err
+    told = [line for line in said.out.splitlines() if line.startswith("! ")]            # as on the page, in its words
+    assert told == [f"! {warning}" for warning in data["warnings"]] and "validated=" not in said.out
+    sites = data["interchange"]["per_site"]
+    assert sum(site["n_flips"] for site in sites) == data["interchange"]["n_flips"]     # pooled, and the page says so
+    assert "is no mean over these sites" in text and "<th scope=col>words that change</th>" in text
 
 
 def test_interchange_patches_the_first_pairs(folders, monkeypatch, tmp_path):
@@ -216,7 +221,19 @@ def test_a_name_that_is_no_folder(monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert ran("map", "no-such-model-of-rcid") == 2
     said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1 and "no folder here has this name, so it was taken for a hub id" in said[0]
+    assert len(said) == 1
+    assert said[0].startswith("rcid: no-such-model-of-rcid: no folder here has this name, so it was taken for a hub id")
+
+
+def test_a_misspelt_folder_is_told_its_neighbour(monkeypatch, tmp_path, capsys):
+    import huggingface_hub.constants
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (tmp_path/"teacher").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("teecher", "./teecher"):
+        assert ran("map", name) == 2
+        (said,) = capsys.readouterr().err.strip().splitlines()
+        assert "(is teacher meant?)" in said[: len(name) + 60]                          # before what the hub says
 
 
 def test_weights_that_are_damaged_end_with_1(folders, tmp_path, capsys):
@@ -418,7 +435,23 @@ def test_help_has_examples_that_parse(command, capsys):
 def test_usage_is_refused_with_2(capsys):
     for argv in ([], ["compare", "a"], ["mapp", "a"], ["map", "a", "--task", "chess"]):
         with pytest.raises(SystemExit) as e: main(argv)
-        assert e.value.code == 2 and "rcid" in capsys.readouterr().err
+        (said,) = capsys.readouterr().err.splitlines()                                  # not the whole usage
+        assert e.value.code == 2 and said.startswith("rcid: ") and "--help shows what there is" in said
+
+
+@pytest.mark.parametrize(
+    "argv, near",
+    [
+        (["compare", "--tsak", "ioi"], "rcid compare has no option --tsak: did you mean --task?"),
+        (["compare", "a", "b", "--tsak=ioi"], "rcid compare has no option --tsak: did you mean --task?"),
+        (["map", "a", "--unfilterd"], "rcid map has no option --unfilterd: did you mean --unfiltered?"),
+        (["launch", "--wrokers", "2"], "rcid launch has no option --wrokers: did you mean --workers?"),
+        (["map", "a", "--xyz"], "rcid map has no option --xyz; rcid map --help shows what there is"),
+    ],
+)
+def test_a_misspelt_option_is_one_line_with_the_nearest(argv, near, capsys):
+    with pytest.raises(SystemExit) as e: main(argv)
+    assert e.value.code == 2 and capsys.readouterr().err == f"rcid: {near}\n"
 
 
 def test_where_and_launch_are_handed_on(capsys):
@@ -428,7 +461,8 @@ def test_where_and_launch_are_handed_on(capsys):
     assert main(["where", "no.such.key"]) == 2
     assert capsys.readouterr().err.startswith("rcid: nothing is called")
     with pytest.raises(SystemExit) as e: main(["launch", "--help"])
-    assert e.value.code == 0 and "--workers" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert e.value.code == 0 and "--workers" in said and said.startswith("usage: rcid launch ")
 
 
 def test_the_console_script_is_this(root):

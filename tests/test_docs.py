@@ -1,8 +1,9 @@
 """The documentation site and the way into it: what a reader meets first, and what is cut off nowhere."""
 
-import re, subprocess
+import itertools, re, subprocess
 from pathlib import Path
 from conftest import ROOT
+from rcid.core.paths import read_json, read_yaml
 from rcid.pipeline.docs import GUIDES, _place
 from rcid.pipeline.docs_look import CONF, CSS
 
@@ -11,6 +12,19 @@ def test_the_guides_that_are_asked_for_first_are_there_and_stand_first():
     guides = sorted((ROOT/"nbs"/"guides").glob("*.ipynb"), key=_place)
     assert [g.stem for g in guides[: len(GUIDES)]] == list(GUIDES) and len(guides) > len(GUIDES)
     assert sorted([Path("b.ipynb"), Path("index.ipynb")], key=_place)[0].name == "index.ipynb"
+
+
+def test_the_smallest_run_that_the_guide_names_is_there():
+    "Stages, file and list are those of the scale `tiny`: its matrix with the guide's method in it."
+    cells = read_json(ROOT/"nbs"/"guides"/"add_a_method_or_task.ipynb")["cells"]
+    (text,) = (s for c in cells if (s := "".join(c["source"])).startswith("## The smallest run"))
+    tiny = read_yaml(ROOT/"conf"/"scale"/"tiny.yaml")
+    matrix = tiny["extra_matrix"]
+    methods = [*matrix["methods"], "relational"]
+    runs = itertools.product(matrix["families"], matrix["tasks"], methods, map(str, tiny["seeds"]))
+    named = re.findall(r"evaluate_extra@([\w-]+)", text)
+    assert len(named) == 2 and set(named) <= {"-".join(run) for run in runs}
+    assert "`extra_matrix.methods` of `conf/scale/tiny.yaml`" in text and "nbdev_export" in text
 
 
 def test_long_lines_are_broken_at_every_width():

@@ -1,9 +1,10 @@
 """From a number of the paper to its line: every key leads to the value that is printed, and to a line that names it."""
 
-import json, random, re
+import json, random, re, subprocess, sys
 import pytest
-from conftest import ROOT, needs_results_of
+from conftest import ROOT, environment, needs_results_of
 from rcid.core.paths import read_json
+from rcid.pipeline import provenance
 from rcid.pipeline.asked import main, printed_by
 from rcid.pipeline.origins import numbers_page, origins_tex
 from rcid.pipeline.provenance import all_keys, artifacts, find_value, stages_by_output, where
@@ -106,6 +107,17 @@ def test_a_number_is_answered_by_the_keys_that_print_it(key, capsys):
     assert printed_by(number)[key] == PRINTED[key]
     main([number])
     assert f"\n{key} " in capsys.readouterr().out
+
+
+def test_a_number_is_looked_up_in_one_pass_and_without_a_model(monkeypatch):
+    "Not in all files for each of the keys; and nobody waits for torch, transformers or DVC to be told a key."
+    passes, files, number = [], provenance.metrics_files, PRINTED[NUMBERS[0]].replace("\\,", "")
+    monkeypatch.setattr(provenance, "metrics_files", lambda: passes.append(1) or files())
+    assert NUMBERS[0] in printed_by(number) and len(passes) == 1
+    code = f"""import sys; from rcid.pipeline.command_line import main
+assert main(["where", "{number}"]) == 0 and not {{"torch", "transformers", "dvc"}} & set(sys.modules)"""
+    told = dict(cwd=ROOT, env=environment(ROOT), stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-c", code], check=True, **told)
 
 
 def test_a_number_that_nothing_prints_is_one_line(capsys):

@@ -6,7 +6,7 @@
 __all__ = ['BESIDE', 'Checkpoint', 'look_at', 'free_bytes', 'memory_needed', 'check_memory']
 
 # %% ../../nbs/01_models/10_before_loading.ipynb #10be0002
-import math
+import difflib, math
 from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
@@ -30,17 +30,28 @@ class Checkpoint:
         size = f"{self.parameters / 1e6:.0f} million parameters, {self.bytes / 2**30:.1f} GiB"
         return f"{self.spec}: {self.family}, {self.layers} layers, {size}"
 
+def _near(spec: str) -> str:
+    "Of a folder that is not there: one beside it with nearly its name."
+    path = Path(spec).expanduser()
+    beside = [f.name for f in path.parent.iterdir() if f.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside, n=1)
+    return f" (is {path.parent/near[0]} meant?)" if near else ""
+
 def _config(spec: str):
     "The config of a folder or hub id."
     from transformers import AutoConfig
     if Path(spec).is_file(): raise ValueError(f"{spec} is a file: give the folder that it is in, with its config.json")
+    if is_folder(spec) and not Path(spec).expanduser().exists():
+        raise FileNotFoundError(f"no folder {spec}{_near(spec)}: give the folder of a checkpoint, or a hub id")
     if is_folder(spec) and not (Path(spec).expanduser()/"config.json").exists():
         raise FileNotFoundError(f"no model in {spec} (no config.json): give the folder of a checkpoint, or a hub id")
     source = Path(spec).expanduser() if is_folder(spec) else spec
     try: return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as e:
-        taken = "" if is_folder(spec) else " (no folder here has this name, so it was taken for a hub id)"
-        raise ValueError(f"{spec} could not be read as a model: {str(e).splitlines()[0]}{taken}") from None
+        # what is most often wrong comes first: a misspelt folder, and not that a hub was not reached
+        absent = f"no folder here has this name{_near(spec)}, so it was taken for a hub id; it "
+        taken = "" if is_folder(spec) else absent
+        raise ValueError(f"{spec}: {taken}could not be read as a model: {str(e).splitlines()[0]}") from None
 
 def _refusal(spec: str, config) -> str:
     "Why a checkpoint cannot be used; empty if nothing speaks against it."

@@ -6,7 +6,7 @@
 __all__ = ['headline', 'rows', 'Lines', 'Screen', 'only_launcher', 'launch', 'run_once', 'conclusion', 'status', 'main']
 
 # %% ../../nbs/09_pipeline/10_main.ipynb #95916f5e
-import argparse, fcntl, logging, os, sys, time
+import fcntl, logging, os, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 from ..core.paths import read_json, read_yaml, root, writing
@@ -14,6 +14,7 @@ from .check import check
 from .local import Local
 from .dvc import Pipeline
 from .left_out import gate_of, leave_out, not_passed, stopped
+from .options import Options
 from .schedule import Run, Stopped, last_line, minutes, one_line
 
 # %% ../../nbs/09_pipeline/10_main.ipynb #4186dae9
@@ -203,10 +204,10 @@ def status(folder: str | Path | None = None) -> list[str]:
         return lines
 
 # %% ../../nbs/09_pipeline/10_main.ipynb #8934c4a5
-def main(argv: list[str]) -> int:
-    "The command line; returns the exit status."
-    parser = argparse.ArgumentParser(
-        "python -m rcid.pipeline",
+def main(argv: list[str], called: str = "python -m rcid.pipeline") -> int:
+    "The command line, `called` so by who typed it; returns the exit status."
+    parser = Options(
+        called,
         description="Runs the stale stages of the pipeline in parallel; `status` and `check` only look.",
     )
     parser.add_argument(

@@ -8,7 +8,7 @@ __all__ = ['NUMBER', 'USAGE', 'prints', 'printed_by', 'nowhere', 'answer', 'main
 # %% ../../nbs/09_pipeline/10b_asked.ipynb #5d0d0003
 import re, sys
 from ..core.paths import read_json, root
-from .provenance import all_keys, artifacts, find_value, metrics_files, told, where
+from .provenance import all_keys, all_values, artifacts, metrics_files, told, where
 
 # %% ../../nbs/09_pipeline/10b_asked.ipynb #5d0d0006
 NUMBER = re.compile(r"[-+\u2212]?\d[\d.,]*%?")
@@ -22,9 +22,8 @@ def prints(text: str, number: str) -> bool:
 def printed_by(number: str) -> dict[str, str]:
     "The keys whose text has a number, and the tables, with what they say."
     said = {}
-    for key in all_keys():
-        value = find_value(key)[0].value
-        if isinstance(value, str) and prints(value, number): said[key] = value
+    for key, found in all_values().items():
+        if isinstance(found.value, str) and prints(found.value, number): said[key] = found.value
     for name, file in artifacts().items():
         path = root()/file
         if ":" not in name or path.suffix != ".tex" or not path.exists(): continue

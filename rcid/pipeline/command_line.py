@@ -7,6 +7,7 @@ __all__ = ['EXAMPLES', 'KINDS', 'WRITES', 'parser', 'main']
 
 # %% ../../nbs/09_pipeline/14_command_line.ipynb #14d00002
 import argparse, sys
+from .options import OneLine, Options
 
 # %% ../../nbs/09_pipeline/14_command_line.ipynb #14d00003
 EXAMPLES = {
@@ -51,8 +52,9 @@ def _add_options(parser: argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     "The parser of all commands; `where` and `launch` hand their arguments on."
-    top = argparse.ArgumentParser("rcid", description="Does a distilled language model compute as its teacher does?")
-    commands = top.add_subparsers(dest="command", required=True, metavar="compare | map | where | launch")
+    top = OneLine("rcid", description="Does a distilled language model compute as its teacher does?")
+    shown = "compare | map | where | launch"
+    commands = top.add_subparsers(dest="command", required=True, metavar=shown, parser_class=Options)
     shape = dict(formatter_class=argparse.RawDescriptionHelpFormatter)
     two = commands.add_parser("compare", help="two models on one page", epilog=EXAMPLES["compare"], **shape)
     two.add_argument("teacher", help="folder of a checkpoint, or hub id; of a model or LoRA")
@@ -91,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["launch"]:
         from rcid.pipeline.__main__ import main as launch
-        return launch(argv[1:])
+        return launch(argv[1:], "rcid launch")
     if argv[:1] == ["where"]:
         from rcid.pipeline.asked import main as where
         return where(argv[1:])

@@ -8,7 +8,7 @@ __all__ = ['FILTERED', 'FEWEST', 'CALIBRATED', 'PATCHED', 'Question', 'say', 'Ba
 
 # %% ../../nbs/09_pipeline/13_measure.ipynb #13d00002
 import sys, tempfile, time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from ..causal.mediation import mediation
 from ..core.paths import atomic_file, write_json
@@ -220,7 +220,7 @@ def compare_models(q: Question) -> Path:
     page = comparison_page(c, " and ".join(map(_name, q.models)), examples, warnings, small)
     data = c.to_dict() | dict(models=q.models, about=small, warnings=warnings, seconds=seconds,
                               teacher=_curves(c.teacher), student=_curves(c.student))
-    print(c)
+    print(replace(c, warnings=warnings))                                     # the words of the page
     return _write(q.out or "rcid-compare.html", page, data)
 
 def map_model(q: Question) -> Path:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FLOORS', 'TAKEN_IN', 'Found', 'metrics_files', 'find_value', 'Stage', 'stages_by_output', 'notebook_of',
            'page_that_names', 'Line', 'lines_of', 'artifacts', 'find_artifact', 'Origin', 'last_commit', 'where',
-           'all_keys', 'told']
+           'all_values', 'all_keys', 'told']
 
 # %% ../../nbs/09_pipeline/10_provenance.ipynb #ab100003
 import ast, difflib, json, re
@@ -43,7 +43,8 @@ def _read(file: Path, changed: int): return read_json(file)                 # an
 
 def _content(file: str):
     "The JSON of a file; read once, as a list of origins asks for all files a hundred times."
-    return _read(root()/file, (root()/file).stat().st_mtime_ns)
+    path = root()/file
+    return _read(path, path.stat().st_mtime_ns)
 
 def metrics_files() -> dict[str, str]:
     "Every metrics file by its name with dots."
@@ -256,14 +257,19 @@ def where(key: str, commit: bool = True) -> list[Origin]:
     near = difflib.get_close_matches(key, known, n=6, cutoff=0.3) or known[:6]
     raise KeyError(f"nothing is called {key!r}; something like it: {', '.join(near)}")
 
-def all_keys() -> dict[str, str]:
-    "Every key that the paper may print, and its metrics file."
-    keys = {}
+def all_values() -> dict[str, Found]:
+    "Every key that the paper may print, and where it leads; each metrics file is looked at once for all of them."
+    found = {}
     for file in metrics_files().values():
         content = _content(file)
         values = content.get("values") if isinstance(content, dict) else None
-        if isinstance(values, dict): keys |= {k: file for k in values}
-    return dict(sorted(keys.items()))
+        if not isinstance(values, dict): continue
+        for key, value in values.items(): found.setdefault(key, Found(file, ("values", key), value))
+    return dict(sorted(found.items()))
+
+def all_keys() -> dict[str, str]:
+    "Every key that the paper may print, and its metrics file."
+    return {key: found.file for key, found in all_values().items()}
 
 def told(o: Origin) -> str:
     "An origin in a few lines."
