@@ -7,15 +7,15 @@ __all__ = ['HeadMap', 'head_map', 'match_heads', 'HeadReport', 'fingerprint_by_h
 
 # %% ../../nbs/07_eval/11b_heads.ipynb #a11b0002
 from dataclasses import dataclass, replace
+from functools import partial
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from ..align.monotone import checked_depth
-from ..causal.effects import all_parts, causal_effects, first_difference
-from ..causal.hooks import Site
-from ..causal.mediation import ANSWER, Mediation, kinds_of
+from ..causal.effects import all_parts, first_difference
+from ..causal.mediation import Mediation, effects_by_kind, kinds_of
 from ..data.pairs import ContrastiveDataset
 from .fingerprint import FingerprintReport, fingerprint, matched_layers, values
 from .matched import name_halves
@@ -61,20 +61,14 @@ def head_map(
 ) -> HeadMap:
     "One sweep a kind over all heads, or KV groups, at all roles."
     if part not in ("head", "group"): raise ValueError(f"head_map: part={part!r}: use head or group")
-    kinds, a, effects, gaps, forced = kinds_of(pairs), get_adapter(model), {}, {}, {}
-    first, n = next(iter(kinds)), a.n_heads if part == "head" else a.n_kv_heads
-    for kind, some in kinds.items():
-        marked = replace(some, key_positions={**some.key_positions, ANSWER: some.answer_pos})
-        sites = [*all_parts(model, some, part), Site(a.n_layers - 1, ANSWER)]               # the last one is the gap
-        found = causal_effects(model, marked, sites, batch_size=batch_size, memory=memory).float().cpu()
-        effects[kind] = found[:, :-1].reshape(len(some), a.n_layers, -1)                    # (pair, layer, column)
-        keeps = getattr(some, "keeps_answer", False)
-        gaps[kind] = gaps[first][:len(some)].clone() if keeps else found[:, -1].clone()
-        forced[kind] = _forced(some, a.n_layers, n)
-    roles = kinds[first].roles
-    columns = [f"{part} {i} {role}" for i in range(n) for role in roles]
-    read = Mediation(effects, gaps, forced, columns, kinds[first].entity_ids.cpu())
-    return HeadMap(read, roles, n, a.n_kv_heads)
+    kinds, a = kinds_of(pairs), get_adapter(model)
+    classic, n = next(iter(kinds.values())), a.n_heads if part == "head" else a.n_kv_heads
+    sites_of, how = partial(all_parts, model, part=part), dict(batch_size=batch_size, memory=memory)
+    effects, gaps = effects_by_kind(model, kinds, sites_of, **how)
+    forced = {kind: _forced(some, a.n_layers, n) for kind, some in kinds.items()}
+    columns = [f"{part} {i} {role}" for i in range(n) for role in classic.roles]
+    read = Mediation(effects, gaps, forced, columns, classic.entity_ids.cpu())
+    return HeadMap(read, classic.roles, n, a.n_kv_heads)
 
 # %% ../../nbs/07_eval/11b_heads.ipynb #a11b000a
 def _pairing(
