@@ -20,12 +20,15 @@ from rcid.eval.fingerprint import fingerprint
 from rcid.eval.plant import live_attention
 from rcid.eval.repair import apart
 from rcid.eval.stored_plants import plant_file, plant_key, plants_kept
-from rcid.kv import KV_METHODS, AttentionWeighting, KVMethod, KVObjective, LatentModel, Warped
-from rcid.models import load_model, train_tokenizer
+from rcid.kv import KV_METHODS, AttentionWeighting, KVMethod, KVObjective, LatentModel, Teacher, Warped
+from rcid.kv import load_recording, make_fusion_targets, record_teacher, with_latents
+from rcid.models import byte_tokenizer, load_model, save_model, train_tokenizer
 
 LIBRARY = Path(rcid.__file__).parent
 # they hash and write, and compute nothing that is kept
 KEEPS = {"core/tensors.py", "core/paths.py", "kv/shards.py", "eval/stored_plants.py"}
+# they say what is read and where it goes: the files and the problems are in the key themselves
+LOADS = {"core/hardware.py", "data/holdout.py", "models/spread.py", "models/lora_folder.py"}
 SITES = (Site(0, "s2"), Site(1, "end"))
 CONFIG = DistillConfig(steps=3, batch=4)
 
@@ -132,6 +135,24 @@ def test_of_kv_targets(thinking, tmp_path, hashed, name):
     objective = KVObjective(method, student(), teacher, data, replace(CONFIG, targets_dir=str(tmp_path)))
     state = objective.start()
     assert ran(lambda: list(objective._targets(state))) - inside(hashed) == set()
+
+
+def test_of_recordings_and_fusion_targets(tmp_path, hashed):
+    tokenizer = byte_tokenizer()
+    save_model(load_model(dict(arch="qwen3", layers=2, seed=1), dtype="float32")[0], tokenizer, tmp_path/"teacher")
+    problems = styled_problems(n=6, steps=(1,), operations="+-", largest=9)
+    teacher = Teacher(name="a", folder=str(tmp_path/"teacher"))
+    used = ran(lambda: record_teacher(teacher, problems, tmp_path/"recording"))
+    assert used - inside(hashed) - LOADS == set()
+    heard = load_recording(teacher, tmp_path/"recording", tokenizer, stream=True)
+    there = dict(available=torch.ones_like(heard.available), cache=replace(heard.cache, mask=heard.cache.text))
+    heard = replace(heard, **there)
+    student = load_model(dict(arch="llama", layers=2), dtype="float32")[0]
+    thought = with_latents(heard.data, 2, tokenizer.bos_token_id)
+    hashed.clear()
+    folder = tmp_path/"kept"
+    used = ran(lambda: make_fusion_targets(student, heard.data, thought, dict(a=heard), fit_steps=2, folder=folder))
+    assert folder.exists() and used - inside(hashed) == {"kv/fusion.py"}     # prototypes: of the targets, not kept
 
 
 def test_of_plants(toy, tmp_path, hashed):

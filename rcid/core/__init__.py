@@ -6,7 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/00_core/index.ipynb #6a9e128b
-from .paths import root, workspace_path, atomic_file, atomic_folder, check_ours, write_json, read_json, read_yaml, sha256
+from .paths import root, workspace_path, atomic_file, atomic_folder, check_ours, write_json, read_json
+from .paths import read_yaml, sha256
 from .paths import data_dir, embedded
 from .params import Params, load_params
 from .hardware import pick_device, pick_dtype, seed_all

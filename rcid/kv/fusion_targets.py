@@ -18,7 +18,7 @@ from ..align.layers import map_layers
 from ..align.tokens import byte_spans
 from ..core.tensors import content_hash, layout
 from ..data.reasoning import ReasoningDataset
-from ..distill.teacher_cache import code_hash, computes_hash, model_hash
+from ..distill.teacher_cache import COMPUTES, code_hash, computes_hash, model_hash
 from .aligner import AlignedKV, KVShape, MapProjectionAligner, pretrain_aligner, shape_of
 from .cache import KVCache, forward_kv
 from .compress import compress_kv
@@ -30,7 +30,6 @@ from .rope import rope_of
 from .shards import SHARD, Column, filled, kept_shards, rows_of
 from .warp import TimeWarper
 from .zspace import fit_zspace
-from ..models.adapters import get_adapter
 
 # %% ../../nbs/06_kv/16_fusion_targets.ipynb #d45818eb
 @dataclass(eq=False)
@@ -227,7 +226,7 @@ def _kept(folder, depends: tuple, student, source: _AtPlaces, parts: Callable) -
         return AlignedKV(**filled(parts(), len(source.mask)))
     code = code_hash(
         make_fusion_targets, place_matrices, byte_spans, compress_kv, TimeWarper, KeptCache, rope_of, map_layers,
-        MapProjectionAligner, HeadwiseMapProjector, forward_kv, kept_shards, ReasoningDataset, get_adapter,
+        MapProjectionAligner, HeadwiseMapProjector, forward_kv, kept_shards, ReasoningDataset, *COMPUTES,
     )
     places = dict(matrix=source.matrix, mask=source.mask)
     made = source.cache.k.made

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..align.tokens import byte_spans
 from ..core.teacher_params import TeacherVariant
 from ..core.paths import check_ours, read_json, sha256
-from ..distill.teacher_cache import code_hash
+from ..distill.teacher_cache import COMPUTES, code_hash
 from ..core.tensors import content_hash
 from ..data.holdout import StyledProblem, part_hash
 from ..data.pairs import prompt_ids
@@ -96,7 +96,7 @@ def _key(teacher: Teacher, problems, *how) -> str:
     hashes = [(f.name, sha256(f)) for f in files]
     used = replace(teacher, name="", folder="", model="")
     code = code_hash(
-        record_teacher, forward_kv, rope_of, encode_problems, byte_spans, get_adapter, load_model, write_shards,
+        record_teacher, forward_kv, rope_of, encode_problems, byte_spans, *COMPUTES, load_model, write_shards,
         plain_generation,
     )
     return content_hash({}, used, hashes, part_hash(problems), how, code)
