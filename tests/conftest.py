@@ -154,10 +154,18 @@ def assert_shows(committed: str, make, record):
     assert [len(line) for line in cells(committed)] == [len(line) for line in versions[1]]
 
 
+# Three processes (`pytest -n 3 --dist loadfile`) share the tests by file. Those that take longest come first: else one
+# of them is begun last, and a core is idle behind it. The third process runs while tests of the launcher wait.
+LONGEST = (
+    "test_pipeline.py", "test_faults.py", "test_silent_pipeline.py", "test_editing.py", "test_known_same.py",
+    "test_silent_machine.py", "test_warm.py", "test_compare.py", "test_launch.py", "test_cluster.py",
+    "test_silent_results.py", "test_command_line.py",
+)
+
+
 def pytest_collection_modifyitems(config, items):
-    """Two processes (`pytest -n 2 --dist loadfile`) share the tests by file. The file on the one workspace takes
-    longest, so it comes first."""
-    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -14,6 +14,7 @@ TABLE = ROOT/"tests"/"faults.json"
 ROWS = {}                                        # fault -> outcomes
 FAST = {"TOY_PACE": "0.02"}
 FULL = os.environ.get("RCID_FAULTS") == "write"  # make faults
+KILLS = 24 if FULL else 12
 
 
 def note(fault: str, outcome: str): ROWS.setdefault(fault, []).append(outcome)
@@ -131,16 +132,16 @@ def test_killed_at_random_moments(folder, undisturbed):
             folder,
             (sys.executable, "-m", "rcid.pipeline", "--workers", "4"),
             toy.environment(folder, TOY_PACE="0.05"),
-            24 - hits,
+            KILLS - hits,
             2.5,
             seed=round_,
         )
         code, said = toy.launch(folder, "--workers", "4", **FAST)
         assert code == 0 and toy.results(folder) == undisturbed, said
-        if hits >= 24: break
+        if hits >= KILLS: break
     end_all(folder)
     for _ in range(hits): note("kill -9 of launcher, worker or all, toy pipeline", "same")
-    assert hits >= 20 and "up to date" in toy.dvc(folder, "repro")
+    assert hits >= 5 * KILLS // 6 and "up to date" in toy.dvc(folder, "repro")
 
 
 @pytest.mark.slow

@@ -352,7 +352,7 @@ def test_killed_stage_goes_on_from_its_checkpoint(broken):
             f"artifacts/checkpoints/{name}/progress.json",
         )
     )
-    set_params(broken, "distill", steps=400, checkpoint_every=10, log_every=50)
+    set_params(broken, "distill", steps=160, checkpoint_every=10, log_every=50)
     def forget():
         for f in (metrics, record): f.unlink(missing_ok=True)
         shutil.rmtree(student, ignore_errors=True)
@@ -374,11 +374,11 @@ def test_killed_stage_goes_on_from_its_checkpoint(broken):
         kill_all(process.pid)
     finally:
         kill_all(process.pid)
-    assert process.wait() == -signal.SIGKILL and 0 < read_json(checkpoint)["step"] < 400
+    assert process.wait() == -signal.SIGKILL and 0 < read_json(checkpoint)["step"] < 160
     assert not metrics.exists() and not student.exists() and not record.exists()
     done = run(broken, *command)
     assert done.returncode == 0 and re.search(
-        r"resumed from step [1-9]\d* of 400", done.stdout + done.stderr + record.read_text(encoding="utf-8")
+        r"resumed from step [1-9]\d* of 160", done.stdout + done.stderr + record.read_text(encoding="utf-8")
     ), output_of(done)
     again = read_json(metrics)
     assert again["curve"] == whole["curve"] and again == whole

@@ -3,7 +3,7 @@
 import hashlib, json, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
-from conftest import ROOT, output_of, run
+from conftest import LONGEST, ROOT, output_of, run
 from ruamel.yaml import YAML
 from rcid.core import load_params
 from rcid.core.commits import ADVICE
@@ -46,12 +46,13 @@ def test_notebooks_are_clean(copy):
 
 
 def test_one_file_has_the_tests_of_the_workspace():
-    "Two processes share the tests by file: two files with one workspace would delete it under each other's feet."
+    "Processes share the tests by file: two files with one workspace would delete it under each other's feet."
     using = [f.name for f in sorted((ROOT/"tests").glob("test_*.py"))
              if re.search(r"def \w+\([^)]*\bworkspace\b[^)]*\)(?: ->[^:]*)?:", f.read_text(encoding="utf-8"))]
     # faults: only by `make faults`, in one process; silent: a folder's name, a parameter of the test
     assert using == ["test_faults.py", "test_pipeline.py", "test_silent_pipeline.py"]
     assert "--dist loadfile" in (ROOT/"Makefile").read_text(encoding="utf-8")
+    assert [name for name in LONGEST if not (ROOT/"tests"/name).exists()] == []
 
 
 def test_no_marks_of_a_merge(tracked):

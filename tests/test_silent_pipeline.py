@@ -147,22 +147,21 @@ if LOG:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ("kv_parts", "kv_data"))
-def test_tables_read_at_run_time_are_in_the_view(copy, name):
+def test_tables_read_at_run_time_are_in_the_view(copy):
     "Every table that a kernel opens, seen by an audit hook, is in the code view of its notebook."
     from rcid.pipeline.workspace import compose_params
 
     (copy / "rcid" / "__init__.py").write_text((copy / "rcid" / "__init__.py").read_text() + READS)
     compose_params(copy / "params.yaml", "scale=tiny")
-    log = copy / "reads.txt"
-    done = run(copy, sys.executable, "-m", "rcid.pipeline.stage", name, RCID_TEST_READS=str(log), RCID_THREADS="1")
-    assert done.returncode == 0, output_of(done)
     done = run(copy, sys.executable, "-m", "rcid.pipeline.stage", "code")
-    view = (copy / "artifacts" / "code" / f"{name}.py").read_text(encoding="utf-8")
-    read = {Path(line).name for line in log.read_text().split()} & {f.name for f in (copy / "data").glob("*.json")}
-    assert read and [t for t in read if not re.search(rf"(?m)^# [0-9a-f]{{64}}  data/{t}$", view)] == [], output_of(
-        done
-    )
+    assert done.returncode == 0, output_of(done)
+    for name in ("kv_parts", "kv_data"):
+        log = copy / f"{name}.txt"
+        done = run(copy, sys.executable, "-m", "rcid.pipeline.stage", name, RCID_TEST_READS=str(log), RCID_THREADS="1")
+        assert done.returncode == 0, output_of(done)
+        view = (copy / "artifacts" / "code" / f"{name}.py").read_text(encoding="utf-8")
+        read = {Path(line).name for line in log.read_text().split()} & {f.name for f in (copy / "data").glob("*.json")}
+        assert read and [t for t in read if not re.search(rf"(?m)^# [0-9a-f]{{64}}  data/{t}$", view)] == [], name
 
 
 ALLOWED = {"load_params", "read_matrix", "setup_values"}  # the only functions that get all params
@@ -372,16 +371,24 @@ def test_what_a_stage_needs_still_passes(bare):
 # what an end before its time leaves
 
 
-@pytest.fixture
-def committed(tmp_path) -> Path:
-    "The toy pipeline, finished and in git; then a setting is changed, which makes the trainings stale."
-    folder = toy.make(tmp_path / "toy")
+@pytest.fixture(scope="module")
+def committed_once(tmp_path_factory) -> Path:
+    "The toy pipeline, finished and in git."
+    folder = toy.make(tmp_path_factory.mktemp("committed") / "toy")
     code, said = toy.launch(folder, "--workers", "2", TOY_PACE="0")
     assert code == 0, said
     (folder / ".gitignore").write_text("/out\n/trail\n/checkpoints\n/logs\n/.dvc\n")
     git(folder, "init", "-q")
     git(folder, "add", "-A")
     git(folder, "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-q", "-m", "results")
+    return folder
+
+
+@pytest.fixture
+def committed(committed_once, tmp_path) -> Path:
+    "A copy of it in which a setting was changed, which makes the trainings stale."
+    folder = tmp_path / "toy"
+    subprocess.run(["cp", "-a", committed_once, folder], check=True)
     (folder / "params.yaml").write_text((folder / "params.yaml").read_text().replace("steps: 10", "steps: 12"))
     return folder
 

@@ -301,7 +301,7 @@ def test_dvc_plots_show_what_the_readme_promises(tmp_path):
 def test_make_test_fetches_before_it_tests():
     lines = subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
     at = lambda what: next((i for i, l in enumerate(lines) if what in l), None)
-    assert at("tests/fetch.py") is not None and at("tests/fetch.py") < at("-m pytest")
+    assert at("tests/fetch.py") is not None and at("tests/fetch.py") < at("wait $fetching") < at("-m pytest")
 
 
 def test_skipped_tests_are_counted_by_reason(tmp_path):

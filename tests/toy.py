@@ -1,9 +1,22 @@
 """The toy pipeline of tests/toy: cheap stages with checkpoints that go through the same launcher as the real ones."""
 import json, os, shutil, subprocess, sys
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from conftest import ROOT, output_of
 
 TOY = ROOT/"tests"/"toy"
+
+
+@cache
+def initialised() -> TemporaryDirectory:
+    "A folder in which `dvc init` ran: once in a process of tests, which copy what it made."
+    folder = TemporaryDirectory(prefix="toy-dvc-")
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=folder.name, capture_output=True, text=True
+    )
+    assert done.returncode == 0, output_of(done)
+    return folder
 
 
 def make(folder: Path, **params) -> Path:
@@ -14,10 +27,7 @@ def make(folder: Path, **params) -> Path:
         text = "".join(f"{key}: {value}\n" if line.startswith(f"{key}:") else line for line in text.splitlines(True))
     (folder/"params.yaml").write_text(text)
     shutil.copyfile(ROOT/".dvcignore", folder/".dvcignore")
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=folder, capture_output=True, text=True
-    )
-    assert done.returncode == 0, output_of(done)
+    shutil.copytree(Path(initialised().name)/".dvc", folder/".dvc")
     return folder
 
 
