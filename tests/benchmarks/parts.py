@@ -1,6 +1,6 @@
-"""Minutes of a default run by part, for two commits run one after the other on one machine:
-python tests/benchmarks/parts.py BEFORE AFTER SECONDS_BEFORE SECONDS_AFTER, folders with a finished `make repro` and
-what the clock said of it. Writes parts.json."""
+"""Minutes of a default run by part: python tests/benchmarks/parts.py NAME FOLDER SECONDS, a folder with a finished
+`make repro` and what the clock said of it. Writes this entry of parts.json: `before` and `after` the warm worker were run
+one after the other on one machine; `now` is the last run of all, on the machine that it names."""
 
 import json, os, platform, subprocess, sys
 from pathlib import Path
@@ -10,12 +10,17 @@ PARTS = {                    # part: its stages
     "models, data, text": ("code", "tokenizers", "budget", "models", "data", "pilot", "text"),
     "healing": ("heal",),
     "sites": ("sites",),
-    "calibration and its plants": ("plants", "plants_real", "calibrate"),
+    "plants": ("plant_base", "plants"),
+    "calibration": ("calibrate", "calibrate_real"),
     "distillation": ("distill", "distill_extra", "distill_more"),
     "evaluation": ("evaluate", "evaluate_extra", "evaluate_more", "baseline", "probe"),
+    "experiment 2a": ("planted",),
+    "experiment 2b": ("real_plan", "real_students", "real"),
     "experiment 6": ("kv_data", "kv_models", "kv_diagnose", "kv_baseline", "kv_distill"),
     "experiment 7": ("kv_parts", "kv_base", "kv_teachers", "kv_fuse", "fused_models", "fused"),
-    "pages and paper": ("exp1", "exp2", "exp3", "exp4", "exp5", "exp6", "exp7", "bench", "paper"),
+    "pages and paper": (
+        "exp1", "exp2", "exp2a", "exp2b", "exp3", "exp4", "exp5", "exp6", "exp7", "bench", "paper", "data.dvc"
+    ),
 }
 
 
@@ -38,9 +43,14 @@ def read(folder: Path) -> dict:
     return dict(commit=commit.stdout.strip(), parts=parts)
 
 
+def cpu() -> str:
+    names = [l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 5: raise SystemExit(__doc__)
-    before, after = (read(Path(folder)) for folder in sys.argv[1:3])
-    before["wall_seconds"], after["wall_seconds"] = map(int, sys.argv[3:])
-    machine = dict(cores=os.cpu_count(), system=f"{platform.system()} {platform.machine()}", workers=2, threads=1)
-    (HERE/"parts.json").write_text(json.dumps(dict(machine=machine, before=before, after=after), indent=1) + "\n")
+    if len(sys.argv) != 4: raise SystemExit(__doc__)
+    name, folder, clock = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    known = json.loads((HERE/"parts.json").read_text())
+    known[name] = read(folder) | dict(wall_seconds=clock, cpu=cpu())
+    (HERE/"parts.json").write_text(json.dumps(known, indent=1) + "\n")
