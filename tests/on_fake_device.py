@@ -1,4 +1,4 @@
-"""The tiny graph on a device that refuses what a GPU refuses, with the numbers of the CPU.
+"""The tiny graph on a device that refuses what a GPU refuses, with the numbers of the CPU: `.ci/run` calls this.
 
     python tests/on_fake_device.py            after `make test`, whose workspace holds the CPU's numbers
     python tests/on_fake_device.py --all      every stage of the graph, and not one of each page (twice as long)

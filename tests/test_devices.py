@@ -65,7 +65,8 @@ def test_a_stage_that_wrote_nothing_and_one_that_wrote_something_else_fail(tmp_p
     assert compared("here", tmp_path/"cpu", tmp_path/"cpu") == 1
 
 
-def test_what_the_script_takes_over_is_run_for_a_few_steps():
+def test_ci_runs_the_script_and_what_it_leaves_out_is_run_for_a_few_steps():
+    assert "tests/on_fake_device.py" in (ROOT/".ci"/"run").read_text(encoding="utf-8").splitlines()[-1]
     assert TAKEN == ("models@", "kv_base@") and all(f"{key}=3" in FEW for key in (
         "models.llama.pretrain_steps", "models.qwen3.pretrain_steps", "teachers.models.student.steps"))
     assert (ROOT/"nbs"/"guides"/f"{GUIDE}.ipynb").exists() and Path(FOLDERS[0]).name == "data"

@@ -38,6 +38,11 @@ def test_every_override_changes_something(params, override):
     assert at(is_, key) != at(runs, key)
 
 
+def test_ci_runs_the_script():
+    lines = (on_toy_hub.ROOT/".ci"/"run").read_text(encoding="utf-8").splitlines()
+    assert any(line.endswith(" tests/on_toy_hub.py") for line in lines)
+
+
 def test_every_kind_of_stage_is_left(params):
     "A matrix that is cut down to nothing would be no test of its stage."
     _, runs = params
