@@ -1,8 +1,8 @@
 """Minutes of a default run by part: python tests/benchmarks/parts.py NAME FOLDER SECONDS, a folder with a finished
-`make repro` and what the clock said of it. Writes this entry of parts.json: `before` and `after` the warm worker were run
-one after the other on one machine; `now` is the last run of all, on the machine that it names."""
+`make repro` and what the clock said of it. Writes this entry of parts.json: `before` and `after` the warm worker were
+run one after the other on one machine; `now` is the last run of all, on the machine that it names."""
 
-import json, os, platform, subprocess, sys
+import json, platform, subprocess, sys
 from pathlib import Path
 from common import HERE
 
@@ -44,8 +44,9 @@ def read(folder: Path) -> dict:
 
 
 def cpu() -> str:
-    names = [l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")]
-    return names[0] if names else platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"): return line.split(":")[1].strip()
+    return platform.machine()
 
 
 if __name__ == "__main__":
