@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ARCHS = ("llama", "qwen3", "qwen2")
 os.environ.pop("RCID_ROOT", None)                # a workspace of the caller's shell is not what is tested
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# DVC starts no daemons (they ask for updates and report): they write into a workspace while a test deletes it
+os.environ["DVC_TEST"] = "1"
 
 
 def environment(folder: Path, **more: str) -> dict:

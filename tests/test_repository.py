@@ -1,6 +1,6 @@
 """The repository holds together: notebooks and modules agree, settings compose, nothing of one machine is in it."""
 
-import hashlib, json, re, shutil, subprocess, sys
+import hashlib, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 from conftest import LONGEST, ROOT, output_of, run
@@ -74,6 +74,14 @@ def test_the_lock_names_living_stages_alone():
     living = {stage.addressing.split(":")[-1] for stage in Repo(ROOT).index.stages}
     locked = yaml.load((ROOT/"dvc.lock").read_text(encoding="utf-8"))["stages"]
     assert locked and sorted(set(locked) - living) == [], "take these entries out of dvc.lock"
+
+
+def test_toys_start_no_daemons():
+    "Where `dvc init` runs, DVC would report and ask for updates, in processes that outlive the folder they write into."
+    notebooks = {f.name: f.read_text(encoding="utf-8") for f in (ROOT/"nbs").rglob("*.ipynb")}
+    toys = {name: text for name, text in notebooks.items() if "--no-scm" in text}
+    assert toys and [name for name, text in toys.items() if "DVC_TEST" not in text] == []
+    assert os.environ["DVC_TEST"] == "1"                                  # of all tests, by conftest
 
 
 def test_params_are_the_default_scale(tmp_path):
