@@ -1,5 +1,5 @@
 """What the tests share: the repository, tiny random models, IOI pairs, and one finished tiny workspace."""
-import ast, json, os, shutil, signal, subprocess, sys, time
+import ast, json, os, shutil, subprocess, sys, time
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -36,11 +36,11 @@ def run(folder: Path, *command: str, timeout: int = 1500, **more: str) -> subpro
 
 
 def finished(command: list, folder: Path, env: dict, limit: float, grace: float = 60) -> subprocess.CompletedProcess:
-    "The finished command; after `limit` seconds it is interrupted, ends what it started, and is a TimeoutError."
+    "The finished command; after `limit` seconds it is asked to end, ends what it started, and is a TimeoutError."
     process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try: said = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
+        process.terminate()                                          # SIGINT is ignored by what a shell runs with `&`
         try: said = process.communicate(timeout=grace)
         except subprocess.TimeoutExpired as e:                       # what it started may hold its pipes
             process.kill()

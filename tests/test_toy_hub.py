@@ -100,14 +100,15 @@ def test_the_tree_of_a_repository(hub):
 
 
 HANGS = """
-import time
+import signal, time
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 print("began", flush=True)
 try: time.sleep(60)
 except KeyboardInterrupt: print("ended what it started", flush=True)
 """
 
 def test_a_run_that_hangs_is_ended_with_a_line(tmp_path, monkeypatch):
-    "It is interrupted first: what it started ends with it."
+    "It is asked to end first: what it started ends with it."
     monkeypatch.setattr(on_toy_hub, "LIMIT", 2)
     monkeypatch.setattr(on_toy_hub, "environment", lambda folder, **more: {**os.environ, "PYTHONPATH": str(tmp_path)})
     (tmp_path/"rcid").mkdir()
@@ -118,6 +119,6 @@ def test_a_run_that_hangs_is_ended_with_a_line(tmp_path, monkeypatch):
 
 
 def test_a_run_that_does_not_want_to_end_is_ended_too(tmp_path):
-    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('on', flush=True); time.sleep(60)"
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('on', flush=True); time.sleep(60)"
     with pytest.raises(TimeoutError, match="(?s)not done after 2 s.*on"):
         finished([sys.executable, "-c", deaf], tmp_path, dict(os.environ), 2, grace=1)
