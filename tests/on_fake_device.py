@@ -27,7 +27,8 @@ NEAR = 1e-5                              # relative, or absolute below 1
 TAKEN = ("models@", "kv_base@")          # stages whose results are the CPU's
 FOLDERS = ("data", "artifacts/models", "artifacts/kv_base", *(f"{part}/{name}" for part in ("metrics", "runs")
     for name in ("models", "kv_base")))  # where these results and what they need lie
-ONE_OF_EACH = (                          # with what they need, every page that runs a model
+ONE_OF_EACH = (                          # with what they need, every page that runs a model; first the README's student
+    "distill@llama-ioi-standard_kd_pairs-42",
     "pilot@qwen3", "baseline@qwen3-ioi", "evaluate@qwen3-ioi-rcid-42", "evaluate_extra@qwen3-factual-rcid-42",
     "probe@qwen3-ioi", "calibrate", "real_plan",
     "planted@qwen3-early_late", "real@released-ioi", "kv_baseline", "kv_distill@kava-42", "kv_distill@kv_structured-42",

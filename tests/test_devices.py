@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest, torch
 from conftest import ROOT
 from rcid.core.hardware import in_bf16, pick_device, pick_dtype
-from on_fake_device import FEW, FOLDERS, GUIDE, NO_MODEL, TAKEN, compared, differences, page
+from on_fake_device import FEW, FOLDERS, GUIDE, NO_MODEL, ONE_OF_EACH, TAKEN, compared, differences, page
 
 
 def test_the_variable_names_the_device_and_an_argument_wins(monkeypatch):
@@ -63,6 +63,12 @@ def test_a_stage_that_wrote_nothing_and_one_that_wrote_something_else_fail(tmp_p
     with pytest.raises(SystemExit, match="there are no metrics on the CPU"):
         compared("here", tmp_path/"none", tmp_path/"device")
     assert compared("here", tmp_path/"cpu", tmp_path/"cpu") == 1
+
+
+def test_the_students_of_the_readme_are_made_on_the_device():
+    lines = "".join("".join(cell["source"]) for cell in json.loads((ROOT/"nbs"/"index.ipynb").read_text())["cells"])
+    students = set(re.findall(r'"artifacts/students/([^"]+)"', lines))
+    assert students and [name for name in students if f"distill@{name}" not in ONE_OF_EACH] == []
 
 
 def test_ci_runs_the_script_and_what_it_leaves_out_is_run_for_a_few_steps():
