@@ -20,8 +20,7 @@ from rcid.eval import compare, perplexity, task_accuracy
 from rcid.eval.decode import greedy_decode
 from rcid.eval.knockout import knock_out
 from rcid.kv import KV_METHODS, LatentModel, forward_kv
-from rcid.kv.cache import load_kv
-from rcid.kv.recording import Teacher, record_teacher
+from rcid.kv.recording import Teacher, load_recording, record_teacher
 from rcid.models import get_adapter, load_model, save_model, shrink, train_tokenizer
 from rcid.models.spread import spread
 from rcid.models.weights import weights_of
@@ -173,10 +172,10 @@ def on_disk(model: nn.Module, tokenizer, away: nn.Module, places: dict[str, str]
         save_model(model if offloaded else away, tokenizer, f"{folder}/m")
         one, two = (load_model(f"{folder}/m", dtype="float32", device=device)[0] for device in ("cpu", places))
         problems = styled_problems(n=12, steps=(1,), operations="+-", largest=20)
-        said = []
+        said, teacher = [], Teacher(name="t", folder=f"{folder}/m")
         for i, device in enumerate(("cpu", places)):
-            how = dict(path=f"{folder}/{i}.safetensors", device=device)
-            said.append(load_kv(record_teacher(Teacher(name="t", folder=f"{folder}/m"), problems, **how)))
+            kept = record_teacher(teacher, problems, f"{folder}/{i}", device=device)
+            said.append(load_recording(teacher, kept, tokenizer).cache)
     assert model_hash(one) == model_hash(two)
     same("weights that were saved", *([value for _, value in weights_of(m)] for m in (model, two)))
     assert get_adapter(two).devices == get_adapter(away).devices
