@@ -44,3 +44,9 @@ def test_setup_refuses_an_old_python_in_one_line(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode != 0 and not (tmp_path/".venv").exists()
     assert f"rcid needs Python 3.11 or newer, and {old} is not: make setup PYTHON=python3.12" in done.stderr
+
+
+def test_a_word_is_explained_once():
+    text = (ROOT/"CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Words")[2].partition("\n## ")[0]
+    words = [word for word in re.findall(r"(?m)^\| ([^|]+?) \|", text) if word != "word"]
+    assert len(words) > 40 and sorted({word for word in words if words.count(word) > 1}) == []
