@@ -6,7 +6,7 @@ import pytest, torch
 from conftest import ROOT
 
 sys.path.append(str(ROOT/"tests"/"benchmarks"))
-PARTS = ("sweep", "peers", "step", "cka", "startup")
+PARTS = ("sweep", "peers", "step", "prices", "cka", "startup")
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +113,39 @@ def test_calibration_at_its_scale_has_its_settings_and_eight_plants_of_a_class(t
     assert all(2 * r["n_plants"] >= plants[key] for key, r in judged.items())          # half of them chose nothing
     assert {part for one in c["real"] for part in ("rewrites", "twins", "moved") if one[part]} == {
         "rewrites", "twins", "moved"}
+
+
+def test_experiment_2a_with_every_method_has_its_settings_and_all_students(tmp_path):
+    from rcid.core.params import load_params
+    from rcid.pipeline.workspace import compose_params
+    run = json.loads((ROOT/"tests"/"benchmarks"/"repair.json").read_text())
+    compose_params(tmp_path/"params.yaml", "scale=laptop", "+plants=full", "+repair=full")
+    c = json.loads(json.dumps(load_params(tmp_path/"params.yaml").planted.model_dump()))
+    assert run["settings"] == c, "settings changed after the run: run it again (tests/benchmarks/scale.py)"
+    rows = {(r["architecture"], r["direction"], r["method"], tuple(r["kinds"]), tuple(r["roles"])): r
+            for r in run["repair"]["rows"]}
+    judge = [name for name, route in c["routes"].items() if not route["develop"]]
+    assert len(c["architectures"]) == 2 and len(judge) == 3 and c["runs"] == 5
+    for method in [*c["methods"], *c["variants"]]:
+        for architecture in c["architectures"]:
+            for name in judge:
+                first = rows[architecture, name, method, tuple(c["kinds"]), tuple(c["roles"])]["first"]
+                assert first["n"] + first["undefined"] == c["runs"], (architecture, name, method)
+    widths = {len(r["kinds"]) for r in run["repair"]["reach"] if r["method"] == "rcid_m"}
+    assert widths == {1, 2, 3} and run["repair"]["validated"]["route"]
+
+
+def test_true_widths_were_measured_of_every_part_and_stage():
+    import true_widths
+    parts = json.loads((ROOT/"tests"/"benchmarks"/"true_widths.json").read_text())["parts"]
+    assert set(parts) == {*true_widths.FAMILIES, "kv"}
+    for part, measured in parts.items():
+        assert {m["layers"] for m in measured} == {2, 4}, part
+        expected = set(true_widths.KV if part == "kv" else true_widths.PAIRS)
+        assert all(set(m["stages"]) == expected and min(m["stages"].values()) > 0 for m in measured), part
+    assert len({m["problems"] for m in parts["kv"]}) == 2
+    host = json.loads((ROOT/"metrics"/"budget.json").read_text())["host"]
+    assert {part: set(of) for part, of in host.items()} == {part: set(of[0]["stages"]) for part, of in parts.items()}
 
 
 def test_scale_run_of_other_sources_or_unfinished_is_refused(tmp_path, monkeypatch):

@@ -53,12 +53,27 @@ function Pandoc(doc)
   return pandoc.Pandoc(blocks, doc.meta)
 end
 
--- A line of the list of origins: small, ragged, one below the other.
-function Para(el)
-  for _, part in ipairs(el.content) do
-    if part.t == "Span" and part.identifier:match("^where%.") then
-      local open = "#[#set text(size: 8.4pt); #set par(justify: false, first-line-indent: 0pt, hanging-indent: 1.5em)"
-      return { pandoc.RawBlock("typst", open), el, pandoc.RawBlock("typst", "]") }
-    end
+-- The list of origins: lines small and ragged, in two columns.
+local open_list = [[#columns(2, gutter: 1.5em)[#set text(size: 7.4pt)
+#set par(justify: false, first-line-indent: 0pt, hanging-indent: 1.5em, spacing: 0.45em)]]
+
+local function is_origin(block)
+  if block.t ~= "Para" then return false end
+  for _, part in ipairs(block.content) do
+    if part.t == "Span" and part.identifier:match("^where%.") then return true end
   end
+  return false
+end
+
+function Blocks(blocks)
+  local found, inside = {}, false
+  for _, block in ipairs(blocks) do
+    if is_origin(block) ~= inside then
+      found[#found + 1] = pandoc.RawBlock("typst", inside and "]" or open_list)
+      inside = not inside
+    end
+    found[#found + 1] = block
+  end
+  if inside then found[#found + 1] = pandoc.RawBlock("typst", "]") end
+  return found
 end

@@ -1,5 +1,5 @@
 """All benchmarks, one after the other, each in its own process: python tests/benchmarks/run.py [sweep] [peers]
-[step] [cka] [startup]
+[step] [prices] [cka] [startup]
 
 Prints every table, then a summary, and writes results.json beside this file; a part that is named alone replaces
 only its own numbers there. One thread unless OMP_NUM_THREADS says otherwise. About half an hour of CPU time; peers
@@ -9,7 +9,7 @@ need the package index once.
 import json, os, subprocess, sys
 from common import HERE, RESULTS, show
 
-PARTS = ("sweep", "peers", "step", "cka", "startup")
+PARTS = ("sweep", "peers", "step", "prices", "cka", "startup")
 
 
 def summary(results):
@@ -30,6 +30,10 @@ def summary(results):
     rows += [
         dict(what=f"step, KL at {r['kl_at']}: {r['step']}", unit="plain steps", here=r["cost"], floor=r.get("floor"))
         for r in results.get("step", {}).get("rows", [])
+    ]
+    rows += [
+        dict(what=f"step on two kinds: {r['method']}", unit="steps of KL on pairs", here=r["price"])
+        for r in results.get("prices", {}).get("rows", [])
     ]
     rows += [
         dict(what=f"CKA, n = {r['n']}: {r['tool']}", unit="products X'Y", here=r["cost"], error=r["error"])

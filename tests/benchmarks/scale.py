@@ -1,9 +1,9 @@
-"""What a finished run of another scale says: python tests/benchmarks/scale.py gpu|calibrate COMMIT
+"""What a finished run in a workspace says: python tests/benchmarks/scale.py gpu|calibrate|repair COMMIT
 
-Reads .workspaces/SCALE and writes tests/benchmarks/SCALE.json: settings, stage times, machine, the commit that its
-sources are, and of `gpu` the models and experiments 1 to 5, of `calibrate` the calibration. Refuses a run with stale
-stages or with sources of another commit. nbs/guides/gpu_scale.ipynb shows that of `gpu`, more_plants.ipynb that of
-`calibrate`."""
+Reads .workspaces/NAME and writes tests/benchmarks/NAME.json: settings, stage times, machine, the commit that its
+sources are, and of `gpu` the models and experiments 1 to 5, of `calibrate` the calibration, of `repair` experiment 2a.
+Refuses a run with stale stages or with sources of another commit. What came out is shown by nbs/guides/gpu_scale.ipynb,
+more_plants.ipynb and more_repair.ipynb, which say how each is run."""
 
 import json, os, subprocess, sys
 from collections import defaultdict
@@ -12,6 +12,7 @@ from rcid.core import read_json, root, write_json
 from rcid.core.params import load_params
 
 EXPERIMENTS = [f"exp{i}" for i in range(1, 6)]
+PAGES = dict(gpu=EXPERIMENTS, calibrate=["calibrate"], repair=["exp2a"])     # stages that must be up to date
 SOURCES = ("rcid", "nbs/experiments", "dvc.yaml")
 
 
@@ -25,8 +26,9 @@ def settings(p):
     )
 
 
-def results(scale, p, metrics):
-    if scale == "calibrate":
+def results(name, p, metrics):
+    if name == "repair": return dict(settings=p.planted.model_dump(), repair=read_json(metrics/"exp2a.json"))
+    if name == "calibrate":
         return dict(settings=p.calibrate.model_dump(), calibration=read_json(metrics/"calibrate.json"))
     return dict(
         settings=settings(p),
@@ -38,14 +40,13 @@ def results(scale, p, metrics):
     )
 
 
-def collect(scale, commit):
-    folder = root()/".workspaces"/scale
+def collect(name, commit):
+    folder = root()/".workspaces"/name
     git = lambda *words: subprocess.run(["git", *words], cwd=root(), capture_output=True, text=True, check=True).stdout
     if other := git(f"--work-tree={folder}", "diff", "--name-only", commit, "--", *SOURCES).split():
         sys.exit(f"{folder}: {', '.join(other[:3])} are not those of commit {commit}")
-    stages = ["calibrate"] if scale == "calibrate" else EXPERIMENTS
     stale = subprocess.run(
-        [sys.executable, "-m", "dvc", "status", "--with-deps", *stages],
+        [sys.executable, "-m", "dvc", "status", "--with-deps", *PAGES[name]],
         cwd=folder,
         env={**os.environ, "RCID_ROOT": str(folder), "PYTHONPATH": str(folder)},
         capture_output=True,
@@ -54,11 +55,11 @@ def collect(scale, commit):
     if stale.returncode or "up to date" not in stale.stdout:
         sys.exit(f"{folder} is not up to date:\n{stale.stdout[:600]}{stale.stderr[:600]}")
     p, seconds = load_params(folder/"params.yaml"), defaultdict(list)
-    for name, s in read_json(folder/"logs"/"launch"/"times.json").items(): seconds[name.split("@")[0]].append(s)
+    for stage, s in read_json(folder/"logs"/"launch"/"times.json").items(): seconds[stage.split("@")[0]].append(s)
     return dict(
         commit=git("rev-parse", "--short", commit).strip(),
         machine=machine(),
-        **results(scale, p, folder/"metrics"),
+        **results(name, p, folder/"metrics"),
         seconds={k: dict(stages=len(v), mean=sum(v) / len(v)) for k, v in sorted(seconds.items())},
     )
 

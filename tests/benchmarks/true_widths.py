@@ -1,16 +1,18 @@
 """Peak host memory of the stages of the a100 scale at its true widths: python tests/benchmarks/true_widths.py
+[qwen3 llama kv]
 
 Models of the published widths, heads and vocabularies with random weights: the students of experiments 1 to 5 whole
 and their teachers of two and of four layers, Qwen2-7B and Qwen2-1.5B of four layers with two numbers of problems.
 Stages run one by one in a workspace on this CPU, in float32, where a card would hold the models; what they are given
-(pairs, steps) is little. Writes true_widths.json: gigabytes of each stage, of a layer and of a problem.
-Needs the real vocabularies (stage `tokenizers`), 20 GB of memory, 20 GB of disk and half an hour."""
+(pairs, steps) is little. Writes true_widths.json: gigabytes of each stage and of the weights, which the budget page
+(nbs/experiments/budget.ipynb) extrapolates to all layers and problems. A part that is named is measured again alone.
+Needs the real vocabularies (stage `tokenizers`), 21 GB of free memory, 20 GB of disk and half an hour."""
 
 import gc, json, os, shutil, subprocess, sys, time
 from pathlib import Path
 import torch
 from common import HERE, machine
-from rcid.core import root, write_json
+from rcid.core import read_json, root, write_json
 from rcid.models import save_model
 from rcid.pipeline.workspace import make_workspace
 from rcid.report.budget import SHAPES, _of_shape
@@ -39,6 +41,11 @@ def checkpoint(name: str, layers: int | None, tokenizer, folder: Path) -> Path:
     save_model(_of_shape(name, "cpu", torch.bfloat16, **cut), tokenizer, folder)
     gc.collect()
     return folder
+
+
+def weights_of(folder: Path) -> float:
+    "Gigabytes of a checkpoint in float32, as a stage on this CPU holds it; the files are bfloat16."
+    return 2 * sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e9
 
 
 def peak(folder: Path, stage: str, log: dict) -> float:
@@ -80,7 +87,8 @@ def of_pairs(family: str, layers: int, weights: Path, tokenizer) -> dict:
         takes = dict(distill=at, evaluate=at, sites=dict(family=family, task="ioi")).get(stage, dict(family=family))
         peak(folder, " ".join([stage, *(f"{k}={v}" for k, v in takes.items())]), log)
     shutil.rmtree(folder)
-    return {stage.split()[0]: gb for stage, gb in log.items()}
+    return dict(stages={stage.split()[0]: gb for stage, gb in log.items()}, layers=layers,
+        teacher=weights_of(paths[0]), student=weights_of(paths[1]))
 
 
 def of_kv(layers: int, problems: int, weights: Path, tokenizer) -> dict:
@@ -91,19 +99,20 @@ def of_kv(layers: int, problems: int, weights: Path, tokenizer) -> dict:
         *instead("kv.teacher.spec", paths[0]), *instead("kv.student.spec", paths[1])), {}
     for stage in KV: peak(folder, stage, log)
     shutil.rmtree(folder)
-    return log
+    return dict(stages=log, layers=layers, problems=problems, teacher=weights_of(paths[0]),
+        student=weights_of(paths[1]))
 
 
-def main():
+def main(parts: list[str]):
     from transformers import AutoTokenizer
-    weights, said = root()/".workspaces"/"widths", {}
-    read = {name: AutoTokenizer.from_pretrained(root()/"artifacts"/"tokenizers"/name) for name in ("qwen3", "llama3")}
-    for family in FAMILIES:
-        tokenizer = read["qwen3" if family == "qwen3" else "llama3"]
-        said[family] = {layers: of_pairs(family, layers, weights, tokenizer) for layers in (2, 4)}
-    said["kv"] = {f"{layers} layers, {n} problems": of_kv(layers, n, weights, read["qwen3"])
-        for layers, n in ((2, 32), (4, 32), (4, 64))}
-    write_json(HERE/"true_widths.json", dict(machine=machine(), gigabytes=said))
+    weights, file = root()/".workspaces"/"widths", HERE/"true_widths.json"
+    if wrong := set(parts) - {*FAMILIES, "kv"}: sys.exit(f"true_widths: no part {sorted(wrong)}: {__doc__}")
+    for part in parts or [*FAMILIES, "kv"]:
+        read = AutoTokenizer.from_pretrained(root()/"artifacts"/"tokenizers"/("llama3" if part == "llama" else "qwen3"))
+        if part == "kv": said = [of_kv(layers, n, weights, read) for layers, n in ((2, 32), (4, 32), (4, 128))]
+        else: said = [of_pairs(part, layers, weights, read) for layers in (2, 4)]
+        known = read_json(file)["parts"] if file.exists() else {}
+        write_json(file, dict(machine=machine(), parts=known | {part: said}))
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__": main(sys.argv[1:])
