@@ -27,6 +27,15 @@ def test_the_smallest_run_that_the_guide_names_is_there():
     assert "`extra_matrix.methods` of `conf/scale/tiny.yaml`" in text and "nbdev_export" in text
 
 
+def test_no_cell_is_left_out_by_the_notebook_tests_unasked():
+    "nbdev_test runs no cell with a call of `nbdev_export` in it, whatever else the cell does."
+    for file in sorted((ROOT/"nbs").rglob("*.ipynb")):
+        if ".ipynb_checkpoints" in file.parts: continue
+        for cell in read_json(file)["cells"]:
+            left_out = cell["cell_type"] == "code" and "nbdev_export(" in "".join(cell["source"])
+            assert not left_out, f"{file.name}, cell {cell['id']}: run the command nbdev_export instead"
+
+
 def test_long_lines_are_broken_at_every_width():
     everywhere = re.sub(r"@media[^{]*\{(?:[^{}]*\{[^{}]*\})*\s*\}", "", CSS)
     assert "@media" in CSS and "@media" not in everywhere

@@ -1,6 +1,6 @@
 """Minutes of a default run by part: python tests/benchmarks/parts.py NAME FOLDER SECONDS, a folder with a finished
-`make repro` and what the clock said of it. Writes this entry of parts.json: `before` and `after` the warm worker were
-run one after the other on one machine; `now` is the last run of all, on the machine that it names."""
+`make repro` and what the clock said of it. Writes this entry of parts.json: `before` is the first version of the
+pipeline (commit 50a42ac) on the machine and the day of `now`, today's graph; nothing ran beside either."""
 
 import json, platform, subprocess, sys
 from pathlib import Path
