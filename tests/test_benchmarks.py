@@ -126,13 +126,29 @@ def test_experiment_2a_with_every_method_has_its_settings_and_all_students(tmp_p
             for r in run["repair"]["rows"]}
     judge = [name for name, route in c["routes"].items() if not route["develop"]]
     assert len(c["architectures"]) == 2 and len(judge) == 3 and c["runs"] == 5
-    for method in [*c["methods"], *c["variants"]]:
+    # planted teachers hand over at once: none of them has a mediating site to look at, and the guide says so
+    nowhere = {k for k, v in c["variants"].items() if v["choice"] == "mediating"}
+    assert nowhere == {"rcid_m_mediating"} and not any(key[2] in nowhere for key in rows)
+    for method in [*c["methods"], *(c["variants"].keys() - nowhere)]:
         for architecture in c["architectures"]:
             for name in judge:
                 first = rows[architecture, name, method, tuple(c["kinds"]), tuple(c["roles"])]["first"]
                 assert first["n"] + first["undefined"] == c["runs"], (architecture, name, method)
     widths = {len(r["kinds"]) for r in run["repair"]["reach"] if r["method"] == "rcid_m"}
     assert widths == {1, 2, 3} and run["repair"]["validated"]["route"]
+
+
+def test_true_widths_were_measured_of_every_stage_of_a_part():
+    import true_widths
+    parts = json.loads((ROOT/"tests"/"benchmarks"/"true_widths.json").read_text())["parts"]
+    assert parts and set(parts) <= {*true_widths.FAMILIES, "kv"}       # the budget page names those that are missing
+    for part, measured in parts.items():
+        assert {m["layers"] for m in measured} == {2, 4}, part
+        expected = set(true_widths.KV if part == "kv" else true_widths.PAIRS)
+        assert all(set(m["stages"]) == expected and min(m["stages"].values()) > 0 for m in measured), part
+    assert "kv" not in parts or len({m["problems"] for m in parts["kv"]}) == 2
+    host = json.loads((ROOT/"metrics"/"budget.json").read_text())["host"]
+    assert {part: set(of) for part, of in host.items()} == {part: set(of[0]["stages"]) for part, of in parts.items()}
 
 
 def test_scale_run_of_other_sources_or_unfinished_is_refused(tmp_path, monkeypatch):

@@ -55,6 +55,7 @@ end
 
 -- The list of origins: lines small and ragged, in two columns.
 local open_list = [[#columns(2, gutter: 1.5em)[#set text(size: 7.4pt)
+#show raw: set text(size: 6.4pt)
 #set par(justify: false, first-line-indent: 0pt, hanging-indent: 1.5em, spacing: 0.45em)]]
 
 local function is_origin(block)

@@ -5,7 +5,7 @@ Models of the published widths, heads and vocabularies with random weights: the 
 and their teachers of two and of four layers, Qwen2-7B and Qwen2-1.5B of four layers with two numbers of problems.
 Stages run one by one in a workspace on this CPU, in float32, where a card would hold the models; what they are given
 (pairs, steps) is little, and the method FitNets, as so few rows determine no orthogonal map. Writes true_widths.json:
-gigabytes of each stage and of the weights, to be extrapolated to all
+gigabytes of each stage and of the weights, which the budget page (nbs/experiments/budget.ipynb) extrapolates to all
 layers and problems. A part that is named is measured again alone; a run that was stopped goes on. Needs the real
 vocabularies (stage `tokenizers`), 21 GB of free memory, 20 GB of disk and an hour."""
 
