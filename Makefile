@@ -79,7 +79,7 @@ faults: setup
 	RCID_FAULTS=write $(BIN)/python -m pytest tests/test_faults.py --durations=8
 
 bench: setup
-	$(call say,half an hour of CPU time on one thread; needs the laptop teacher (dvc repro models@llama))
+	$(call say,forty minutes of CPU time on one thread; needs the laptop teacher (dvc repro models@llama))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/run.py
 
 # what this server saves in nbs/ is clean; ARGS are those of jupyter lab

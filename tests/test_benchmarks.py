@@ -151,6 +151,23 @@ def test_true_widths_were_measured_of_every_stage_of_a_part():
     assert {part: set(of) for part, of in host.items()} == {part: set(of[0]["stages"]) for part, of in parts.items()}
 
 
+def test_host_memory_grows_by_what_a_layer_and_a_problem_take_beyond_weights():
+    import ast
+    cells = json.loads((ROOT/"nbs"/"experiments"/"budget.ipynb").read_text(encoding="utf-8"))["cells"]
+    (source,) = (s for c in cells if "def grown(" in (s := "".join(c["source"])))
+    (grown,) = (f for f in ast.parse(source).body if isinstance(f, ast.FunctionDef))
+    exec(compile(ast.Module([grown], []), "budget.ipynb", "exec"), space := {})
+    few = dict(layers=2, teacher=2., student=1., problems=32, stages={"keeps": 3., "drops": 3., "trains seed=1": 9.})
+    four = dict(layers=4, teacher=4., student=2., problems=32, stages={"keeps": 8., "drops": 4., "trains seed=1": 15.})
+    more = four | dict(problems=96, stages={"keeps": 8., "drops": 4., "trains seed=1": 15.64})
+    # a layer weighs 1 and .5, or 1 and 4 x .5 where the student is trained: 2.5, .5 and 3 a layer were seen
+    at = space["grown"]([few, four], 10, 1000, dict(trains=4))
+    assert at == pytest.approx({"keeps": 8 + 6 * 1., "drops": 4., "trains seed=1": 15.})
+    # .01 a problem with four layers, .025 with ten
+    at = space["grown"]([few, four, more], 10, 1032, dict(trains=4))
+    assert at == pytest.approx({"keeps": 14., "drops": 4., "trains seed=1": 15. + 1000 * .025})
+
+
 def test_scale_run_of_other_sources_or_unfinished_is_refused(tmp_path, monkeypatch):
     import scale, subprocess
     monkeypatch.setenv("RCID_ROOT", str(tmp_path))

@@ -2,7 +2,7 @@
 [step] [prices] [cka] [startup]
 
 Prints every table, then a summary, and writes results.json beside this file; a part that is named alone replaces
-only its own numbers there. One thread unless OMP_NUM_THREADS says otherwise. About half an hour of CPU time; peers
+only its own numbers there. One thread unless OMP_NUM_THREADS says otherwise. About forty minutes of CPU time; peers
 need the package index once.
 """
 
