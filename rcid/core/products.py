@@ -9,7 +9,7 @@ __all__ = ['LEAST', 'CPUINFO', 'mkl_is_slow', 'use_onednn']
 from pathlib import Path
 
 # %% ../../nbs/00_core/15_products.ipynb #a1c0de05
-LEAST = 2**20       # multiplications: with fewer, the way there costs more than is saved
+LEAST = 2**21       # multiplications: with fewer, the way there costs more than is saved
 CPUINFO = Path("/proc/cpuinfo")
 _library = None     # lives as long as its kernel is to be used
 

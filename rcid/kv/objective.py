@@ -119,15 +119,20 @@ class KVObjective(Objective):
         n = int((data.segments[:, 3] - data.segments[:, 2]).max())
         at = data.segments[:, 2:3] - 1 + torch.arange(n, device=final.device)                     # (batch, answer)
         inside = at < data.segments[:, 3:4] - 1
-        at = at.clamp(max=final.shape[1] - 1)
-        rows = final.gather(1, at[..., None].expand(-1, -1, final.shape[2]))
+        rows = final.gather(1, at.clamp(max=final.shape[1] - 1)[..., None].expand(-1, -1, final.shape[2]))
         return torch.where(inside[..., None], rows, 0)
 
     # before training
 
     def start(self) -> KVState | None:
-        """Fits the projector and CODI's maps to the initial student, freezes them, and lets the teacher speak once on
-        every problem."""
+        "Fits what is fitted, and lets the teacher speak once on every problem."
+        state, shuffled = self.fit(), self.method.shuffled
+        if state is not None: self.targets = self._speak(state)
+        if self.targets and shuffled: self.targets = of_others(self.targets, self.thought.segments, self.c.seed)
+        return state
+
+    def fit(self) -> KVState | None:
+        "Fits the projector and CODI's maps to the initial student, and freezes them."
         m = self.method
         if not m.asks: return None
         aligner = m.aligner(self.teacher, self.student, self.c.seed).to(self.device) if m.kv else None
@@ -138,19 +143,14 @@ class KVObjective(Objective):
             with torch.no_grad():
                 cache, extra = self.of_teacher(rows)
                 said = self.of_student(self.thought[rows].to(self.device))
-            own = said.cache
             if m.kv:
+                own = said.cache
                 student = (own.k, own.v, own.q) if m.query_targets else (own.k, own.v)
                 examples.append((dict(self.inputs(cache, rows), seq=own.seq), student))
-            if m.a_codi:
-                ours.append(said.at_cue)
-                theirs.append(extra["hidden"])
+            if m.a_codi: ours, theirs = [*ours, said.at_cue], [*theirs, extra["hidden"]]
         if m.kv and m.fit_steps: pretrain_aligner(aligner, examples, m.fit_steps)
         codi = codi_maps(*codi_rows(self, ours, theirs)) if m.a_codi else {}
-        state = KVState(aligner, codi).to(self.device)
-        self.targets = self._speak(state)
-        if m.shuffled: self.targets = of_others(self.targets, self.thought.segments, self.c.seed)
-        return state
+        return KVState(aligner, codi).to(self.device)
 
     @torch.no_grad()
     def _speak(self, state: KVState) -> dict[str, Tensor | Column]:
