@@ -76,12 +76,14 @@ def _numbers(text: str) -> list[int] | None:
 
 def _measured(args: argparse.Namespace):
     "Runs `compare` or `map`."
+    from rcid.core.products import use_onednn
     from rcid.pipeline.measure import Question, compare_models, map_model
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     logging.disable_progress_bar()
+    use_onednn()
     shared = ("task", "facts", "pairs", "n", "unfiltered", "out", "dtype", "device", "batch", "seed", "anyway")
     options = {name: getattr(args, name) for name in shared}
     options["kinds"] = [kind.strip() for kind in args.kinds.split(",") if kind.strip()]

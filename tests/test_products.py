@@ -1,0 +1,74 @@
+"""Float32 products by oneDNN: where, for whom, and that nothing else changes."""
+
+import json, re, sys
+import pytest, torch
+import rcid.core.products as products
+from conftest import ROOT, run
+
+AMD, INTEL = "vendor_id\t: AuthenticAMD\n", "vendor_id\t: GenuineIntel\n"
+FORCED = """
+import rcid.core.products as products
+import torch
+products.mkl_is_slow = lambda: True
+x, w = (torch.randn(s, generator=torch.Generator().manual_seed(0)) for s in ((512, 128), (128, 256)))
+plain, double = x @ w, x.double() @ w.double()
+products.use_onednn()
+first = products._library
+products.use_onednn()
+assert products._library is first                                  # a second call is none
+wide = x @ w
+assert torch.allclose(wide.double(), double, atol=1e-3) and wide.dtype == torch.float32
+assert torch.equal(x @ w, wide)                                    # and always the same one
+assert torch.equal(x.double() @ w.double(), double)                # others go as before
+assert torch.allclose((x.T.contiguous().T @ w.T.contiguous().T).double(), double, atol=1e-3)       # transposed
+assert (torch.zeros(0, 128) @ w).shape == (0, 256) and (torch.zeros(5, 0) @ torch.zeros(0, 3)).eq(0).all()
+with torch.autocast("cpu", torch.bfloat16): assert (x @ w).dtype == torch.bfloat16
+for a, b in ((x[:4], w), (x, w)):                                  # one that is too small, one that is not
+    a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
+    (a @ b).square().sum().backward()
+    c, d = a.detach().double().requires_grad_(), b.detach().double().requires_grad_()
+    (c @ d).square().sum().backward()
+    assert torch.allclose(a.grad.double(), c.grad, rtol=1e-3, atol=.1)
+    assert torch.allclose(b.grad.double(), d.grad, rtol=1e-3, atol=.1)
+try: x @ w[:5]
+except RuntimeError as e: assert "shapes cannot be multiplied" in str(e), e
+else: raise AssertionError("a product of wrong shapes")
+print("as it should be")
+"""
+
+
+@pytest.mark.parametrize(
+    "text, capability, slow",
+    [(AMD, "AVX512", True), (AMD, "AVX512_BF16", True), (AMD, "AVX2", False), (INTEL, "AVX512", False),
+        (None, "AVX512", False)],
+)
+def test_only_where_mkl_is_slow(monkeypatch, tmp_path, text, capability, slow):
+    if text: (tmp_path/"cpuinfo").write_text(text)
+    monkeypatch.setattr(products, "CPUINFO", tmp_path/"cpuinfo")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    for of in (torch.backends.mkl, torch.backends.mkldnn): monkeypatch.setattr(of, "is_available", lambda: True)
+    assert products.mkl_is_slow() == slow
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not products.mkl_is_slow()
+
+
+def test_the_kernel_changes_the_order_of_sums_and_nothing_else():
+    done = run(ROOT, sys.executable, "-c", FORCED, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    assert done.returncode == 0 and done.stdout == "as it should be\n" and not done.stderr, done.stdout + done.stderr
+
+
+def test_a_user_s_process_keeps_its_kernel():
+    files = [file for file in (ROOT/"rcid").rglob("*.py") if re.search(r"^\s*use_onednn\(\)", file.read_text(), re.M)]
+    said = f"only a process of ours may take another kernel: {files}"
+    assert files == [ROOT/"rcid"/"pipeline"/"command_line.py"], said
+
+
+def test_stages_of_whole_models_use_it():
+    "Every stage that runs a teacher or a student of `models`, which are the wide ones."
+    loads = re.compile(r"artifacts/models/\{family\}/(teacher|student|\{who\})")
+    found = {}
+    for file in sorted((ROOT/"nbs"/"experiments").glob("*.ipynb")):
+        cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+        code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+        if "load_model(" in code and loads.search(code): found[file.stem] = "use_onednn()" in code.split("\n")
+    assert len(found) > 6 and all(found.values()), found
