@@ -155,7 +155,7 @@ def _parts_differ(model, pairs, seen) -> float:
         with write(model, {site: values[site]}): want.append(a.trunk(pairs.clean_ids, seen)[n, end].float())
     got = sweep(model, pairs.clean_ids, pairs.corrupt_ids, end, 0 * end, rows, slots=slots)[2]
     want = torch.cat(want)
-    return float(((a.normed(got).float() - want).norm(dim=-1) / want.norm(dim=-1)).max())
+    return float(((a.normed(got).float() - want).norm(dim=-1) / want.norm(dim=-1)).detach().max())
 
 def why_not_restarted(
     model: nn.Module, pairs: ContrastiveDataset,

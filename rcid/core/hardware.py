@@ -49,6 +49,8 @@ def seed_all(seed: int, threads: int | None = None):
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
     # use_deterministic_algorithms does the same, and imports the compiler: a second that most stages save
     torch.set_deterministic_debug_mode("warn")
+    # else it writes NaN into all memory that a kernel is about to fill: two fifths of a bfloat16 product more
+    torch.utils.deterministic.fill_uninitialized_memory = False
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(threads or int(os.environ.get("RCID_THREADS", "1")))
 

@@ -98,6 +98,7 @@ def effect_scatter(
                     " must agree"
                 )
     methods = in_order(m for row in effects.values() for m in row)
+    if not methods: raise ValueError("effect_scatter: no family has a method with effects to show")
     many = len(methods) > 4
     with style():
         fig, axes = panels(len(effects), len(methods), height=1.45 if many else 1.9)
