@@ -158,6 +158,7 @@ def test_a_family_of_which_no_method_is_shown_has_no_row():
     assert list(effects) == ["qwen3"] and asked == [("qwen3",), ("qwen3", "rcid", 42)]
     site = [(0, "end"), (1, "end")]
     assert len(exp1.effect_scatter(effects, {"llama": site, "qwen3": site}).axes) == 1
+    with pytest.raises(ValueError, match="no family has a method"): exp1.effect_scatter({}, {})
     source = "".join(code_of(ROOT/"nbs"/"experiments"/"exp1.ipynb"))
     assert "shown[family]" not in source, "and the routes are drawn without them"
 
