@@ -293,6 +293,16 @@ def test_places_with_one_outcome_are_counted_and_a_single_one_is_named():
     assert told.endswith("within 0.10 in both cases.")
 
 
+def test_only_controls_that_were_run_are_named():
+    say, at = page("exp2"), ("llama", "ioi")
+    def told(*controls):
+        tests = [a_route(at, ("rcid", f"rcid_{control}"), "route", "equal") for control in controls]
+        return say.exp2_sentences(tests, PASSED)["claim.exp2.controls"]
+    assert "with shuffled pairs, the route" in told("shuffled")
+    assert "with shuffled pairs or random sites, the route" in told("random_sites", "shuffled")
+    assert "with shuffled pairs, random sites or a random map, the" in told("shuffled", "random_sites", "random_w")
+
+
 def a_share(mean, low=None, high=None):
     "Of a distance that is closed; None where nothing could be read."
     ends = [None, None] if mean is None else [mean - .1 if low is None else low, mean + .1 if high is None else high]
