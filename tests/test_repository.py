@@ -76,6 +76,17 @@ def test_the_lock_names_living_stages_alone():
     assert locked and sorted(set(locked) - living) == [], "take these entries out of dvc.lock"
 
 
+def test_the_metrics_in_git_are_of_living_stages():
+    "A page that reads a folder of metrics would show a student that no stage makes any more."
+    from dvc.repo import Repo
+    outs = {out.fs_path for stage in Repo(ROOT).index.stages for out in stage.outs}
+    done = run(ROOT, "git", "ls-files", "metrics")
+    files = [ROOT/line for line in done.stdout.splitlines()]
+    assert len(files) > 100
+    dead = [str(file.relative_to(ROOT)) for file in files if not outs & {str(file), *map(str, file.parents)}]
+    assert dead == [], "take these out of git"
+
+
 def test_toys_start_no_daemons():
     "Where `dvc init` runs, DVC would report and ask for updates, in processes that outlive the folder they write into."
     notebooks = {f.name: f.read_text(encoding="utf-8") for f in (ROOT/"nbs").rglob("*.ipynb")}
