@@ -48,7 +48,7 @@ repro: setup
 ifeq ($(SCALE),laptop)
 	$(if $(SET),$(error SET is for the other scales: \
 	  params.yaml of laptop is committed, so change conf/scale/laptop.yaml and run make params))
-	$(call say,pilot first: the teacher's effect heatmap; then everything (about a good hour on two cores))
+	$(call say,pilot first: the teacher's effect heatmap; then everything (about 45 minutes on two cores))
 	$(LAUNCH) --first pilot
 	$(call say,done: paper/main.pdf)
 else
