@@ -10,8 +10,8 @@ FORCED = """
 import rcid.core.products as products
 import torch
 products.mkl_is_slow = lambda: True
-x, w = (torch.randn(s, generator=torch.Generator().manual_seed(0)) for s in ((512, 128), (128, 256)))
-plain, double = x @ w, x.double() @ w.double()
+x, w = (torch.randn(s, generator=torch.Generator().manual_seed(0)) for s in ((512, 576), (576, 256)))
+few, double = x[:4] @ w, x.double() @ w.double()
 products.use_onednn()
 first = products._library
 products.use_onednn()
@@ -19,9 +19,11 @@ assert products._library is first                                  # a second ca
 wide = x @ w
 assert torch.allclose(wide.double(), double, atol=1e-3) and wide.dtype == torch.float32
 assert torch.equal(x @ w, wide)                                    # and always the same one
+assert torch.equal(wide, torch.ops.mkldnn._linear_pointwise(x, w.t(), None, "none", [], ""))
+assert torch.equal(x[:4] @ w, few)                                 # a small one goes as before
 assert torch.equal(x.double() @ w.double(), double)                # others go as before
 assert torch.allclose((x.T.contiguous().T @ w.T.contiguous().T).double(), double, atol=1e-3)       # transposed
-assert (torch.zeros(0, 128) @ w).shape == (0, 256) and (torch.zeros(5, 0) @ torch.zeros(0, 3)).eq(0).all()
+assert (torch.zeros(0, 576) @ w).shape == (0, 256) and (torch.zeros(5, 0) @ torch.zeros(0, 3)).eq(0).all()
 with torch.autocast("cpu", torch.bfloat16): assert (x @ w).dtype == torch.bfloat16
 for a, b in ((x[:4], w), (x, w)):                                  # one that is too small, one that is not
     a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
@@ -30,9 +32,10 @@ for a, b in ((x[:4], w), (x, w)):                                  # one that is
     (c @ d).square().sum().backward()
     assert torch.allclose(a.grad.double(), c.grad, rtol=1e-3, atol=.1)
     assert torch.allclose(b.grad.double(), d.grad, rtol=1e-3, atol=.1)
-try: x @ w[:5]
-except RuntimeError as e: assert "shapes cannot be multiplied" in str(e), e
-else: raise AssertionError("a product of wrong shapes")
+for wrong in (w[:5], w[:500]):                                     # small and large
+    try: x @ wrong
+    except RuntimeError: pass
+    else: raise AssertionError("a product of wrong shapes")
 print("as it should be")
 """
 
