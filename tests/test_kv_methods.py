@@ -151,6 +151,30 @@ def test_gradients_reach_the_student_only(world, name):
 
 
 @pytest.mark.parametrize("name", KV_METHODS)
+def test_what_is_fitted_is_what_a_start_fits(world, name, monkeypatch):
+    """`fit` alone gives the state of `start`, and reads of the teacher no more than the rows that it is fitted to; a
+    method that asks no teacher fits nothing."""
+    _, data, teacher, student = world
+    method = replace(SMALL[name], fit_rows=40)
+    asked, of_teacher = [], KVObjective.of_teacher
+    def noted(self, rows):
+        asked.extend(rows)
+        return of_teacher(self, rows)
+    monkeypatch.setattr(KVObjective, "of_teacher", noted)
+    alone = KVObjective(method, student(), teacher, data, CONFIG)
+    fitted = alone.fit()
+    assert alone.targets == {} and asked == (list(range(40)) if method.asks else [])
+    whole = KVObjective(method, student(), teacher, data, CONFIG)
+    started = whole.start()
+    assert (fitted is None) == (started is None) == (whole.targets == {}) == (not method.asks)
+    if method.asks:
+        assert len(asked) == 40 + 40 + len(data)
+        kept = started.state_dict()
+        assert fitted.state_dict().keys() == kept.keys()
+        for part, x in fitted.state_dict().items(): assert torch.equal(x, kept[part]), part
+
+
+@pytest.mark.parametrize("name", KV_METHODS)
 def test_every_method_learns(world, name):
     _, data, teacher, student = world
     result = distill(student(), teacher, data, SMALL[name], CONFIG)

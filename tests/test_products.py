@@ -32,10 +32,13 @@ for a, b in ((x[:4], w), (x, w)):                                  # one that is
     (c @ d).square().sum().backward()
     assert torch.allclose(a.grad.double(), c.grad, rtol=1e-3, atol=.1)
     assert torch.allclose(b.grad.double(), d.grad, rtol=1e-3, atol=.1)
-for wrong in (w[:5], w[:500]):                                     # small and large
-    try: x @ wrong
-    except RuntimeError: pass
-    else: raise AssertionError("a product of wrong shapes")
+def said(product) -> str:                                          # of what does not fit
+    try: product()
+    except (RuntimeError, IndexError) as e: return str(e)
+    raise AssertionError("a product that cannot be")
+for left, right in ((x, w[:5]), (x, w[:500]), (x, w[0]), (x[0], w)):
+    assert said(lambda: torch.mm(left, right)) == said(lambda: torch.mm(left.double(), right.double()))
+assert "512x576 and 500x256" in said(lambda: x @ w[:500])          # torch's line, not the library's
 print("as it should be")
 """
 

@@ -325,6 +325,15 @@ SHARES = {
 }
 
 
+def test_the_reach_that_is_told_is_the_chosen_method_s():
+    told = page("exp2a").reach_told
+    lines = [dict(method=m, kinds=kinds, first=m + "".join(kinds)) for m in "kr" for kinds in (["a"], ["a", "b"])]
+    assert told(lines, "r", ["k", "r"], ["a"]) == dict(method="r", n=2, share="rab")
+    assert told(lines, "x", ["k", "r"], ["a"]) == told(lines, None, ["k"], ["a"]) == dict(method="k", n=2, share="kab")
+    none = dict(method=None, n=0, share=None)
+    assert told(lines[::2], "r", ["k", "r"], ["a"]) == told([], None, [], ["a"]) == none
+
+
 def cases_of_exp2a():
     say, route = page("exp2a"), {"route": True}
     for couples, directions in ((0, 3), (9, 3), (2, 1)): say.plants_sentence(couples, directions, 8)

@@ -30,8 +30,8 @@ def use_onednn():
     import torch
     by_onednn = torch.ops.mkldnn._linear_pointwise.default
     def mm(a, b):                                                           # (m, k), (k, n)
-        alike = a.dtype == b.dtype == torch.float32
-        if alike and a.shape[0] * b.numel() >= LEAST: return by_onednn(a, b.t(), None, "none", [], "")
-        return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))      # the kernel that torch would have taken
+        fit = a.dim() == b.dim() == 2 and a.shape[1] == b.shape[0] and a.dtype == b.dtype == torch.float32
+        if fit and a.shape[0] * b.numel() >= LEAST: return by_onednn(a, b.t(), None, "none", [], "")
+        return torch.mm(a, b, out=a.new_empty(0))       # the kernel, and the errors, that torch would have taken
     _library = torch.library.Library("aten", "IMPL")
     _library.impl("mm", mm, "CPU")

@@ -27,6 +27,7 @@ from .inside import Inside, enters, equal_lengths, inside_of, inside_places, ins
 from .inside import inside_tensors, mean_inside
 from .places import Places, place_matrices, overlap_rows, teacher_at_places
 from .shards import Column, columns_of, kept_shards, load_shards, write_shards
+from .both import BothModels
 from .objective import KVObjective, KVState
 from .methods import KV_METHODS, Flat, Kept, KVMethod, Structured, Warped, kv_method, method_of
 from .recording import Teacher, TeacherRecording, record_teacher, load_recording

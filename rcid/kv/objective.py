@@ -12,30 +12,28 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from ..align.layers import map_layers
-from ..causal.hooks import capture
 from ..core.tensors import content_hash, layout
 from ..data.reasoning import ReasoningDataset
 from ..distill.losses import divergence
-from ..distill.config import DistillConfig
 from ..distill.cost import step_flops
-from ..distill.method import Objective
 from ..distill.teacher_cache import COMPUTES, changed_by_hand, code_hash, computes_hash, model_hash
 from ..distill.schedule import whole_batch
 from .aligner import AlignedKV, MapProjectionAligner, pretrain_aligner
 from .attention import kv_attention
-from .cache import KVCache, forward_kv
+from .both import BothModels
+from .cache import KVCache
 from .codi import codi_maps, codi_rows
 from .compress import compress_kv
-from .latent import LatentModel, with_latents
+from .latent import with_latents
 from .losses import RegressionKVLoss, StructuralKVLoss, cka_loss, codi_deviation, codi_loss, layer_deviation
 from .places import teacher_at_places
 from .project import HeadwiseMapProjector
 from .rope import rope_of
 from .shards import SHARD, Column, format_of, kept_shards
 from .shuffled import of_others
-from .think import Thoughts, Wish, thoughts, tokens_read
+from .think import tokens_read
 from .warp import TimeWarper
-from ..models.adapters import common_vocab, get_adapter
+from ..models.adapters import get_adapter
 
 # %% ../../nbs/06_kv/11_objective.ipynb #717d585b
 class KVState(nn.Module):
@@ -45,90 +43,18 @@ class KVState(nn.Module):
         self.aligner = aligner
         for name, value in codi.items(): self.register_buffer(f"codi_{name}", value)
 
-class KVObjective(Objective):
+class KVObjective(BothModels):
     "The objective of a `KVMethod` on reasoning problems, see `rcid.distill.objective.PairObjective`."
     base = "ce"
-
-    def __init__(self, method, student: nn.Module, teacher: nn.Module, data: ReasoningDataset, c: DistillConfig):
-        if method.latents and not isinstance(student, LatentModel):
-            raise ValueError(
-                f"this method thinks in {method.latents} latent places: pass LatentModel(student, latent_id,"
-                " iterations), or latents=0"
-            )
-        latent = student.model if method.latents else None
-        for asked, has, what in (
-            (method.thought_projector, latent and latent.projector, "a projector of thoughts"),
-            (method.marks, latent and latent.marks, "marks around its places")
-        ):
-            if asked and not has: raise ValueError(f"this method has {what}, and its student none: see LatentModel")
-        self.marks = latent.marks if latent else None
-        self.vocab = common_vocab(teacher, student, ids=data.input_ids[data.attention_mask.bool()])
-        self.method = method
-        self.student = student
-        self.teacher = teacher
-        self.data = data                                             # with the reasoning in words
-        self.thought = with_latents(data, method.latents, latent.latent_id if latent else -1, self.marks)
-        self.c = c
-        self.lengths = data.attention_mask.sum(1).cpu()
-        self.device = next(student.parameters()).device
-        # per student layer a teacher layer
-        self.layers = map_layers(get_adapter(student).n_layers, get_adapter(teacher).n_layers)
-        self.targets = {}
-
-    # what the models say
-
-    def of_teacher(self, rows) -> tuple[KVCache, dict[str, Tensor]]:
-        """Keys and values at the student's places (or, for `Warped`, at the teacher's own tokens), and what CODI and KL
-        need."""
-        m = self.method
-        data, thought = self.data[rows].to(self.device), self.thought[rows].to(self.device)
-        queries = bool(m.kv and m.kv.asks_teacher)
-        with torch.no_grad(), capture(self.teacher, self.layers if m.a_codi else []) as hidden:
-            final, cache = forward_kv(self.teacher, data.input_ids, data.attention_mask, queries=queries)
-        extra = {}
-        if m.a_codi:
-            at = torch.arange(len(data), device=self.device)
-            # (row, layer, d_model)
-            extra["hidden"] = torch.stack([hidden[l][at, data.cue_pos] for l in self.layers], 1)
-            if m.codi_hidden == "normed": extra["hidden"][:, -1] = final[at, data.cue_pos]
-        if m.a_kl: extra["final"] = self._answer_rows(final, data)
-        if not m.kv: return cache, extra
-        if m.kv.warps: return cache.unrotated(rope_of(self.teacher)), extra
-        return teacher_at_places(cache, self.teacher, data, thought, m.kv.rule, self.c.seed, bool(self.marks)), extra
-
-    def of_student(self, thought: ReasoningDataset, data: ReasoningDataset | None = None) -> Thoughts:
-        "What the student says after its places, and after words if `data` is given."
-        m = self.method
-        wish = Wish(bool(m.kv), m.attends, bool(m.a_codi), m.codi_hidden == "normed")
-        return thoughts(self.student, thought.to(self.device), data, wish)
-
-    def align(self, aligner: MapProjectionAligner, cache: KVCache, rows) -> AlignedKV:
-        "What `of_teacher` gave, in the student's shape."
-        thought = self.thought[rows].to(self.device)
-        return aligner(**self.inputs(cache, rows), seq=thought.input_ids.shape[1])
-
-    def inputs(self, cache: KVCache, rows) -> dict:
-        "Arguments of the aligner, but for the padded length `seq`."
-        given = dict(k=cache.k, v=cache.v, mask=cache.mask, q=cache.q if self.method.query_targets else None)
-        if self.method.kv.warps: given |= dict(source=self.data[rows].segments, target=self.thought[rows].segments)
-        return given
-
-    @staticmethod
-    def _answer_rows(final, data) -> Float[Tensor, "batch answer d_model"]:
-        "Final hidden states before each token of the answer, padded with zeros."
-        n = int((data.segments[:, 3] - data.segments[:, 2]).max())
-        at = data.segments[:, 2:3] - 1 + torch.arange(n, device=final.device)                     # (batch, answer)
-        inside = at < data.segments[:, 3:4] - 1
-        rows = final.gather(1, at.clamp(max=final.shape[1] - 1)[..., None].expand(-1, -1, final.shape[2]))
-        return torch.where(inside[..., None], rows, 0)
 
     # before training
 
     def start(self) -> KVState | None:
         "Fits what is fitted, and lets the teacher speak once on every problem."
-        state, shuffled = self.fit(), self.method.shuffled
-        if state is not None: self.targets = self._speak(state)
-        if self.targets and shuffled: self.targets = of_others(self.targets, self.thought.segments, self.c.seed)
+        state = self.fit()
+        if state is None: return None
+        self.targets = self._speak(state)
+        if self.method.shuffled: self.targets = of_others(self.targets, self.thought.segments, self.c.seed)
         return state
 
     def fit(self) -> KVState | None:
@@ -147,7 +73,9 @@ class KVObjective(Objective):
                 own = said.cache
                 student = (own.k, own.v, own.q) if m.query_targets else (own.k, own.v)
                 examples.append((dict(self.inputs(cache, rows), seq=own.seq), student))
-            if m.a_codi: ours, theirs = [*ours, said.at_cue], [*theirs, extra["hidden"]]
+            if m.a_codi:
+                ours.append(said.at_cue)
+                theirs.append(extra["hidden"])
         if m.kv and m.fit_steps: pretrain_aligner(aligner, examples, m.fit_steps)
         codi = codi_maps(*codi_rows(self, ours, theirs)) if m.a_codi else {}
         return KVState(aligner, codi).to(self.device)
@@ -159,9 +87,9 @@ class KVObjective(Objective):
         fitted = state.state_dict()
         frozen = content_hash(fitted, layout(fitted))
         code = code_hash(
-            KVObjective.of_teacher, type(self.method), teacher_at_places, MapProjectionAligner, HeadwiseMapProjector,
-            KVCache, compress_kv, rope_of, TimeWarper, with_latents, map_layers, ReasoningDataset, *COMPUTES,
-            kept_shards,
+            KVObjective._targets, KVObjective.of_teacher, type(self.method), teacher_at_places, MapProjectionAligner,
+            HeadwiseMapProjector, KVCache, compress_kv, rope_of, TimeWarper, with_latents, map_layers, ReasoningDataset,
+            *COMPUTES, kept_shards,
         )
         depends = (
             model_hash(self.teacher), computes_hash(self.teacher), self.data.content_hash(),

@@ -42,12 +42,12 @@ def in_words(n: int) -> str:
     "A small whole number as a word, as in prose; larger ones as digits."
     return WORDS[n] if 0 <= n < len(WORDS) else count(n)
 
-def listing(items) -> str:
-    "`a, b and c`."
+def listing(items, last: str = "and") -> str:
+    "`a, b and c`; `last` stands before the last one."
     items = list(items)
     if not items: return "none"
     if len(items) == 1: return items[0]
-    return ", ".join(items[:-1]) + f" and {items[-1]}"
+    return ", ".join(items[:-1]) + f" {last} {items[-1]}"
 
 # %% ../../nbs/08_report/01_numbers.ipynb #03c87679
 def escape(text: str) -> str:
