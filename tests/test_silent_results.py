@@ -1,6 +1,6 @@
 """Results depend on the repository and its params alone; what is printed was measured; what was not seen is said."""
 
-import json, os, re, subprocess, sys
+import json, os, re, subprocess, sys, time
 from pathlib import Path
 from typing import get_args
 import matplotlib
@@ -302,6 +302,22 @@ def test_make_test_fetches_before_it_tests():
     lines = subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
     at = lambda what: next((i for i, l in enumerate(lines) if what in l), None)
     assert at("tests/fetch.py") is not None and at("tests/fetch.py") < at("wait $fetching") < at("-m pytest")
+
+
+def test_a_failed_notebook_stops_the_fetching_too(tmp_path):
+    "With programs in their places: one that would fetch for minutes, and a notebook that fails."
+    pid = tmp_path/"pid"
+    for name, lines in (
+        ("python", f'case "$1" in tests/fetch.py) echo $$ > {pid}; exec sleep 300 >/dev/null 2>&1;; esac'),
+        ("nbdev_test", f"while [ ! -s {pid} ]; do sleep .1; done; exit 1"),
+    ):
+        (tmp_path/name).write_text(f"#!/bin/bash\n{lines}\n")
+        (tmp_path/name).chmod(0o755)
+    done = run(ROOT, "make", "-o", ".venv/.ready", "test", f"BIN={tmp_path}")
+    assert done.returncode and "== tests" not in done.stdout, output_of(done)
+    ended = time.time() + 10
+    while Path(f"/proc/{pid.read_text().strip()}/cmdline").exists() and time.time() < ended: time.sleep(.1)
+    assert not Path(f"/proc/{pid.read_text().strip()}/cmdline").exists(), "still fetching"
 
 
 def test_skipped_tests_are_counted_by_reason(tmp_path):
