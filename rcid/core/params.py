@@ -172,6 +172,7 @@ class KvTrain(_Section):
     iterations: int = Field(2, ge=0)             # Jacobi iterations
     thought: Literal["hidden", "soft"] = "hidden" # what a place reads of the one before it: see `LatentModel`
     fit_steps: int = Field(40, ge=0)             # of the projector, before it is frozen
+    together_steps: int = Field(100, gt=0)       # of a projector with its student, frozen and not: `kv_diagnose`
     buckets: int = Field(8, ge=1)                # batches that are sorted by length together
     drop_last: bool = False                      # the teacher's text without its last step of reasoning
     log_every: int = Field(20, gt=0)

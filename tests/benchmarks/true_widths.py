@@ -29,7 +29,7 @@ KV = ("kv_data", "kv_models role=teacher", "kv_models role=student", "kv_diagnos
 LEAST_KV = ("kv.methods=[kv_flat,kv_structured,kava]", "kv.seeds=[42]", "kv.gate=0", "kv.data.source=path",
     "kv.data.n_pretrain=8", "kv.data.n_val=4",
     "kv.data.n_test=4", "kv.data.n_pairs=4", "kv.data.max_new=4", "kv.train.steps=2", "kv.train.batch=4",
-    "kv.train.fit_steps=2", "kv.inside=[]")
+    "kv.train.fit_steps=2", "+kv.train.together_steps=2", "kv.inside=[]")
 FAMILIES = dict(
     qwen3=("Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B"), llama=("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B"))
 
