@@ -1,10 +1,10 @@
 """The documentation site and the way into it: what a reader meets first, and what is cut off nowhere."""
 
-import itertools, re, subprocess
+import itertools, json, re, subprocess
 from pathlib import Path
 from conftest import ROOT
 from rcid.core.paths import read_json, read_yaml
-from rcid.pipeline.docs import GUIDES, _place
+from rcid.pipeline.docs import GUIDES, _place, experiment_pages, in_columns, page, to_runs
 from rcid.pipeline.docs_look import CONF, CSS
 
 
@@ -42,6 +42,45 @@ def test_long_lines_are_broken_at_every_width():
     rule = re.search(r"\.highlight pre, div\.cell_output pre \{([^}]*)\}", everywhere)[1]
     assert "white-space: pre-wrap" in rule and "overflow-wrap: anywhere" in rule
     assert "fit.js" in CONF.format(name="n", author="a", copyright="c", version="0")
+
+
+def test_printed_columns_are_scrolled_and_prose_is_broken():
+    printed = lambda *lines: [dict(output_type="stream", text=[line + "\n" for line in lines])]
+    assert in_columns(printed("part    stages   minutes", "models      11       1.9"))
+    assert not in_columns(printed("Two sentences.  One wide space.", "And a long one." * 20)) and not in_columns([])
+    code = dict(cell_type="code", id="a", metadata={}, source="print(1)", outputs=printed("a   b", "c   d"))
+    assert page(dict(cells=[code]))["cells"][0]["metadata"] == dict(tags=["columns"])
+    assert "div.tag_columns div.cell_output pre { white-space: pre; overflow-x: auto; }" in CSS
+
+
+def test_links_to_an_experiment_lead_to_the_pages_of_its_runs(monkeypatch, tmp_path):
+    monkeypatch.setattr("rcid.pipeline.docs.root", lambda: tmp_path)
+    link = "what [one](../experiments/exp2a.ipynb) and [two](../experiments/heal.ipynb) say"
+    assert to_runs(link).count("(../experiments.md)") == 2                       # nothing was run
+    title = dict(cell_type="markdown", id="a", metadata={}, source="# Heal\n\n> A line.\n\n$1$")
+    for run in ("exp2a/exp2a", "heal/llama", "heal/qwen3"):
+        (tmp_path/"runs"/run).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/"runs"/f"{run}.ipynb").write_text(json.dumps(dict(cells=[title])), encoding="utf-8")
+    assert to_runs(link) == "what [one](../experiments/exp2a/exp2a.ipynb) and [two](../experiments/heal.md) say"
+    site = tmp_path/"site"
+    assert "experiments/exp2a/exp2a\nexperiments/heal\n" in experiment_pages(site)
+    listed = (site/"experiments"/"heal.md").read_text(encoding="utf-8")
+    assert listed.startswith("# Heal\n") and "llama <heal/llama>\nqwen3 <heal/qwen3>\n" in listed
+    (cell,) = read_json(site/"experiments"/"heal"/"qwen3.ipynb")["cells"]
+    assert cell["source"] == "# Heal: qwen3\n\n> A line.\n\n$1$"                # one title, not two
+
+
+def test_links_of_notebooks_lead_to_files():
+    found = 0
+    for file in sorted((ROOT/"nbs").rglob("*.ipynb")):
+        if ".ipynb_checkpoints" in file.parts: continue
+        for cell in read_json(file)["cells"]:
+            if cell["cell_type"] != "markdown": continue
+            for link in re.findall(r"\]\((?!https?:|#|mailto:)([^)\s#]+)", "".join(cell["source"])):
+                if link.startswith("../runs/"): continue                         # there after a run
+                found += 1
+                assert (file.parent/link).exists(), f"{file.name}: {link}"
+    assert found > 10
 
 
 def test_setup_refuses_an_old_python_in_one_line(tmp_path):

@@ -44,6 +44,7 @@ body { --code-font-size: 78%; }
 @media (min-width: 100em) { .sidebar-drawer { width: calc(50% - 34em); } }
 @media (max-width: 63em) { .content { box-sizing: border-box; width: 100%; padding: 0 1em; } }
 .highlight pre, div.cell_output pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+div.tag_columns div.cell_output pre { white-space: pre; overflow-x: auto; }    /* but printed columns are scrolled */
 /* an equation that does not fit is broken, then smaller (fit.js); scrolled, alone, where that is not enough */
 mjx-container[display="true"] { max-width: 100%; overflow-x: auto; overflow-y: hidden; padding: .1rem 0; }
 mjx-container[display="true"] .broken { display: block; width: auto !important; height: .5em; }

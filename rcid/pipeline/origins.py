@@ -50,11 +50,11 @@ def numbers_page() -> str:
         "`make where KEY=...` says more of one of them: its metrics file, the commit, and the command that makes it",
         "again; it takes cells of tables (`exp2.llama.ioi.rcid.accuracy`) and printed numbers (`0.10`) too.",
         "",
-        "| key | what is printed | page |",
+        "| key | page | what is printed |",
         "|---|---|---|",
     ]
     for key in [*all_keys(), *(name for name in artifacts() if ":" in name)]:
         o = where(key, commit=False)[0]
         value = o.value if isinstance(o.value, str) else o.file
-        lines.append(f"| `{key}` | {_plain(value)} | {_at(o)} |")
+        lines.append(f"| `{key}` | {_at(o)} | {_plain(value)} |")
     return "\n".join(lines) + "\n"
