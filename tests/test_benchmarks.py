@@ -161,11 +161,16 @@ def test_host_memory_grows_by_what_a_layer_and_a_problem_take_beyond_weights():
     four = dict(layers=4, teacher=4., student=2., problems=32, stages={"keeps": 8., "drops": 4., "trains seed=1": 15.})
     more = four | dict(problems=96, stages={"keeps": 8., "drops": 4., "trains seed=1": 15.64})
     # a layer weighs 1 and .5, or 1 and 4 x .5 where the student is trained: 2.5, .5 and 3 a layer were seen
-    at = space["grown"]([few, four], 10, 1000, dict(trains=4))
-    assert at == pytest.approx({"keeps": 8 + 6 * 1., "drops": 4., "trains seed=1": 15.})
-    # .01 a problem with four layers, .025 with ten
-    at = space["grown"]([few, four, more], 10, 1032, dict(trains=4))
-    assert at == pytest.approx({"keeps": 14., "drops": 4., "trains seed=1": 15. + 1000 * .025})
+    at = space["grown"]([few, four], 10, {}, dict(trains=4), {})
+    most = lambda at: {stage: gb["most"] for stage, gb in at.items()}
+    assert most(at) == pytest.approx({"keeps": 8 + 6 * 1., "drops": 4., "trains seed=1": 15.})
+    # .01 a problem with four layers, .025 with ten; it holds 132 at once
+    at = space["grown"]([few, four, more], 10, dict(trains=132), dict(trains=4), dict(trains=1))
+    assert most(at) == pytest.approx({"keeps": 14., "drops": 4., "trains seed=1": 15. + 100 * .025})
+    # of four layers the card holds both models once: 4 and 2
+    beside = {stage: gb["beside"] for stage, gb in at.items()}
+    assert beside == pytest.approx(most(at) | {"trains seed=1": 15. + 100 * .025 - 4 - 2})
+    assert {stage: gb["measured"] for stage, gb in at.items()} == four["stages"]
 
 
 def test_scale_run_of_other_sources_or_unfinished_is_refused(tmp_path, monkeypatch):
